@@ -1,0 +1,241 @@
+"""Zero-shot evaluation: python eval.py --zeroshot ptbxl   (newest run; or --run runs/NAME, or --ckpt FILE)
+
+Prints a table per label set, writes results.json and zeroshot_SET.png into the run. Nothing here is ever used to choose a
+model or a threshold; rows are the official test split (PTB-XL fold 10) unless --folds says otherwise.
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from tqdm import tqdm
+
+import data
+import model as models
+
+PTBXL = ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm")  # "ptbxl": the four published sets
+RESAMPLES = 1000  # of the bootstrap
+ENOUGH = 10       # positives a class needs for the second mean: fewer make macro AUROC a lottery (METHODS 0.4)
+
+
+def newest_run(folder="runs"):
+    """The finished run of `folder` that was written last. Errors: DataError where there is none."""
+    runs = sorted(Path(folder).glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise data.DataError(f"no finished run in {folder}/: train one first (python train.py), or name one with --run")
+    return runs[-1].parent
+
+
+def load_run(run, checkpoint=None, device="cpu"):
+    """(method in eval mode, its config) of a run folder; checkpoint: other weights than its model.safetensors."""
+    run = Path(run)
+    if not (run / "config.json").exists():
+        raise data.DataError(f"{run}: not a run folder (no config.json)")
+    config = SimpleNamespace(**json.loads((run / "config.json").read_text()))
+    weights = Path(checkpoint or run / "model.safetensors")
+    if not weights.exists():
+        raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python train.py --resume {run}")
+    method = models.build_method(config, models.rebuild_text_model(run / "tokenizer")).to(device)
+    method.load_state_dict(load_file(weights, device=str(device)))
+    return method.eval(), config
+
+
+@torch.no_grad()
+def embed_records(method, store, rows, device, what="encoding ECGs", batch=256):
+    """Rhythm embeddings of rows of a store -> (R, dim) float32 on the CPU, L2-normalised."""
+    out = []
+    for start in tqdm(range(0, len(rows), batch), desc=what, leave=False):
+        ecg = torch.from_numpy(store.ecg(rows[start:start + batch])).to(device)
+        out.append(method.encode_ecg(ecg).rhythm.float().cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def embed_classes(method, prompts):
+    """prompts: C lists of texts -> (C, dim): mean of the class' normalised text vectors, normalised again."""
+    texts = [models.join([text.rstrip(". ")]) for row in prompts for text in row]  # worded as in training
+    vectors = method.encode_text(texts).report.float().cpu().split([len(row) for row in prompts])
+    return torch.nn.functional.normalize(torch.stack([v.mean(0) for v in vectors]), dim=1)
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
+
+def auroc_of_resamples(score, positive, weights):
+    """AUROC of one class in many bootstrap resamples at once. score (R,), positive (R,) bool, weights (K, R): how often
+    each row was drawn. Returns (K,), NaN where a resample lacks positives or negatives. Ties count half."""
+    order = np.argsort(score, kind="stable")
+    score, positive, weights = score[order], positive[order], weights[:, order]
+    pos, neg = weights * positive, weights * ~positive
+    below = np.concatenate([np.zeros((len(weights), 1)), np.cumsum(neg, 1)], 1)  # (K, R + 1)
+    left, right = np.searchsorted(score, score, "left"), np.searchsorted(score, score, "right")
+    wins = (pos * (below[:, left] + below[:, right])).sum(1) / 2
+    pairs = pos.sum(1) * neg.sum(1)
+    return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+
+
+def best_f1(score, positive):
+    """Largest F1 over all thresholds ON THESE ROWS, as published (METHODS 4.2): an optimistic number."""
+    precision, recall, _ = precision_recall_curve(positive, score)
+    return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
+
+
+def interval(samples):
+    """95 % bootstrap interval [low, high]."""
+    return [float(v) for v in np.nanpercentile(samples, [2.5, 97.5])]
+
+
+def score_classes(names, scores, positives, seed=0):
+    """Metrics of a label set. scores (R, C), positives (R, C) bool -> dict with "macro", "macro_enough" and "classes".
+
+    A class without positives, or without negatives, is listed and left out of the means. The bootstrap draws rows."""
+    weights = np.random.default_rng(seed).multinomial(len(scores), np.full(len(scores), 1 / len(scores)), RESAMPLES)  # (K, R)
+    classes, samples = {}, {}
+    for c, name in enumerate(names):
+        count = int(positives[:, c].sum())
+        classes[name] = {"positives": count}
+        if 0 < count < len(scores):
+            samples[name] = auroc_of_resamples(scores[:, c], positives[:, c], weights)
+            classes[name] |= {"auroc": float(roc_auc_score(positives[:, c], scores[:, c])), "interval": interval(samples[name]),
+                              "auprc": float(average_precision_score(positives[:, c], scores[:, c])),
+                              "f1": best_f1(scores[:, c], positives[:, c])}
+    means = {}
+    for title, least in (("macro", 1), ("macro_enough", ENOUGH)):
+        chosen = [n for n in samples if classes[n]["positives"] >= least]
+        if chosen:
+            means[title] = {"classes": len(chosen), "interval": interval(np.nanmean([samples[n] for n in chosen], 0)),
+                            **{m: float(np.mean([classes[n][m] for n in chosen])) for m in ("auroc", "auprc", "f1")}}
+    return {"records": len(scores), **means, "classes": classes}
+
+
+def print_table(title, result):
+    line = "{:<44} {:>9} {:>7} {:>15} {:>7} {:>7}"
+    print(f"\n{title}: {result['records']} records")
+    print(line.format("class", "positives", "AUROC", "95 % interval", "AUPRC", "best F1"))
+    for name, r in result["classes"].items():
+        if "auroc" in r:
+            print(line.format(name[:44], r["positives"], *columns(r)))
+        else:
+            print(line.format(name[:44], r["positives"], "-", "no positives", "-", "-"))
+    for key, text in (("macro", "macro, classes with positives"), ("macro_enough", f"macro, at least {ENOUGH} positives")):
+        if key in result:
+            print(line.format(f"{text} ({result[key]['classes']})", "", *columns(result[key])))
+
+
+def columns(r):
+    return f"{r['auroc']:.3f}", "{:.3f} - {:.3f}".format(*r["interval"]), f"{r['auprc']:.3f}", f"{r['f1']:.3f}"
+
+
+def plot(title, result, path):
+    """AUROC of every class with its interval, best at the top."""
+    from matplotlib.figure import Figure
+    shown = sorted(((r["auroc"], n, r) for n, r in result["classes"].items() if "auroc" in r), key=lambda x: x[0])
+    figure = Figure(figsize=(8, 1.4 + 0.24 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for y, (auroc, _, r) in enumerate(shown):
+        axes.plot(r["interval"], [y, y], color="0.7", lw=3, solid_capstyle="butt", zorder=1)
+        axes.plot(auroc, y, "o", color="C0" if r["positives"] >= ENOUGH else "0.5", ms=5, zorder=2)
+    axes.axvline(0.5, color="0.8", lw=1, zorder=0)
+    axes.axvline(result["macro"]["auroc"], color="C1", lw=1, ls="--", zorder=0)
+    axes.set_yticks(range(len(shown)), [f"{n} ({r['positives']})" for _, n, r in shown], fontsize=8)
+    axes.set(xlim=(min(0.4, *(r["interval"][0] for _, _, r in shown)), 1.0), ylim=(-0.8, len(shown) - 0.2), xlabel="AUROC",
+             title=f"{title}: macro AUROC {result['macro']['auroc']:.3f}, {result['records']} records")
+    figure.savefig(path, dpi=120)
+
+
+# ---- zero-shot -------------------------------------------------------------------------------------------------------
+
+def class_prompts(name, classes, style):
+    """One list of texts a class. style: descriptive (the project's, prompts.json), plain (class names), or a JSON file
+    {code: text or [texts]}, such as the published ones; a class the file lacks is an error."""
+    table = data.label_set(name)
+    if style == "plain":
+        return [[table[c]["name"]] for c in classes]
+    if style == "descriptive":
+        return [table[c]["prompts"] for c in classes]
+    with open(style, encoding="utf-8") as file:
+        given = json.load(file)
+    given = given.get(name, given)
+    missing = [c for c in classes if c not in given and c.rstrip("_") not in given]
+    if missing:
+        raise data.DataError(f"{style} has no prompt for {', '.join(missing)} of {name}")
+    texts = [given.get(c, given.get(c.rstrip("_"))) for c in classes]
+    return [[t.lower() for t in ([text] if isinstance(text, str) else text)] for text in texts]
+
+
+def find_store(source, config, spec):
+    """The store to evaluate on: --data or the run's own where they hold records of that source; else, for PTB-XL, what is in
+    $PTBXL or data/ptbxl, and the default simulated records."""
+    for given in filter(None, (spec, config.data)):
+        store = data.open_data(given, config.rate)
+        if store.records["source"].iloc[0] == source:
+            return store
+    if source == "simulated":
+        return data.open_data("simulated", config.rate)
+    place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
+    if not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
+        raise data.DataError(f"PTB-XL is not in {place}: download it from https://physionet.org/content/ptb-xl/ (3 GB, free, "
+                             "CC BY 4.0) and say where it is with --data ptbxl:PATH")
+    return data.open_data(f"ptbxl:{place}", config.rate)
+
+
+def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds=None, device="cpu"):
+    """Zero-shot classification (METHODS 4.2): score = cosine of the ECG with the class' text -> {set: metrics}."""
+    method, config = load_run(run, checkpoint, device)
+    results, embedded = {}, {}
+    for name in [n for s in sets for n in (PTBXL if s == "ptbxl" else (s,))]:
+        data.label_set(name)  # an unknown name ends here
+        source = name.split("_")[0]
+        if source not in embedded:
+            store = find_store(source, config, spec)
+            chosen = store.records["fold"].isin(folds) if folds and source == "ptbxl" else store.records["split"] == "test"
+            rows = np.flatnonzero(chosen)
+            embedded[source] = store.records.iloc[rows], embed_records(method, store, rows, device)
+        records, ecg = embedded[source]
+        classes, positives, keep = data.label_matrix(records, name)
+        if not keep.any():
+            raise data.DataError(f"{store.path}: no record to evaluate has a label of {name}")
+        text = embed_classes(method, class_prompts(name, classes, prompts))
+        results[name] = score_classes(classes, (ecg[keep] @ text.T).numpy(), positives[keep])
+    return results
+
+
+def report(run, sets, **options):
+    """Evaluate, print the tables, write results.json and the pictures into the run."""
+    results = zeroshot(run, sets, **options)
+    for name, result in results.items():
+        print_table(f"zero-shot {name}", result)
+        plot(f"zero-shot {name}", result, Path(run) / f"zeroshot_{name}.png")
+    path = Path(run) / "results.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known.setdefault("zeroshot", {}).update({n: {"options": {k: str(v) for k, v in options.items()}, **r} for n, r in results.items()})
+    path.write_text(json.dumps(known, indent=1))
+    return results
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zeroshot", nargs="+", required=True, metavar="SET",
+                        help=f"ptbxl (= {', '.join(PTBXL)}), simulated, or any label set: {', '.join(data.LABEL_SETS)}")
+    parser.add_argument("--run", help="run folder [the newest in runs/]")
+    parser.add_argument("--ckpt", help="a .safetensors file; config and tokenizer come from --run or from beside it")
+    parser.add_argument("--data", metavar="ptbxl:PATH", help="where the records are")
+    parser.add_argument("--prompts", default="descriptive", help="descriptive | plain | a JSON file {code: text or [texts]}")
+    parser.add_argument("--folds", type=lambda text: [int(f) for f in text.split(",")], help="PTB-XL folds, e.g. 9,10 [10]")
+    args = parser.parse_args(argv)
+    run = args.run or (Path(args.ckpt).parent if args.ckpt else newest_run())
+    print(f"run {run}")
+    report(run, args.zeroshot, checkpoint=args.ckpt, spec=args.data, prompts=args.prompts, folds=args.folds,
+           device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.DataError as error:
+        sys.exit(f"error: {error}")

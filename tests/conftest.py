@@ -1,0 +1,27 @@
+import dataclasses
+import os
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = Path(os.environ.get("ECG_TEST_DATA", ROOT.parent / "shared" / "data")).parent  # real recordings, golden vectors
+
+
+def small_config(method, **options):
+    """A method's small default with some options, as models see it."""
+    import model as models
+    import train
+    return SimpleNamespace(**{**dataclasses.asdict(train.Config(method=method)), **models.METHODS[method][1], **options})
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

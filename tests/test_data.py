@@ -1,0 +1,541 @@
+"""data.py: reading, repair, stores, adapters, label sets. Real recordings are in ../shared/data or $ECG_TEST_DATA."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import wfdb
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+
+REAL = Path(os.environ.get("ECG_TEST_DATA", ROOT.parent / "shared" / "data"))
+PTBXL = REAL / "ptbxl"
+NAMES = ["I", "II", "III", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6"]
+real = pytest.mark.skipif(not PTBXL.is_dir(), reason=f"no real recordings in {REAL} (set ECG_TEST_DATA)")
+
+
+def write(path, signal, fs=500, names=NAMES, fmt="16", gain=1000):
+    """A WFDB record of signal (leads, N) mV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n = len(signal)
+    wfdb.wrsamp(path.name, fs=fs, units=["mV"] * n, sig_name=list(names)[:n], p_signal=np.asarray(signal, float).T,
+                fmt=[fmt] * n, adc_gain=[gain] * n, baseline=[0] * n, write_dir=str(path.parent))
+    return path
+
+
+def beats(n=5000, fs=500, leads=12, seed=0):
+    """Something with the shape of an ECG, different in every lead."""
+    t = np.arange(n) / fs
+    pulse = np.exp(-((t % 0.8 - 0.4) / 0.02) ** 2)
+    return np.round((np.arange(1, leads + 1)[:, None] * 0.1 * pulse + 0.05 * np.sin(2 * np.pi * t + seed)), 3)
+
+
+def edit(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+def table(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def csv_source(folder, count, report="sinus rhythm. normal ecg"):
+    """A generic data set of `count` records."""
+    for i in range(count):
+        write(folder / f"r{i}", beats(seed=i))
+    table(folder / "list.csv", [dict(record=f"r{i}", report=report, patient=f"p{i // 2}") for i in range(count)])
+    return folder / "list.csv"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+@real
+@pytest.mark.parametrize("pattern, every", [("ptbxl/records100/*/*.hea", 20), ("ptbxl/records500/*/*.hea", 6),
+                                            ("ludb/data/*.hea", 2), ("cpsc2018/*.hea", 3), ("csn/*.hea", 3)])
+def test_fast_path_equals_wfdb(pattern, every, monkeypatch):
+    paths = [str(p.with_suffix("")) for p in sorted(REAL.glob(pattern))][::every]
+    assert len(paths) >= 6
+    slow = [data.read_record(p, fast=False) for p in paths]
+    monkeypatch.setattr(data, "read_wfdb", None)  # the fast path must not fall back to it
+    for path, expected in zip(paths, slow):
+        record = data.read_record(path)
+        assert (record.names, record.fs) == (expected.names, expected.fs) and record.checksum_ok
+        np.testing.assert_array_equal(record.signal, expected.signal)
+
+
+@real
+def test_formats_of_wfdb_and_odd_headers():
+    record = data.read_record(REAL / "mitdb" / "100")
+    assert record.signal.shape == (2, 650000) and record.fs == 360 and record.names == ["MLII", "V5"]
+    signal, present = data.to_twelve(record)
+    assert present.tolist() == [lead == "V5" for lead in data.LEADS]  # MLII is no lead of the twelve
+    name = next((REAL / "georgia").glob("*.hea"))  # their record name has an extension, which wfdb 4.3 refuses
+    assert data.read_record(name.with_suffix("")).signal.shape == (12, 5000)
+
+
+@pytest.mark.parametrize("fmt", ["16", "212", "24", "32", "80", "516", "524"])  # the last two are FLAC
+def test_written_formats(tmp_path, fmt):
+    signal = np.round(beats() * (50 if fmt == "80" else 1000)) / 1000  # format 80 has 8 bits
+    record = data.read_record(write(tmp_path / "a", signal, fmt=fmt))
+    np.testing.assert_allclose(record.signal, signal, atol=1e-6)
+
+
+def test_invalid_samples_units_and_checksum(tmp_path):
+    signal = beats()
+    signal[3, 100:110] = np.nan
+    path = write(tmp_path / "a", signal)
+    for fast in (True, False):
+        record = data.read_record(path, fast)
+        np.testing.assert_allclose(record.signal, signal, atol=1e-6)
+    for unit, factor in (("uV", 1e-3), ("V", 1e3)):
+        edit(path.with_suffix(".hea"), "/mV", f"/{unit}")
+        np.testing.assert_allclose(data.read_record(path).signal[0], signal[0] * factor, rtol=1e-6)
+        edit(path.with_suffix(".hea"), f"/{unit}", "/mV")
+    raw = np.fromfile(tmp_path / "a.dat", "<i2")
+    raw[0] += 1
+    raw.tofile(tmp_path / "a.dat")
+    assert record.checksum_ok and not data.read_record(path).checksum_ok
+    assert data.load_record(path, 100)[2]["checksum in the header is wrong"] == 1
+
+
+def test_leads_by_name(tmp_path):
+    order = ["V6", "aVF", "avl", "MDC_ECG_LEAD_AVR", "DIII", "ii", "I", "V1", "V3", "V2", "v5", "V4", "VX"]
+    target = [11, 5, 4, 3, 2, 1, 0, 6, 8, 7, 10, 9]
+    signal = beats(leads=13)
+    twelve, present = data.to_twelve(data.read_record(write(tmp_path / "a", signal, names=order)))
+    assert present.all()
+    for row, lead in enumerate(target):
+        np.testing.assert_allclose(twelve[lead], signal[row], atol=1e-6)
+
+
+def test_missing_and_flat_leads(tmp_path):
+    signal = beats(leads=8)
+    signal[2] = 0.7
+    names = ["I", "II", "V1", "V2", "V3", "V4", "V5", "V6"]
+    ecg, usable, notes = data.load_record(write(tmp_path / "a", signal, names=names), 500)
+    assert usable.tolist() == [True, True] + [False] * 5 + [True] * 5
+    assert not ecg[~usable].any() and notes == {"leads missing": 4, "leads flat or mostly invalid": 1}
+    np.testing.assert_array_equal(ecg[0], np.rint(signal[0] * 1000))
+
+
+def test_repair():
+    fs, signal = 500, np.tile(np.arange(5000, dtype=np.float32) / 1000, (12, 1))
+    broken = signal.copy()
+    broken[0, 100:120] = np.nan                           # 0.04 s: interpolated, here exactly
+    broken[1, 100:121] = np.inf                           # longer: zeroed
+    broken[2, :10] = np.nan                               # at the end: the nearest value
+    broken[3, 1900:] = np.nan                             # 3.8 s are left: not usable
+    fixed, usable, zeroed = data.repair(broken, np.ones(12, bool), fs)
+    np.testing.assert_allclose(fixed[0], signal[0], atol=1e-6)
+    assert zeroed == 21 and not fixed[1, 100:121].any() and (fixed[1, 121:] == signal[1, 121:]).all()
+    assert (fixed[2, :10] == signal[2, 10]).all()
+    assert usable.tolist() == [lead != 3 for lead in range(12)] and not fixed[3].any()
+    broken[5:] = np.nan
+    with pytest.raises(data.DataError, match="too little valid signal"):
+        data.repair(broken, np.ones(12, bool), fs)
+    with pytest.raises(data.DataError, match="every lead is flat"):
+        data.repair(np.ones((12, 5000), np.float32), np.ones(12, bool), fs)
+
+
+@pytest.mark.parametrize("fs, rate", [(500, 100), (360, 100), (257, 250), (100, 500), (500, 500)])
+def test_resampling_keeps_a_sine(tmp_path, fs, rate):
+    n = 10 * fs
+    wave = lambda t: 0.8 * np.sin(2 * np.pi * 7 * t + 0.3) + 0.5
+    path = write(tmp_path / "a", np.tile(wave(np.arange(n) / fs), (12, 1)), fs=fs, gain=10000)
+    ecg, _, _ = data.load_record(path, rate)
+    assert ecg.shape == (12, 10 * rate) and ecg.dtype == np.int16
+    inner = slice(rate // 5, -rate // 5)
+    np.testing.assert_allclose(ecg[0, inner] / 1000, wave(np.arange(10 * rate) / rate)[inner], atol=0.004)
+    assert abs(ecg[0, :2] / 1000 - wave(np.arange(2) / rate)).max() < 0.1  # no ringing from the offset at the edge
+
+
+@pytest.mark.parametrize("crop, start, stop", [("first", 0, 1000), ("center", 500, 1500), ("cpsc-merl", 0, 500)])
+def test_crop_and_pad(tmp_path, crop, start, stop):
+    signal = beats(n=2000, fs=100)
+    ecg, _, _ = data.load_record(write(tmp_path / "long", signal, fs=100), 100, crop)
+    np.testing.assert_array_equal(ecg[:, :stop - start], np.rint(signal[:, start:stop] * 1000))
+    assert not ecg[:, stop - start:].any()
+    ecg, _, _ = data.load_record(write(tmp_path / "short", signal[:, :450], fs=100), 100, crop)
+    np.testing.assert_array_equal(ecg[:, :450], np.rint(signal[:, :450] * 1000))
+    assert not ecg[:, 450:].any()
+
+
+def test_clipping(tmp_path):
+    signal = beats()
+    signal[4, 7], signal[4, 9] = 40, -40
+    ecg, _, notes = data.load_record(write(tmp_path / "a", signal, gain=500), 500)
+    assert (ecg[4, 7], ecg[4, 9]) == (32767, -32767) and notes == {"samples clipped at 32.767 mV": 2}
+
+
+FAULTS = {  # what is done to a good record -> the reason it is dropped for
+    "file is missing": lambda p: p.with_suffix(".dat").unlink(),
+    "signal file is truncated": lambda p: p.with_suffix(".dat").write_bytes(p.with_suffix(".dat").read_bytes()[:-2]),
+    "signal file is longer than its header says": lambda p: edit(p.with_suffix(".hea"), " 12 500 5000", " 12 500 4000"),
+    "zero gain": lambda p: edit(p.with_suffix(".hea"), "1000(0)/mV", "0(0)/mV"),
+    "wrong lead count": lambda p: edit(p.with_suffix(".hea"), " 12 500", " 11 500"),
+    "not readable by wfdb": lambda p: p.with_suffix(".hea").write_bytes(bytes(range(128, 256)) * 4),
+    "none of the twelve leads": lambda p: p.with_suffix(".hea").write_text(
+        "".join(line.rsplit(" ", 1)[0] + f" ch{i}\n" if i else line + "\n"
+                for i, line in enumerate(p.with_suffix(".hea").read_text().splitlines()))),
+    "a lead occurs twice": lambda p: edit(p.with_suffix(".hea"), " V6", " V5"),
+    "unit 'mmHg' is no voltage": lambda p: edit(p.with_suffix(".hea"), "/mV", "/mmHg"),
+    "sampling rate is zero": lambda p: edit(p.with_suffix(".hea"), " 12 500 ", " 12 0 "),
+    "too little valid signal": lambda p: write(p, np.full((12, 5000), np.nan)),
+    "every lead is flat": lambda p: write(p, np.full((12, 5000), 0.3)),
+}
+
+
+def test_malformed_records_are_named_counted_and_not_fatal(tmp_path):
+    source = csv_source(tmp_path / "src", len(FAULTS) + 2)
+    for i, fault in enumerate(FAULTS.values(), 1):
+        fault(tmp_path / "src" / f"r{i}")
+    store = data.prepare("csv", source, tmp_path / "dst", workers=1)
+    assert store.records["id"].tolist() == ["r0", f"r{len(FAULTS) + 1}"]
+    dropped = store.meta["dropped"]
+    assert list(dropped) == list(FAULTS)
+    for i, reason in enumerate(FAULTS, 1):
+        assert dropped[reason]["records"] == 1
+        assert f"r{i}" in dropped[reason]["examples"][0] and "\n" not in dropped[reason]["examples"][0]
+    for i in (0, 1):
+        expected, _, _ = data.load_record(tmp_path / "src" / store.records["id"][i], 100)
+        np.testing.assert_allclose(store.ecg([i])[0], expected / 1000, atol=1e-6)
+
+
+def test_truncated_file_of_another_format(tmp_path):
+    path = write(tmp_path / "a", beats(), fmt="212")
+    path.with_suffix(".dat").write_bytes(path.with_suffix(".dat").read_bytes()[:-5000])
+    with pytest.raises(data.DataError, match="a: not readable by wfdb"):
+        data.read_record(path)
+
+
+# ---- the store ------------------------------------------------------------------------------------------------------
+
+COMMAND = [sys.executable, str(ROOT / "data.py"), "prepare"]
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A data set of 1,500 records (15 files under 100 names each, one missing), and the store of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(15):
+        write(folder / f"r{i}", beats(seed=i))
+    for i in range(15, 1500):
+        (folder / f"r{i}.hea").symlink_to(folder / f"r{i % 15}.hea")
+    (folder / "r100.hea").unlink()
+    table(folder / "list.csv", [dict(record=f"r{i}", report=f"sinus rhythm, number {i}") for i in range(1500)])
+    data.prepare("csv", folder / "list.csv", folder / "whole", workers=1)
+    return folder
+
+
+def test_killed_preparing_goes_on_without_loss_or_doubling(many, tmp_path):
+    partial, state, moments = tmp_path / "dst.partial", tmp_path / "dst.partial" / "store.json", []
+    for wanted, workers in ((1, "1"), (500, "2"), (1000, "1")):  # rows done when the axe falls
+        command = [*COMMAND, "csv", str(many / "list.csv"), str(tmp_path / "dst"), "--workers", workers]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (state.exists() and json.loads(state.read_text())["rows"] >= wanted):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        moments.append(json.loads(state.read_text())["rows"])
+        for folder in (tmp_path / "dst", partial):
+            with pytest.raises(data.DataError, match="did not finish"):
+                data.Store(folder)
+        with open(partial / "ecg.i16", "ab") as file:  # half a task that did not get into store.json
+            file.write(b"half a task")
+    assert len(moments) == 3 and moments == sorted(moments) and moments[-1] < 1500
+    store = data.prepare("csv", many / "list.csv", tmp_path / "dst", workers=1)
+    assert contents(tmp_path / "dst") == contents(many / "whole") and len(store) == 1499
+    assert not partial.exists()
+
+
+def test_workers_leave_with_a_killed_parent():
+    code = (f"import sys, time, multiprocessing; sys.path.insert(0, {str(ROOT)!r}); import data\n"
+            "results = data.in_order(time.sleep, iter([0, 0, 60, 60]), 2)\n"
+            "next(results), next(results)\n"
+            "print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
+            "next(results)")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    workers = process.stdout.readline().split()
+
+    def alive(pid):  # and not a zombie
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+
+    assert len(workers) == 2 and all(map(alive, workers))
+    process.kill()
+    process.wait()
+    deadline = time.time() + 20
+    while any(map(alive, workers)) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
+def test_two_processes_prepare_one_store_once(many, tmp_path):
+    command = [*COMMAND, "csv", str(many / "list.csv"), str(tmp_path / "dst"), "--workers", "1"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [p.communicate() for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    assert sum("preparing" in err for _, err in outputs) == 1 and outputs[0][0] == outputs[1][0]
+    assert contents(tmp_path / "dst") == contents(many / "whole")
+
+
+def test_store_errors(many, tmp_path):
+    def damaged(name, change):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, content in contents(many / "whole").items():
+            (folder / file).write_bytes(content)
+        change(folder)
+        return folder
+
+    def state(folder, **changes):
+        name = folder / "store.json"
+        name.write_text(json.dumps(json.loads(name.read_text()) | changes))
+
+    cases = {"no store .*No such file": lambda f: (f / "store.json").unlink(),
+             "no store .*Expecting": lambda f: (f / "store.json").write_text("{"),
+             "not of a store": lambda f: state(f, format=["ecg-language store", 999]),
+             "did not finish": lambda f: state(f, complete=False),
+             "ecg.i16: damaged": lambda f: os.truncate(f / "ecg.i16", 1000),
+             "records.csv: damaged": lambda f: edit(f / "records.csv", "number 7", "number 8")}
+    for i, (message, change) in enumerate(cases.items()):
+        with pytest.raises(data.DataError, match=message):
+            data.Store(damaged(f"s{i}", change))
+    with pytest.raises(data.DataError, match="no store"):
+        data.Store(tmp_path / "nowhere")
+
+    def flip(folder):
+        with open(folder / "ecg.i16", "r+b") as file:
+            file.seek(12345)
+            file.write(b"\x55\xaa")
+    folder = damaged("flipped", flip)
+    assert len(data.Store(folder)) == 1499
+    with pytest.raises(data.DataError, match="ecg.i16: damaged"):
+        data.Store(folder, verify=True)
+    with pytest.raises(data.DataError, match="other settings"):
+        data.prepare("csv", many / "list.csv", many / "whole", rate=50)
+
+
+def test_partial_of_other_settings_is_refused(many, tmp_path):
+    process = subprocess.Popen([*COMMAND, "csv", str(many / "list.csv"), str(tmp_path / "dst"), "--workers", "1"],
+                               stderr=subprocess.DEVNULL)
+    while not (tmp_path / "dst.partial" / "store.json").exists():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    with pytest.raises(data.DataError, match="dst.partial: left by a run with other settings"):
+        data.prepare("csv", many / "list.csv", tmp_path / "dst", rate=50)
+    with open(tmp_path / "dst.partial" / "ecg.i16", "r+b") as file:
+        file.write(b"\x55\xaa")
+    with pytest.raises(data.DataError, match="ecg.i16: damaged"):
+        data.prepare("csv", many / "list.csv", tmp_path / "dst")
+
+
+def test_command_line_errors_and_info(tmp_path):
+    result = subprocess.run([*COMMAND, "ptbxl", str(tmp_path), str(tmp_path / "dst")], capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "scp_statements.csv" in result.stderr
+    source = csv_source(tmp_path / "src", 2)
+    result = subprocess.run([*COMMAND, "csv", str(source), str(tmp_path / "dst")], capture_output=True, text=True)
+    assert result.returncode == 0 and "2 of 2 records" in result.stdout
+    result = subprocess.run([*COMMAND[:-1], "info", str(tmp_path / "dst"), "--verify"], capture_output=True, text=True)
+    assert result.returncode == 0 and "2 of 2 records" in result.stdout
+
+
+# ---- data sets ------------------------------------------------------------------------------------------------------
+
+def mimic_tree(root):
+    """Six studies in the layout of MIMIC-IV-ECG 1.0. 3: all NaN; 4: no file; 5: empty report; 6: three words."""
+    order = ["I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6"]
+    records, measured = [], []
+    reports = {1: ["Sinus rhythm", "*** Anterior infarct ***", "Sinus rhythm", "Abnormal EKG"],
+               2: ["Atrial fibrillation with rapid response."], 3: ["Sinus rhythm", "Normal ECG"],
+               4: ["Sinus rhythm", "Normal ECG"], 5: [], 6: ["Sinus bradycardia", "Borderline"]}
+    for i, report in reports.items():
+        subject, study = 10000000 + i // 2, 40000000 + i
+        path = f"files/p{str(subject)[:4]}/p{subject}/s{study}/{study}"
+        ids = dict(subject_id=subject, study_id=study)
+        records.append(ids | dict(file_name=study, ecg_time="2180-07-23 08:44:00", path=path))
+        measured.append(ids | dict(cart_id=1, ecg_time="2180-07-23 08:44:00") | dict(bandwidth="0.005-150 Hz")
+                        | {f"report_{k}": report[k] if k < len(report) else "" for k in range(18)})
+        if i != 4:
+            write(root / path, beats() if i != 3 else np.full((12, 5000), np.nan), names=order, gain=200)
+    measured.append(measured[0] | dict(study_id=49999999))
+    table(root / "record_list.csv", records)
+    table(root / "machine_measurements.csv", measured)
+
+
+def test_mimic(tmp_path):
+    mimic_tree(tmp_path / "mimic")
+    store = data.prepare("mimic", tmp_path / "mimic", tmp_path / "dst", min_words=4)
+    assert store.records["id"].tolist() == ["40000001", "40000002"]
+    assert {reason: entry["records"] for reason, entry in store.meta["dropped"].items()} == {
+        "too little valid signal": 1, "file is missing": 1, "report is empty": 1, "report of fewer than 4 words": 1,
+        "study is not in record_list.csv": 1}
+    assert store.records["statements"][0] == ["sinus rhythm", "anterior infarct", "abnormal ecg"]
+    assert store.records["report"][0] == "Sinus rhythm. *** Anterior infarct ***. Sinus rhythm. Abnormal EKG"
+    assert store.records["statements"][1] == ["atrial fibrillation with rapid response"]
+    signal = np.round(beats() * 200) / 200
+    peak = 40  # samples at 100 Hz; aVL is the sixth lead of the file, aVF the fifth
+    np.testing.assert_allclose(store.ecg([0])[0][3:7, peak], signal[[3, 5, 4, 6], 5 * peak], atol=0.02)
+    assert len(data.prepare("mimic", tmp_path / "mimic", tmp_path / "all")) == 3
+
+
+def test_patients_do_not_cross_splits():
+    splits = [data.split_by(str(10000000 + i), 0.98, 0.01) for i in range(20000)]
+    assert splits == [data.split_by(str(10000000 + i), 0.98, 0.01) for i in range(20000)]
+    shares = [splits.count(s) / 20000 for s in ("train", "val", "test")]
+    np.testing.assert_allclose(shares, [0.98, 0.01, 0.01], atol=0.003)
+
+
+def test_own_csv(tmp_path):
+    src = tmp_path / "src"
+    for name in ("a", "deep/b", "c"):
+        write(src / name, beats())
+    table(src / "mine.csv", [
+        dict(record="a", report="Sinus rhythm. Normal ECG", patient="x", split="test", labels="SR; NORM"),
+        dict(record="deep/b.hea", report="AF", patient="y", split="train", labels='{"AFIB": 80}'),
+        dict(record="c", report="", patient="", split="", labels='["PVC"]')])
+    store = data.open_data(f"csv:{src / 'mine.csv'}", rate=250, cache=tmp_path / "cache")
+    assert store.records["codes"].tolist() == [{"SR": 100.0, "NORM": 100.0}, {"AFIB": 80}, {"PVC": 100.0}]
+    assert store.records["split"].tolist()[:2] == ["test", "train"]
+    assert store.records["patient"].tolist() == ["x", "y", "c"]
+    assert store.records["statements"].tolist() == [["sinus rhythm", "normal ecg"], ["af"], []]
+    assert store.ecg([0, 2]).shape == (2, 12, 2500) and store.ecg(slice(1, 2)).dtype == np.float32
+    assert store.records["leads"].tolist() == ["1" * 12] * 3 and store.records["fold"].tolist() == [0, 0, 0]
+    for rows, message in (([dict(record="a", report="")] * 2, "occurs twice"),
+                          ([dict(record="a", report="", split="dev")], "split 'dev'"),
+                          ([dict(record="a", report="", labels="[x")], "no JSON"),
+                          ([dict(name="a")], "no column 'record'")):
+        table(src / "bad.csv", rows)
+        with pytest.raises(data.DataError, match=message):
+            data.prepare("csv", src / "bad.csv", tmp_path / "bad")
+
+
+def test_report_text_is_kept_to_the_letter(tmp_path):
+    report = 'null, "NA";\n sinusrhythmus\r überhöht \\ 0.5 \'mV\''
+    source = csv_source(tmp_path / "src", 1, report)
+    assert data.prepare("csv", source, tmp_path / "dst").records["report"].tolist() == [report]
+    source = csv_source(tmp_path / "na", 1, "NA")
+    assert data.prepare("csv", source, tmp_path / "other").records["report"].tolist() == ["NA"]
+
+
+def test_open_data(tmp_path, capsys):
+    source = csv_source(tmp_path / "src", 2)
+    first = data.open_data(f"csv:{source}", cache=tmp_path / "cache")
+    assert f"preparing csv:{source} at 100 Hz" in capsys.readouterr().err
+    again = data.open_data(f"csv:{source}", cache=tmp_path / "cache")
+    assert again.path == first.path and "preparing" not in capsys.readouterr().err
+    assert data.open_data(f"csv:{source}", cache=tmp_path / "cache", crop="center").path != first.path
+    assert len(data.open_data(f"store:{first.path}")) == 2
+    with pytest.raises(data.DataError, match="100 Hz, not 500"):
+        data.open_data(f"store:{first.path}", rate=500)
+    with pytest.raises(data.DataError, match="no such data: ptb:.* sources are ptbxl, mimic, csv, simulated"):
+        data.open_data("ptb:here", cache=tmp_path / "cache")
+    write(tmp_path / "src" / "r9", beats())  # the source has changed: no silent use of the old store
+    table(source, [dict(record="r9", report="x")])
+    with pytest.raises(data.DataError, match="from other records"):
+        data.open_data(f"csv:{source}", cache=tmp_path / "cache")
+
+
+@real
+def test_ptbxl(tmp_path):
+    """A copy with ten rows: 100 Hz, fallback to 500 Hz, none."""
+    src = tmp_path / "ptbxl"
+    src.mkdir()
+    (src / "scp_statements.csv").write_text((PTBXL / "scp_statements.csv").read_text())
+    rows = pd.read_csv(PTBXL / "ptbxl_database.csv", dtype=str, keep_default_na=False)
+    has = [os.path.exists(PTBXL / f"{name}.hea") for name in rows["filename_hr"]]
+    rows = rows[has].iloc[:10]
+    rows.to_csv(src / "ptbxl_database.csv", index=False)
+    with pytest.raises(data.DataError, match="physionet.org/content/ptb-xl"):
+        data.prepare("ptbxl", src, tmp_path / "none")
+
+    def link(name):
+        for suffix in (".hea", ".dat"):
+            (src / name).parent.mkdir(parents=True, exist_ok=True)
+            (src / (name + suffix)).symlink_to(PTBXL / (name + suffix))
+    for i in range(5):
+        link(rows["filename_lr"].iloc[i])
+    for i in range(3, 8):
+        link(rows["filename_hr"].iloc[i])
+    store = data.prepare("ptbxl", src, tmp_path / "s100")
+    assert store.records["id"].tolist() == rows["ecg_id"].tolist()[:8]
+    assert store.meta["dropped"]["waveform is not in this copy of PTB-XL"]["records"] == 2
+    assert store.records["fold"].tolist() == rows["strat_fold"].astype(int).tolist()[:8]
+    assert store.records["split"].tolist() == [{9: "val", 10: "test"}.get(f, "train") for f in store.records["fold"]]
+    assert store.records["report"].tolist() == rows["report"].tolist()[:8]
+    assert [json.dumps(c).replace('"', "'") for c in store.records["codes"]] == rows["scp_codes"].tolist()[:8]
+    for i in (0, 6):  # as PTB-XL's own 100 Hz file, also where it was made from the one at 500 Hz
+        expected = data.load_record(PTBXL / rows["filename_lr"].iloc[i], 100)[0] / 1000
+        correlation = [np.corrcoef(a, b)[0, 1] for a, b in zip(store.ecg([i])[0], expected)]
+        assert np.median(correlation) > (0.98 if i else 0.999999)
+    high = data.prepare("ptbxl", src, tmp_path / "s500", rate=500)
+    assert high.records["id"].tolist() == rows["ecg_id"].tolist()[3:8] and high.samples == 5000
+    link(rows["filename_lr"].iloc[7])  # now it is there: another file for one of the same records
+    with pytest.raises(data.DataError, match="from other records"):
+        data.prepare("ptbxl", src, tmp_path / "s100")
+    edit(src / "scp_statements.csv", "MI,IMI", "MI,AMI")
+    with pytest.raises(data.DataError, match="classes of IMI are not those in prompts.json"):
+        data.prepare("ptbxl", src, tmp_path / "s101")
+
+
+# ---- label sets -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def everything():
+    """All 21,837 rows of PTB-XL, with or without waveform."""
+    rows = pd.DataFrame([row for row in data.ptbxl_rows(dict(src=str(PTBXL), rate=100))])
+    assert len(rows) == 21837
+    return rows.set_index("id", drop=False)
+
+
+@real
+@pytest.mark.parametrize("name, classes, counts", [
+    ("ptbxl_super", 5, (17111, 2156, 2163)), ("ptbxl_sub", 23, (17111, 2156, 2163)),
+    ("ptbxl_form", 19, (7202, 904, 882)), ("ptbxl_rhythm", 12, (16854, 2109, 2103)),
+    ("ptbxl_diag", 44, (17111, 2156, 2163)),
+    ("ptbxl_all", 71, (17441, 2193, 2203))])
+def test_label_counts_are_the_published_ones(everything, name, classes, counts):
+    names, labels, keep = data.label_matrix(everything, name)
+    assert len(names) == len(set(names)) == classes and labels.shape == (21837, classes) and labels.any(0).all()
+    folds = everything["fold"].to_numpy()
+    assert tuple(int((keep & part).sum()) for part in (folds <= 8, folds == 9, folds == 10)) == counts
+
+
+@real
+@pytest.mark.parametrize("name, file", [("ptbxl_super", "super_class"), ("ptbxl_sub", "sub_class"),
+                                        ("ptbxl_form", "form"), ("ptbxl_rhythm", "rhythm")])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_labels_agree_by_name_with_the_published_split(everything, name, file, split):
+    published = pd.read_csv(REAL / "splits" / "ptbxl" / f"ptbxl_{file}_{split}.csv", dtype={"ecg_id": str})
+    names, labels, _ = data.label_matrix(everything.loc[published["ecg_id"]], name)
+    columns = {column.strip("_"): column for column in published.columns[6:]}
+    assert sorted(columns) == sorted(n.strip("_") for n in names)
+    ours = pd.DataFrame(labels, columns=[columns[n.strip("_")] for n in names])
+    differing = (ours[published.columns[6:]].to_numpy() != published.iloc[:, 6:].astype(bool).to_numpy()).any(1)
+    assert set(published["ecg_id"][differing]) <= {"1371", "3799", "3802", "9822"}  # the csv has other codes for these
+
+
+def test_simulated_label_set():
+    records = pd.DataFrame(dict(codes=[{"SR": 100.0, "LVH": 100.0}, {}, {"AFIB": 100.0}]))
+    names, labels, keep = data.label_matrix(records, "simulated")
+    assert names == ["AFIB", "LVH", "SR"] and keep.tolist() == [True, False, True]
+    assert labels.tolist() == [[False, True, True], [False] * 3, [True, False, False]]
+    with pytest.raises(data.DataError, match="unknown label set 'ptbxl'"):
+        data.label_matrix(records, "ptbxl")

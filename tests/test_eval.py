@@ -1,0 +1,98 @@
+"""eval.py: metrics against scikit-learn, classes without positives, prompts, clear errors."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+import data
+import eval as evaluation
+import model as models
+from conftest import small_config
+
+
+def test_bootstrap_auroc_equals_scikit_learn_with_weights_and_ties():
+    rng = np.random.default_rng(0)
+    score, positive = np.round(rng.normal(size=200), 1), rng.random(200) < 0.2  # rounded: many ties
+    weights = rng.multinomial(200, np.full(200, 1 / 200), 20)
+    ours = evaluation.auroc_of_resamples(score, positive, weights)
+    theirs = [roc_auc_score(positive, score, sample_weight=w) for w in weights]
+    assert np.allclose(ours, theirs, atol=1e-12)
+    none = evaluation.auroc_of_resamples(score, np.zeros(200, bool), weights)
+    assert np.isnan(none).all()
+
+
+def test_classes_without_positives_are_listed_and_not_averaged():
+    rng = np.random.default_rng(1)
+    scores, positives = rng.normal(size=(300, 3)), np.zeros((300, 3), bool)
+    positives[:100, 0] = True
+    positives[:5, 1] = True
+    scores[:100, 0] += 1
+    result = evaluation.score_classes(["A", "B", "C"], scores, positives)
+    assert result["classes"]["C"] == {"positives": 0} and result["macro"]["classes"] == 2 and result["macro_enough"]["classes"] == 1
+    a = roc_auc_score(positives[:, 0], scores[:, 0])
+    assert result["classes"]["A"]["auroc"] == result["macro_enough"]["auroc"] == pytest.approx(a)
+    low, high = result["classes"]["A"]["interval"]
+    assert low < a < high and 0.05 < high - low < 0.2
+    evaluation.print_table("test", result)
+
+
+def test_the_interval_covers_the_truth():
+    """Of many data sets with a known AUROC (0.760 for a shift of one standard deviation), about 95 % of intervals hold it."""
+    rng, hits = np.random.default_rng(2), 0
+    for _ in range(60):
+        positive = rng.random(200) < 0.3
+        score = rng.normal(size=200) + positive
+        result = evaluation.score_classes(["A"], score[:, None], positive[:, None])
+        low, high = result["classes"]["A"]["interval"]
+        hits += low < 0.7602 < high
+    assert 51 <= hits <= 60
+
+
+def test_best_f1_by_hand():
+    assert evaluation.best_f1(np.array([0.9, 0.8, 0.7, 0.1]), np.array([1, 0, 1, 0], bool)) == pytest.approx(0.8)
+
+
+def test_prompts(tmp_path):
+    classes = ["NORM", "NST_"]
+    plain = evaluation.class_prompts("ptbxl_all", classes, "plain")
+    assert plain[0] == ["normal ecg"] and len(plain[1]) == 1
+    assert all(len(p) > 1 for p in evaluation.class_prompts("ptbxl_all", classes, "descriptive"))
+    file = tmp_path / "published.json"
+    file.write_text(json.dumps({"NORM": "Normal ECG", "NST": ["one", "two"]}))  # published files drop the underscore
+    assert evaluation.class_prompts("ptbxl_all", classes, str(file)) == [["normal ecg"], ["one", "two"]]
+    with pytest.raises(data.DataError, match="no prompt for AFIB"):
+        evaluation.class_prompts("ptbxl_rhythm", ["AFIB"], str(file))
+
+
+@pytest.mark.parametrize("name", [name for name in data.LABEL_SETS if name != "simulated"])
+def test_every_class_of_every_set_has_prompts(name):
+    classes = list(data.label_set(name))
+    assert len(classes) == {"ptbxl_super": 5, "ptbxl_sub": 23, "ptbxl_form": 19, "ptbxl_rhythm": 12, "ptbxl_diag": 44, "ptbxl_all": 71}[name]
+    for style in ("plain", "descriptive"):
+        for texts in evaluation.class_prompts(name, classes, style):
+            assert texts and all(t == t.lower().strip() and t for t in texts)
+
+
+def test_class_vectors_are_the_mean_of_their_prompts():
+    method = models.build_method(small_config("etp", width=0.125, dim=16),
+                                 models.small_text_model(["sinus rhythm.", "normal ecg."] * 4, steps=1, dim=32, layers=1)).eval()
+    vectors = evaluation.embed_classes(method, [["sinus rhythm", "normal ecg"], ["normal ecg"]])
+    one = torch.cat([evaluation.embed_classes(method, [[t]]) for t in ("sinus rhythm", "normal ecg")])
+    assert torch.allclose(vectors[0], torch.nn.functional.normalize(one.mean(0), dim=0), atol=1e-6)
+    assert torch.allclose(vectors[1], one[1], atol=1e-6)
+
+
+def test_clear_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PTBXL", raising=False)
+    with pytest.raises(data.DataError, match="no finished run"):
+        evaluation.newest_run()
+    with pytest.raises(data.DataError, match="not a run folder"):
+        evaluation.load_run(tmp_path)
+    with pytest.raises(data.DataError, match="physionet.org/content/ptb-xl"):
+        evaluation.find_store("ptbxl", small_config("etp", data=""), None)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(data.DataError, match="did not finish"):
+        evaluation.load_run(tmp_path)

@@ -1,0 +1,539 @@
+"""Train an ECG-language method: python train.py --method fgclep   (every flag: python train.py --help)
+
+A run is a folder runs/NAME with config.json, tokenizer/, log.jsonl, curves.png, checkpoint.pt, model.safetensors and
+results.json. Kill it at any moment and continue with python train.py --resume runs/NAME.
+"""
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import model as models
+
+
+@dataclass
+class Config:
+    """The small default, made for two CPU cores. A method's own defaults and --preset paper stand in model.METHODS."""
+    method: str = "fgclep"            # etp | merl | fgclep
+    preset: str = "small"             # small: the defaults here; paper: the method's published recipe
+    data: str = "simulated"           # simulated[:N] | ptbxl:PATH | mimic:PATH | csv:FILE | store:PATH
+    name: str = ""                    # name of the run folder; default: method, data and time
+    seed: int = 0                     # everything random follows from it
+    # signal
+    rate: int = 100                   # Hz of the store
+    seconds: float = 10.0             # length of a record
+    normalise: str = "mv"             # mv | record | lead: model.normalise
+    lead_drop: float = 0.1            # chance that a lead is zeroed in a training step
+    shift: float = 1.0                # seconds; a training record is moved in time by at most this much
+    # ECG encoder
+    encoder: str = "resnet18"         # resnet18|34|50|101 | vit_tiny|small|middle|base
+    width: float = 0.5                # channels of a ResNet, as a factor
+    patch: int = 10                   # samples of a ViT patch
+    dim: int = 128                    # dimension of the shared space
+    # text tower
+    text_model: str = ""              # Hugging Face name or folder; default: a small BERT made from the training reports
+    text_trainable_layers: int = -1   # -1 all, 0 frozen, n the last n layers
+    text_pooling: str = "mean"        # mean | cls | pooler
+    text_max_length: int = 128        # tokens
+    mlm_steps: int = 300              # masked-language-model updates of the small BERT
+    text_unit: str = "report"         # what is said of a record in a step: report | subset | tag | fgclep: tags (every one)
+    report_language: str = "english"  # english | original
+    # loss
+    temperature: float = 0.07         # etp, merl: fixed softmax temperature
+    uma_dropout: float = 0.1          # merl: dropout of the two ECG views
+    fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
+    similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.similarity
+    logit_bias: float = 0.0           # fgclep: start of a learned bias of the logits; 0: none, as published
+    keep_quantile: float = 0.5        # fgclep: a recovered feature stays if its score beats this share of all ECGs' scores
+    keep_threshold: float = -1.0      # fgclep: and if its cosine is at least this (FOCAL: 0.95)
+    # optimisation
+    epochs: int = 24                  # fgclep: of the coarse stage
+    fine_epochs: int = 0              # fgclep: of the fine stage
+    batch_size: int = 64              # records contrasted with one another, over all processes
+    accumulate: int = 1               # such batches per update
+    lr: float = 1e-3                  # peak learning rate (AdamW)
+    beta2: float = 0.999              # AdamW
+    weight_decay: float = 0.05        # of weight matrices; vectors (norms, biases, positions) have none
+    warmup: float = 0.1               # share of a stage's updates with rising rate; without it towers collapse
+    clip: float = 1.0                 # largest gradient norm
+    precision: str = "auto"           # auto: bf16 on CUDA, float32 on CPU | float32 | bf16
+    compile: bool = False             # torch.compile the ECG encoder
+    threads: int = 0                  # CPU threads; 0: torch's choice
+    workers: int = 0                  # processes that read batches
+    save_every: int = 200             # updates between checkpoints
+
+
+def parse(argv):
+    """Command line -> (Config, run folder to continue or None)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"), **kind)
+    parser.add_argument("--resume", metavar="RUN", help="continue a run folder; its own config holds")
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume")
+    if resume:
+        if given:
+            parser.error(f"--resume takes the config from the run: drop --{', --'.join(given).replace('_', '-')}")
+        return load_config(resume), Path(resume)
+    method, preset = given.get("method", Config.method), given.get("preset", Config.preset)
+    if method not in models.METHODS or preset not in ("small", "paper"):
+        parser.error(f"unknown method or preset: {method}, {preset}; methods: {', '.join(models.METHODS)}; presets: small, paper")
+    _, small, paper = models.METHODS[method]
+    return Config(**{**small, **(paper if preset == "paper" else {}), **given}), None
+
+
+def load_config(run):
+    """Config of a run folder. Errors: DataError where there is none."""
+    path = Path(run) / "config.json"
+    if not path.exists():
+        raise data.DataError(f"{run}: not a run folder (no config.json)")
+    return Config(**json.loads(path.read_text()))
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------
+
+class Records(torch.utils.data.Dataset):
+    """(stage, epoch, rows) -> model.Batch. What is random about a record follows from (seed, stage, epoch, row) alone, so
+    that any number of processes, and a resumed run, see the same."""
+
+    def __init__(self, store, tags, config):
+        self.store, self.tags, self.config = store, tags, config
+        self.names = store.records["id"].astype(str).to_numpy()
+
+    def __getitem__(self, key):
+        stage, epoch, rows = key
+        ecg, chosen = self.store.ecg(rows), []
+        for i, row in enumerate(rows):
+            rng = np.random.default_rng((self.config.seed, stage, epoch, row))
+            chosen.append(choose(self.tags[row], self.config.text_unit, rng))
+            augment(ecg[i], self.config, rng)
+        return models.Batch(torch.from_numpy(ecg), chosen, [self.tags[row] for row in rows], list(self.names[rows]))
+
+
+def choose(tags, unit, rng):
+    """What is said of a record in this step: all its tags (report), a random subset in random order, or one tag."""
+    if unit in ("report", "tags"):
+        return tags
+    count = 1 if unit == "tag" else rng.integers(1, len(tags) + 1)
+    return [tags[i] for i in rng.permutation(len(tags))[:count]]
+
+
+def augment(ecg, config, rng):
+    """Zero some leads and shift in time, in place (zeros move in). ecg: (L, N) mV."""
+    if config.lead_drop:
+        ecg[rng.random(len(ecg)) < config.lead_drop] = 0
+    limit = int(config.shift * config.rate)
+    if limit:
+        step = int(rng.integers(-limit, limit + 1))
+        ecg[:] = np.roll(ecg, step, 1)
+        ecg[:, slice(0, step) if step >= 0 else slice(step, None)] = 0
+
+
+def batch_keys(rows, config, stage, epoch):
+    """Keys of one epoch for this process: a seeded shuffle, whole batches only, this process' share of each."""
+    order = np.random.default_rng((config.seed, stage, epoch)).permutation(rows)
+    share = config.batch_size // models.world()
+    rank = dist.get_rank() if models.world() > 1 else 0
+    for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
+        yield stage, epoch, order[start + rank * share: start + (rank + 1) * share]
+
+
+def stages(config):
+    """[(name, epochs)]: most methods have one stage, FG-CLEP a coarse and a fine one."""
+    names = getattr(models.METHODS[config.method][0], "stages", ("train",))
+    return [(n, e) for n, e in zip(names, (config.epochs, config.fine_epochs)) if e]
+
+
+# ---- the parts of a run ------------------------------------------------------------------------------------------
+
+def make_text(config, run, texts, device, main):
+    """(language model, tokenizer) of a run: loaded or, by default, trained on `texts` (all training reports) on the spot.
+
+    Process 0 makes it and keeps tokenizer and architecture in run/tokenizer; the others, and a resumed run, build it from
+    there: their weights come from process 0 (DDP) or from the checkpoint."""
+    folder, made = run / "tokenizer", None
+    if main and not (run / "checkpoint.pt").exists():
+        made = models.load_text_model(config.text_model) if config.text_model else models.small_text_model(
+            texts, config.seed, config.mlm_steps, device=device, bar=lambda steps: tqdm(steps, desc="language model"))
+        models.save_text_model(*made, folder)
+    agree(None)  # the others wait here
+    return made or models.rebuild_text_model(folder)
+
+
+def make_optimiser(method, config):
+    """AdamW; weight decay on matrices only."""
+    params = [p for p in method.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+
+
+def rate_at(update, updates, config):
+    """Learning rate of one update of a stage: linear warm-up, then cosine to zero."""
+    warm = max(1, round(config.warmup * updates)) if config.warmup else 0
+    if update < warm:
+        return config.lr * (update + 1) / warm
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
+
+
+def write_atomic(path, write):
+    """write(temporary path), then rename: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(run, method, optimiser, update):
+    state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
+             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
+
+
+def load_checkpoint(run, method, optimiser, device):
+    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    method.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["update"]
+
+
+class Watch:
+    """Tells collapse in plain words while there is still time: both towers on a fixed probe batch, and the loss itself."""
+
+    def __init__(self, probe, method, config):
+        self.probe, self.method, self.recent = probe, method, []
+        self.chance = method.contrast_sides * math.log(config.batch_size)
+
+    def note(self, terms):
+        """Remember an update's loss terms: name -> number."""
+        if "contrast" in terms:
+            self.recent = (self.recent + [terms["contrast"]])[-50:]
+
+    @torch.no_grad()
+    def look(self):
+        """Sentence on what looks wrong, or ""."""
+        was = self.method.training
+        self.method.eval()
+        e, t = self.method.encode_ecg(self.probe.ecg).rhythm, self.method.encode_text(self.probe.texts).report
+        self.method.train(was)
+        for name, x in (("ECG", e), ("text", t)):
+            spread = (x - x.mean(0)).square().sum(1).mean().item()  # 1: all over the sphere, 0: one point
+            if spread < 0.01:
+                return (f"COLLAPSE: all {name} embeddings are nearly the same (spread {spread:.4f}). Stop this run; use "
+                        f"warm-up (--warmup 0.1), a lower --lr, or a larger --batch-size.")
+        if len(self.recent) == 50 and min(self.recent) > 0.98 * self.chance:
+            return (f"STUCK: the contrastive loss has stayed at {np.mean(self.recent):.3f}, chance is {self.chance:.3f} (ln of "
+                    f"the batch size): nothing is being learned. Use warm-up (--warmup 0.1) or a lower --lr.")
+        return ""
+
+
+# ---- FG-CLEP: recovery of waveform features between its two stages -------------------------------------------------
+
+@torch.no_grad()
+def recover_features(method, store, rows, tags, config, run, device):
+    """Enrich reports (FG-CLEP, METHODS 2.5): every waveform feature that the knowledge table lists for a report's diagnoses
+    is a candidate; the coarse model scores it against the record's own ECG, and what is implausible is dropped.
+
+    A candidate stays if its cosine reaches the keep_quantile of that feature's cosines over all training ECGs (so that a
+    feature's popularity plays no part) and keep_threshold. Writes run/recovered.jsonl, one line a record."""
+    knowledge = data.Findings()
+    candidates = {row: [f for f in knowledge.candidates(tags[row]) if f not in tags[row]] for row in rows}
+    features = sorted({f for found in candidates.values() for f in found})
+    method.eval()
+    ecg = evaluation.embed_records(method, store, rows, device, "scoring candidates")           # (R, dim)
+    text = method.encode_text([models.join([f]) for f in features]).report.float().cpu() if features else torch.zeros(0, config.dim)
+    method.train()
+    scores = (ecg @ text.T).numpy()                                                             # (R, F)
+    bar = np.maximum(np.quantile(scores, config.keep_quantile, 0), config.keep_threshold)       # (F,)
+    place = {f: i for i, f in enumerate(features)}
+
+    def write(path):
+        with open(path, "w") as out:
+            for i, row in enumerate(rows):
+                scored = [[f, round(float(scores[i, place[f]]), 4), bool(scores[i, place[f]] >= bar[place[f]])]
+                          for f in candidates[row]]
+                out.write(json.dumps({"id": str(store.records["id"].iloc[row]), "row": int(row), "candidates": scored}) + "\n")
+    write_atomic(run / "recovered.jsonl", write)
+
+
+def read_recovered(run):
+    """recovered.jsonl -> {row: [[feature, cosine, kept], ...]}."""
+    lines = map(json.loads, (run / "recovered.jsonl").read_text().splitlines())
+    return {line["row"]: line["candidates"] for line in lines}
+
+
+def recovery_quality(recovered, truth):
+    """Precision and recall of the recovered features, with and without the filter, against the truth (simulated records).
+
+    truth: {row: features the record really shows and its report leaves out}. Counts are summed over records."""
+    table = {}
+    for name, wanted in (("all candidates", (True, False)), ("kept by the filter", (True,))):
+        hits = [f in truth[row] for row, scored in recovered.items() for f, _, kept in scored if kept in wanted]
+        table[name] = {"features": len(hits), "precision": sum(hits) / max(1, len(hits)),
+                       "recall": sum(hits) / max(1, sum(map(len, truth.values())))}
+    return table
+
+
+def enrich(method, store, rows, tags, config, run, device, main):
+    """Between the stages: recover features (once; a resumed run reads them) -> tags of every row with the kept ones."""
+    if main and not (run / "recovered.jsonl").exists():
+        recover_features(method, store, rows, tags, config, run, device)
+    agree(None)  # the others wait here
+    recovered = read_recovered(run)
+    kept = {row: [f for f, _, keep in scored if keep] for row, scored in recovered.items()}
+    if main:
+        print(f"recovered features: {sum(len(s) for s in recovered.values())} candidates, {sum(map(len, kept.values()))} kept")
+        if any(store.records["features"]):
+            truth = {row: set(store.records["features"].iloc[row]) - set(tags[row]) for row in rows}
+            quality = recovery_quality(recovered, truth)
+            write_atomic(run / "recovery.json", lambda path: path.write_text(json.dumps(quality, indent=1)))
+            for name, q in quality.items():
+                print(f"  {name:<20} {q['features']:7d} features   precision {q['precision']:.3f}   recall {q['recall']:.3f}")
+    return [tag + kept.get(row, []) for row, tag in enumerate(tags)]
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------------
+
+def start_processes():
+    """Join torchrun's processes, if there are any. Returns (device, is this the process that prints and writes)."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=3))
+    return device, rank == 0
+
+
+def agree(value):
+    """Process 0's value, in all processes."""
+    if models.world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+class Stop:
+    """SIGINT and SIGTERM ask for a stop; the loop saves and leaves at the next update. A second one ends at once."""
+
+    def __init__(self):
+        self.asked = 0
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked:
+            sys.exit(128 + number)
+        self.asked = number
+
+    def anywhere(self, device):
+        """Whether any process was asked."""
+        if models.world() == 1:
+            return bool(self.asked)
+        flag = torch.tensor(self.asked, device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+class Log:
+    """log.jsonl of a run, one line an update; on resuming, lines past the checkpoint are cut off. Then curves.png."""
+
+    def __init__(self, run, update, main):
+        self.path, self.file = run / "log.jsonl", None
+        if main:
+            kept = [line for line in self.read() if line["update"] <= update]
+            write_atomic(self.path, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+            self.file = open(self.path, "a", buffering=1)
+
+    def read(self):
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may leave half a line
+
+    def add(self, **line):
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+
+    def plot(self):
+        from matplotlib.figure import Figure
+        lines = [line for line in self.read() if "terms" in line]
+        x = [line["update"] for line in lines]
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for name in sorted({name for line in lines for name in line["terms"]}):
+            left.plot(x, [line["terms"].get(name, math.nan) for line in lines], lw=0.8, label=name)
+        for start in {line["stage"]: line["update"] for line in reversed(lines)}.values():
+            left.axvline(start, color="0.8", lw=0.8, zorder=0)
+        left.set(xlabel="update", ylabel="loss term")
+        left.legend(frameon=False)
+        right.plot(x, [line["lr"] for line in lines], color="C1")
+        right.set(xlabel="update", ylabel="learning rate")
+        figure.savefig(self.path.with_name("curves.png"), dpi=120)
+
+
+def train(config, run, device, main):
+    """Train to the end, or continue a run folder to its end. Returns the source of its data, None if stopped by a signal."""
+    store = data.open_data(config.data, config.rate)
+    tags = data.report_tags(store, config.report_language)
+    rows = [row for row in np.flatnonzero(store.records["split"] == "train") if tags[row]]
+    if config.batch_size % models.world() or len(rows) < config.batch_size:
+        raise data.DataError(f"batch size {config.batch_size} must divide by {models.world()} processes and not exceed the "
+                             f"{len(rows)} training records with a report")
+    text = make_text(config, run, [models.join(tags[row]) for row in rows], device, main)
+    method = models.build_method(config, text).to(device)
+    torch.manual_seed(config.seed)
+    optimiser = make_optimiser(method, config)
+    update = load_checkpoint(run, method, optimiser, device) if (run / "checkpoint.pt").exists() else 0
+    if main:
+        count = sum(p.numel() for p in method.parameters())
+        print(f"{config.method}: {len(rows)} training records of {config.data}, {count / 1e6:.2f} M parameters, run {run}")
+    if config.compile:
+        method.ecg.compile()
+    parallel = method
+    if models.world() > 1:
+        parallel = DistributedDataParallel(method, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    stop, log, end = Stop(), Log(run, update, main), 0
+    for number, (name, epochs) in enumerate(stages(config)):
+        start, end = end, end + epochs * (len(rows) // config.batch_size) // config.accumulate
+        if update >= end:
+            continue
+        if name == "fine":
+            tags = enrich(method, store, rows, tags, config, run, device, main)
+        keys = [key for epoch in range(epochs) for key in batch_keys(rows, config, number, epoch)]
+        batches = torch.utils.data.DataLoader(
+            Records(store, tags, config), sampler=keys[(update - start) * config.accumulate:], batch_size=None,
+            num_workers=config.workers, collate_fn=as_it_is, pin_memory=device.type == "cuda",
+            generator=torch.Generator())  # its own: a loader must not move the random state that a resumed run continues
+        update = train_stage(name, parallel, optimiser, batches, Updates(start, update, end), config, run, device, log, stop)
+        if update < end:
+            return None
+    if main:
+        write_atomic(run / "model.safetensors", lambda path: save_file(method.state_dict(), path))
+        log.plot()
+    return store.records["source"].iloc[0]
+
+
+def as_it_is(batch):
+    return batch
+
+
+class Updates(NamedTuple):
+    first: int  # global number of the stage's first update
+    done: int   # updates done so far
+    end: int    # global number after its last
+
+
+def train_stage(name, parallel, optimiser, batches, updates, config, run, device, log, stop):
+    """Do the updates of one stage; returns the number of updates done so far."""
+    method = getattr(parallel, "module", parallel).train()
+    amp = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    stream, update, watch, last_save = iter(batches), updates.done, None, updates.done
+    bar = tqdm(total=updates.end - updates.first, initial=update - updates.first, desc=name, disable=log.file is None,
+               unit="rec", unit_scale=config.batch_size * config.accumulate)
+    while update < updates.end:
+        rate = rate_at(update - updates.first, updates.end - updates.first, config)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        terms = {}
+        for micro in range(config.accumulate):
+            batch = next(stream)
+            batch = batch._replace(ecg=batch.ecg.to(device, non_blocking=True))
+            last = micro == config.accumulate - 1
+            with contextlib.nullcontext() if last or parallel is method else parallel.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    losses = parallel(batch)
+                loss = sum(method.weights.get(k, 1.0) * v for k, v in losses.items()) / config.accumulate
+                check_finite(loss, batch, update)
+                loss.backward()
+            for k, v in losses.items():
+                terms[k] = terms.get(k, 0.0) + v.item() / config.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(method.parameters(), config.clip).item()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        update += 1
+        log.add(update=update, stage=name, loss=sum(method.weights.get(k, 1.0) * v for k, v in terms.items()), terms=terms,
+                lr=rate, grad_norm=norm)
+        bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
+        bar.update()
+        watch = watch or Watch(batch, method, config)
+        watch.note(terms)
+        if update % 50 == 0:
+            warning = watch.look()
+            if warning:
+                log.add(update=update, warning=warning)
+                bar.write(f"update {update}: {warning}")
+        stopping = stop.anywhere(device)
+        if log.file and (update - last_save >= config.save_every or update == updates.end or stopping):
+            save_checkpoint(run, method, optimiser, update)
+            last_save = update
+        if stopping:
+            bar.close()
+            if log.file:
+                print(f"stopped and saved at update {update}; continue with: python train.py --resume {run}")
+            break
+    bar.close()
+    return update
+
+
+def check_finite(loss, batch, update):
+    if not torch.isfinite(loss):
+        raise data.DataError(f"the loss is {loss.item()} at update {update}; records of this batch: {', '.join(batch.ids)}. "
+                             "Look at their signals (python data.py plot), or lower --lr")
+
+
+def absolute(spec):
+    """A data spec whose path does not depend on where the program is started."""
+    kind, colon, path = spec.partition(":")
+    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if colon and kind != "simulated" else spec
+
+
+def main(argv=None):
+    config, run = parse(argv)
+    device, first = start_processes()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if run is None and config.name and (Path("runs") / config.name / "config.json").exists():
+        raise data.DataError(f"runs/{config.name} exists: continue it with --resume runs/{config.name}, or choose another --name")
+    config.data = absolute(config.data)
+    name = config.name or f"{config.method}-{config.data.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = agree(run or Path("runs") / name)
+    if first:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomic(run / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+    source = train(config, run, device, first)
+    if source and first:
+        evaluation.report(run, ["ptbxl" if source == "ptbxl" else "simulated"], device=device)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.DataError as error:
+        sys.exit(f"error: {error}")
