@@ -1306,6 +1306,47 @@ import json, pathlib
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+def describe(store):
+    print(f"{store.path}: {len(store)} of {store.meta['rows']} records, {SECONDS} s at {store.rate} Hz, "
+          + ", ".join(f"{name} {count}" for name, count in store.records["split"].value_counts().items()))
+    for kind in ("dropped", "warnings"):
+        for text, entry in store.meta[kind].items():
+            print(f"{kind:9s}{entry['records']:7d} records: {text} ({entry['amount']}), e.g. {entry['examples'][0]}")
+
+
+def print_coverage(src):
+    """How much of PTB-XL's reports the lexicon understands, and what is left by frequency."""
+    reports = [line["report"] for line in read_csv(os.path.join(src, "ptbxl_database.csv"), ("report",))]
+    known, total, left = translator().coverage(reports)
+    print(f"{len(reports)} reports: {known} of {total} word occurrences understood ({100 * known / total:.2f} %); left over:")
+    print(", ".join(f"{word} {count}" for word, count in left.most_common(100)))
+
+
+def plot(store, ids, path):
+    """Records of a store as on paper (25 mm/s and 10 mm/mV squares), three columns of four leads and II below each -> PNG."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 5 * len(ids)), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(len(ids), 1)), ids):
+        found = np.flatnonzero(store.records["id"] == name)
+        if not len(found):
+            raise DataError(f"{store.path}: holds no record {name!r}")
+        record, ecg = store.records.iloc[found[0]], store.ecg(found[:1])[0]
+        quarter = store.samples // 4
+        for i, lead in enumerate(LEADS):
+            column, row = divmod(i, 3)
+            part = slice(column * quarter, (column + 1) * quarter)
+            axes.plot(np.arange(store.samples)[part] / store.rate, ecg[i, part] - 2.2 * row, "k", lw=0.8)
+            axes.text(column * quarter / store.rate + 0.05, 0.85 - 2.2 * row, lead, fontsize=9)
+        axes.plot(np.arange(store.samples) / store.rate, ecg[1] - 6.6, "k", lw=0.8)
+        axes.text(0.05, 0.85 - 6.6, "II", fontsize=9)
+        axes.set_xticks(np.arange(0, SECONDS + 0.1, 0.2), minor=True)
+        axes.set_yticks(np.arange(-8, 1.6, 0.5), minor=True)
+        axes.grid(which="both", color="#f3c6c6", lw=0.5)
+        axes.set(xlim=(0, SECONDS), ylim=(-8, 1.5), xticks=range(SECONDS + 1), yticks=[], xlabel="s",
+                 title=f"{record['source']} {name}: {'; '.join(record['statements'])}")
+    figure.savefig(path, dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prepare and inspect stores.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1321,13 +1362,20 @@ def main():
     command = commands.add_parser("info", help="describe a store")
     command.add_argument("path")
     command.add_argument("--verify", action="store_true", help="compare the checksum of the signals, too")
+    command = commands.add_parser("coverage", help="how much of PTB-XL's reports the translation understands")
+    command.add_argument("src", help="folder with ptbxl_database.csv")
+    command = commands.add_parser("plot", help="draw records as a PNG")
+    command.add_argument("data", help="as for train.py: simulated, ptbxl:PATH, store:PATH, ...")
+    command.add_argument("ids", nargs="+")
+    command.add_argument("--out", default="ecg.png")
     args = vars(parser.parse_args())
-    store = (prepare if args.pop("command") == "prepare" else Store)(**args)
-    print(f"{store.path}: {len(store)} of {store.meta['rows']} records, {SECONDS} s at {store.rate} Hz, "
-          + ", ".join(f"{name} {count}" for name, count in store.records["split"].value_counts().items()))
-    for kind in ("dropped", "warnings"):
-        for text, entry in store.meta[kind].items():
-            print(f"{kind:9s}{entry['records']:7d} records: {text} ({entry['amount']}), e.g. {entry['examples'][0]}")
+    name = args.pop("command")
+    if name == "coverage":
+        print_coverage(**args)
+    elif name == "plot":
+        plot(open_data(args["data"]), args["ids"], args["out"])
+    else:
+        describe((prepare if name == "prepare" else Store)(**args))
 
 
 if __name__ == "__main__":

@@ -382,6 +382,7 @@ class Method(nn.Module):
         self.config = config
         self.samples = round(config.rate * config.seconds)
         self.ecg = build_encoder(config.encoder, 12, self.samples, config.width, config.patch)
+        self.dropout = nn.Dropout(config.dropout)
         self.text = TextTower(*text, config.text_trainable_layers, config.text_pooling, config.text_max_length)
 
     weights = {}        # of the loss terms, where not 1
@@ -410,7 +411,7 @@ class ETP(Method):
 
     def encode_ecg(self, ecg):
         tokens = self.encode_tokens(ecg)
-        return EcgViews(tokens, None, F.normalize(self.project_ecg(tokens.mean(1)), dim=1))
+        return EcgViews(tokens, None, F.normalize(self.project_ecg(self.dropout(tokens.mean(1))), dim=1))
 
     def encode_text(self, texts):
         return TextViews(None, None, F.normalize(self.project_text(self.text(texts)), dim=1))
@@ -471,7 +472,6 @@ class FGCLEP(Method):
         self.project_ecg = nn.Linear(self.ecg.dim, config.dim)
         self.project_text = nn.Linear(self.text.dim, config.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
-        self.bias = nn.Parameter(torch.tensor(float(config.logit_bias)), requires_grad=config.logit_bias != 0)
 
     encode_ecg, encode_text = ETP.encode_ecg, ETP.encode_text
 
@@ -486,7 +486,10 @@ class FGCLEP(Method):
         target = self.similarity(t, chosen, tags)  # (B, C)
         if self.config.fn_mode == "l1":
             return {"l1": l1_similarity(e, t, target)}
-        return {"sigmoid": soft_sigmoid(self.learned_scale() * cosine(e, t) + self.bias, target)}
+        logits = self.learned_scale() * cosine(e, t)
+        if self.config.prior:  # how frequent a text is, the cosine need not say: only which records it is true of
+            logits = logits + torch.logit(target.mean(0), eps=0.5 / len(e))
+        return {"sigmoid": soft_sigmoid(logits, target)}
 
     @torch.no_grad()
     def similarity(self, t, chosen, tags):
@@ -538,7 +541,7 @@ METHODS = {
         weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
     "fgclep": (FGCLEP, dict(text_unit="tags"), dict(
         normalise="lead", encoder="resnet50", width=1.0, dim=512, text_model="emilyalsentzer/Bio_ClinicalBERT",
-        text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half",
+        text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half", prior=False,
         keep_quantile=0.0, keep_threshold=0.95, batch_size=800, epochs=10, fine_epochs=3, lr=2e-5, weight_decay=1e-4,
         lead_drop=0.0, shift=0.0)),
 }

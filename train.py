@@ -45,11 +45,13 @@ class Config:
     normalise: str = "mv"             # mv | record | lead: model.normalise
     lead_drop: float = 0.1            # chance that a lead is zeroed in a training step
     shift: float = 1.0                # seconds; a training record is moved in time by at most this much
+    noise: float = 0.0                # mV; largest standard deviation of white noise added to a training record
     # ECG encoder
     encoder: str = "resnet18"         # resnet18|34|50|101 | vit_tiny|small|middle|base
     width: float = 0.5                # channels of a ResNet, as a factor
     patch: int = 10                   # samples of a ViT patch
     dim: int = 128                    # dimension of the shared space
+    dropout: float = 0.0              # of the pooled ECG vector
     # text tower
     text_model: str = ""              # Hugging Face name or folder; default: a small BERT made from the training reports
     text_trainable_layers: int = -1   # -1 all, 0 frozen, n the last n layers
@@ -63,7 +65,7 @@ class Config:
     uma_dropout: float = 0.1          # merl: dropout of the two ECG views
     fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
     similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.similarity
-    logit_bias: float = 0.0           # fgclep: start of a learned bias of the logits; 0: none, as published
+    prior: bool = True                # fgclep: logits start from each text's frequency in the batch: model.FGCLEP.loss
     keep_quantile: float = 0.5        # fgclep: a recovered feature stays if its score beats this share of all ECGs' scores
     keep_threshold: float = -1.0      # fgclep: and if its cosine is at least this (FOCAL: 0.95)
     # optimisation
@@ -142,7 +144,9 @@ def choose(tags, unit, rng):
 
 
 def augment(ecg, config, rng):
-    """Zero some leads and shift in time, in place (zeros move in). ecg: (L, N) mV."""
+    """Zero some leads, add noise and shift in time, in place (zeros move in). ecg: (L, N) mV."""
+    if config.noise:
+        ecg += rng.uniform(0, config.noise) * rng.standard_normal(ecg.shape, np.float32)
     if config.lead_drop:
         ecg[rng.random(len(ecg)) < config.lead_drop] = 0
     limit = int(config.shift * config.rate)
@@ -524,7 +528,7 @@ def main(argv=None):
     config.data = absolute(config.data)
     name = config.name or f"{config.method}-{config.data.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = agree(run or Path("runs") / name)
-    if first:
+    if first and not (run / "config.json").exists():
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     source = train(config, run, device, first)

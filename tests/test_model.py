@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import model as models
-from conftest import SHARED, small_config
+from conftest import ROOT, SHARED, small_config
 
 GOLDEN = SHARED / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the authors' numbers are not at {GOLDEN}")
@@ -269,3 +269,15 @@ def test_two_processes_give_the_loss_and_gradients_of_one(name, options, tmp_pat
             assert (g - other["grads"][n]).abs().max() < 1e-4 * top, n
         for n, b in method.named_buffers():  # running statistics of batch norm
             assert torch.allclose(b.float(), other["buffers"][n].float(), atol=1e-5), n
+
+
+def test_the_method_in_the_readme_trains(monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(class SigLIP.*?)```", readme, re.S)[1]
+    assert code.count("\n") <= 30
+    monkeypatch.setattr(models, "METHODS", dict(models.METHODS))
+    exec(code, vars(models))
+    method, batch = toy_method("siglip"), toy_batch()
+    first = sum(method(batch).values())
+    first.backward()
+    assert method.project_ecg.weight.grad.abs().sum() > 0 and method.project_text.weight.grad.abs().sum() > 0

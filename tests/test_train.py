@@ -69,6 +69,21 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, how):
         assert (tmp_path / "runs/part" / name).exists(), name
 
 
+def test_torchrun_with_two_processes_trains_like_one(tiny_store, tmp_path, free_port):
+    """ETP has no dropout (its text tower is frozen), so the whole runs can be compared: losses of every update."""
+    args = ["--method", "etp", "--data", f"store:{tiny_store}", *TINY]
+    one = run_train(tmp_path, "--name", "one", *args)
+    assert one.wait() == 0, one.communicate()[0]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}",
+                          str(ROOT / "train.py"), "--name", "two", *args], cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert two.returncode == 0, two.stdout + two.stderr
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / f"runs/{name}/log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert len(losses[0]) == len(losses[1]) > 10
+    assert np.allclose(losses[0][:3], losses[1][:3], rtol=2e-5)  # later AdamW enlarges differences of rounding
+    assert np.allclose(*losses, rtol=1e-2)
+
+
 def test_a_not_finite_loss_stops_with_the_record_ids(tiny_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "info_nce", lambda x, y, *a: (x.sum() + y.sum()) * float("nan"))
