@@ -625,7 +625,8 @@ class Translator:
     Longest phrase first, left to right; a prefix waits for the next statement, a suffix changes the last one.
     """
 
-    def __init__(self, lexicon):
+    def __init__(self, lexicon, synonyms=()):
+        """lexicon: "lexicon" in prompts.json; synonyms: (wording, English) of statements it need not repeat."""
         self.rewrite = [(re.compile(old), new) for old, new in lexicon["rewrite"]]
         self.table = {}  # words of a phrase -> (kind, English texts)
         for kind in ("drop", "join", "suffix", "prefix", "statements"):  # a later kind wins
@@ -633,9 +634,10 @@ class Translator:
                 for site, name in lexicon["sites"].items() if "<site>" in phrase else [("", "")]:
                     [words] = self.sentences(phrase.replace("<site>", site).replace("<leads>", "v1"))
                     self.table[self.key(words)] = kind, english.replace("<site>", name).split("; ")
-        for text in [text for kind, texts in self.table.values() if kind == "statements" for text in texts]:
-            [words] = self.sentences(text.replace("<leads>", "v1"))
-            self.table.setdefault(self.key(words), ("statements", [text]))  # our own English stays as it is
+        own = [(text, text) for kind, texts in self.table.values() if kind == "statements" for text in texts]
+        for wording, text in (*own, *synonyms):  # our own English stays as it is
+            words = sum(self.sentences(wording.replace("<leads>", "v1")), [])
+            self.table.setdefault(self.key(words), ("statements", [text]))
         self.longest = max(map(len, self.table))
 
     def sentences(self, text):
@@ -693,7 +695,8 @@ class Translator:
 
 @lru_cache
 def translator():
-    return Translator(knowledge()["lexicon"])
+    findings = [*knowledge()["findings"].values(), *knowledge()["more_findings"].values()]
+    return Translator(knowledge()["lexicon"], [(word, f["name"]) for f in findings for word in (f["name"], *f["also"])])
 
 
 def translate(report):
