@@ -59,7 +59,7 @@ def embed_records(method, store, rows, device, what="encoding ECGs", batch=256):
 @torch.no_grad()
 def embed_classes(method, prompts):
     """prompts: C lists of texts -> (C, dim): mean of the class' normalised text vectors, normalised again."""
-    texts = [models.join([text.rstrip(". ")]) for row in prompts for text in row]  # worded as in training
+    texts = [text.rstrip(". ") for row in prompts for text in row]  # worded as statements are
     vectors = method.encode_text(texts).report.float().cpu().split([len(row) for row in prompts])
     return torch.nn.functional.normalize(torch.stack([v.mean(0) for v in vectors]), dim=1)
 

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 def join(tags):
     """Tags of one record -> one text."""
-    return ". ".join(tags) + "."
+    return ". ".join(tags)
 
 
 # ---- several processes -------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class TextTower(nn.Module):
     """Any Hugging Face encoder as a text tower: list of B strings -> (B, dim).
 
     trainable_layers: -1 all, 0 frozen (no gradient, no dropout), n the last n layers (embeddings stay frozen).
-    pooling: mean (over real tokens), cls, or pooler (the model's own). Equal texts are encoded once; padding
+    pooling: mean (over words, without [CLS] and [SEP]), cls, or pooler (the model's own). Equal texts are encoded once; padding
     goes only to the longest text of the batch."""
 
     def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="mean", max_length=256):
@@ -267,12 +267,13 @@ class TextTower(nn.Module):
         unique = list(dict.fromkeys(texts))
         device = next(self.lm.parameters()).device
         tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=self.max_length,
-                                return_tensors="pt").to(device)
+                                return_special_tokens_mask=True, return_tensors="pt").to(device)
+        special = tokens.pop("special_tokens_mask")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             out = self.lm(**tokens)
         if self.pooling == "mean":
-            mask = tokens["attention_mask"][:, :, None]
-            pooled = (out.last_hidden_state * mask).sum(1) / mask.sum(1)
+            words = (1 - special)[:, :, None]  # of a two-word statement, half would be special tokens, the same in all
+            pooled = (out.last_hidden_state * words).sum(1) / words.sum(1).clamp(min=1)
         else:
             pooled = out.pooler_output if self.pooling == "pooler" else out.last_hidden_state[:, 0]
         row = {text: i for i, text in enumerate(unique)}
@@ -312,7 +313,7 @@ def word_tokenizer(texts, size=3000):
     return BertTokenizerFast(tokenizer_object=made._tokenizer, model_max_length=256)
 
 
-def small_text_model(texts, seed=0, steps=300, batch=64, dim=128, layers=3, vocab=3000, lr=1e-3, device="cpu", bar=None):
+def small_text_model(texts, seed=0, steps=150, batch=32, dim=128, layers=2, vocab=3000, lr=1e-3, device="cpu", bar=None):
     """A small BERT with a WordPiece tokenizer, both made from `texts` on the spot: MELP's cardiology language model
     (METHODS 2.3, masked-language modelling, 15 % of the tokens) at small scale.
 
@@ -329,7 +330,7 @@ def small_text_model(texts, seed=0, steps=300, batch=64, dim=128, layers=3, voca
     rng = np.random.default_rng(seed)
     for _ in (bar or iter)(range(steps)):
         chosen = [texts[i] for i in rng.integers(0, len(texts), batch)]
-        tokens = tokenizer(chosen, truncation=True, max_length=128)["input_ids"]
+        tokens = tokenizer(chosen, truncation=True, max_length=64)["input_ids"]
         inputs = collate([{"input_ids": t} for t in tokens]).to(device)
         loss = lm(**inputs).loss
         optimiser.zero_grad()
@@ -382,7 +383,6 @@ class Method(nn.Module):
         self.config = config
         self.samples = round(config.rate * config.seconds)
         self.ecg = build_encoder(config.encoder, 12, self.samples, config.width, config.patch)
-        self.dropout = nn.Dropout(config.dropout)
         self.text = TextTower(*text, config.text_trainable_layers, config.text_pooling, config.text_max_length)
 
     weights = {}        # of the loss terms, where not 1
@@ -406,12 +406,13 @@ class ETP(Method):
 
     def __init__(self, config, text):
         super().__init__(config, text)
-        self.project_ecg = nn.Linear(self.ecg.dim, config.dim)
+        self.project_ecg = nn.Linear(self.ecg.dim * (1 + config.max_pool), config.dim)
         self.project_text = nn.Linear(self.text.dim, config.dim)
 
     def encode_ecg(self, ecg):
         tokens = self.encode_tokens(ecg)
-        return EcgViews(tokens, None, F.normalize(self.project_ecg(self.dropout(tokens.mean(1))), dim=1))
+        pooled = torch.cat([tokens.mean(1), tokens.amax(1)], 1) if self.config.max_pool else tokens.mean(1)
+        return EcgViews(tokens, None, F.normalize(self.project_ecg(pooled), dim=1))
 
     def encode_text(self, texts):
         return TextViews(None, None, F.normalize(self.project_text(self.text(texts)), dim=1))
@@ -469,9 +470,9 @@ class FGCLEP(Method):
 
     def __init__(self, config, text):
         super().__init__(config, text)
-        self.project_ecg = nn.Linear(self.ecg.dim, config.dim)
+        self.project_ecg = nn.Linear(self.ecg.dim * (1 + config.max_pool), config.dim)
         self.project_text = nn.Linear(self.text.dim, config.dim)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)), requires_grad=config.fn_mode != "l1")
 
     encode_ecg, encode_text = ETP.encode_ecg, ETP.encode_text
 
@@ -501,7 +502,7 @@ class FGCLEP(Method):
         if self.config.fn_mode == "none":
             return torch.eye(len(t), device=t.device)
         if self.config.similarity == "tags":
-            return torch.from_numpy(tag_containment(chosen, tags)).to(t.device)
+            return tag_containment(chosen, tags).to(t.device)
         same = cosine(t, t)
         return (1 + same) / 2 if self.config.similarity == "half" else same.clamp(min=0)
 
@@ -516,15 +517,21 @@ def tag_containment(chosen, tags):
     place = {tag: i for i, tag in enumerate(unique)}
     split = [set(tag.replace(",", " ").split()) for tag in unique]
     column = {word: j for j, word in enumerate(sorted(set().union(*split)))}
-    words = np.zeros((len(unique), len(column)), np.float32)            # (U, words)
-    for i, row in enumerate(split):
-        words[i, [column[word] for word in row]] = 1
-    rows = [[place[tag] for tag in row] for row in tags]
-    used = np.stack([words[row].max(0) for row in rows]).sum(0)          # (words,) records that use it
-    weight = np.log(len(tags) / np.maximum(used, 1)) + 0.05
-    cover = (words * weight) @ words.T / (words @ weight)[:, None]       # (a, b): share of a in b
-    best = np.stack([cover[:, row].max(1) for row in rows])              # (k, a)
-    return np.stack([best[:, [place[a] for a in row]].mean(1) for row in chosen], 1)  # (k, l)
+    words = indicator([[column[word] for word in row] for row in split], len(column))        # (U, words)
+    of_record = indicator([[place[tag] for tag in row] for row in tags], len(unique))        # (B, U)
+    of_text = indicator([[place[tag] for tag in row] for row in chosen], len(unique))        # (C, U)
+    used = (of_record @ words > 0).sum(0)                                                    # (words,) records that use it
+    weight = torch.log(len(tags) / used.clamp(min=1)) + 0.05
+    cover = (words * weight) @ words.T / (words @ weight)[:, None]                           # (a, b): share of a in b
+    best = torch.stack([cover[:, row > 0].amax(1) for row in of_record])                     # (B, a)
+    return best @ of_text.T / of_text.sum(1)                                                 # (B, C)
+
+
+def indicator(rows, columns):
+    """rows: lists of column numbers -> (len(rows), columns) float32 of zeros and ones."""
+    out = torch.zeros(len(rows), columns)
+    out[[i for i, row in enumerate(rows) for _ in row], [j for row in rows for j in row]] = 1
+    return out
 
 
 # ---- the methods by name ---------------------------------------------------------------------------------------
@@ -532,17 +539,17 @@ def tag_containment(chosen, tags):
 # written there as recalled or missing is marked in the README.
 
 METHODS = {
-    "etp": (ETP, dict(text_trainable_layers=0), dict(
+    "etp": (ETP, dict(text_trainable_layers=0, batch_size=64), dict(
         width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", text_max_length=256,
-        batch_size=128, lr=2e-3, weight_decay=1e-5, lead_drop=0.0, shift=0.0)),
-    "merl": (MERL, dict(), dict(
+        batch_size=128, epochs=50, lr=2e-3, weight_decay=1e-5, lead_drop=0.0, shift=0.0)),
+    "merl": (MERL, dict(batch_size=64, lr=1e-3), dict(
         rate=500, normalise="record", width=1.0, patch=50, dim=256, text_model="ncbi/MedCPT-Query-Encoder",
         text_trainable_layers=0, text_pooling="pooler", text_max_length=256, batch_size=1024, epochs=20, lr=1e-3,
         weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
-    "fgclep": (FGCLEP, dict(text_unit="tags"), dict(
+    "fgclep": (FGCLEP, dict(text_unit="tags", max_pool=True, epochs=14, fine_epochs=4), dict(
         normalise="lead", encoder="resnet50", width=1.0, dim=512, text_model="emilyalsentzer/Bio_ClinicalBERT",
-        text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half", prior=False,
-        keep_quantile=0.0, keep_threshold=0.95, batch_size=800, epochs=10, fine_epochs=3, lr=2e-5, weight_decay=1e-4,
+        text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half", prior=False, max_pool=False,
+        keep_share=1e9, keep_threshold=0.95, batch_size=800, epochs=10, fine_epochs=3, lr=2e-5, weight_decay=1e-4,
         lead_drop=0.0, shift=0.0)),
 }
 

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -43,37 +44,38 @@ class Config:
     rate: int = 100                   # Hz of the store
     seconds: float = 10.0             # length of a record
     normalise: str = "mv"             # mv | record | lead: model.normalise
-    lead_drop: float = 0.1            # chance that a lead is zeroed in a training step
+    lead_drop: float = 0.2            # chance that a lead is zeroed in a training step
     shift: float = 1.0                # seconds; a training record is moved in time by at most this much
     noise: float = 0.0                # mV; largest standard deviation of white noise added to a training record
     # ECG encoder
     encoder: str = "resnet18"         # resnet18|34|50|101 | vit_tiny|small|middle|base
-    width: float = 0.5                # channels of a ResNet, as a factor
+    width: float = 0.25               # channels of a ResNet, as a factor
     patch: int = 10                   # samples of a ViT patch
     dim: int = 128                    # dimension of the shared space
-    dropout: float = 0.0              # of the pooled ECG vector
+    max_pool: bool = False            # etp, fgclep: the maximum over time beside the mean
     # text tower
     text_model: str = ""              # Hugging Face name or folder; default: a small BERT made from the training reports
     text_trainable_layers: int = -1   # -1 all, 0 frozen, n the last n layers
     text_pooling: str = "mean"        # mean | cls | pooler
     text_max_length: int = 128        # tokens
-    mlm_steps: int = 300              # masked-language-model updates of the small BERT
+    mlm_steps: int = 150              # masked-language-model updates of the small BERT
     text_unit: str = "report"         # what is said of a record in a step: report | subset | tag | fgclep: tags (every one)
     report_language: str = "english"  # english | original
     # loss
     temperature: float = 0.07         # etp, merl: fixed softmax temperature
+    scale: float = 10.0               # fgclep: start of the learned logit scale
     uma_dropout: float = 0.1          # merl: dropout of the two ECG views
     fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
     similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.similarity
     prior: bool = True                # fgclep: logits start from each text's frequency in the batch: model.FGCLEP.loss
-    keep_quantile: float = 0.5        # fgclep: a recovered feature stays if its score beats this share of all ECGs' scores
-    keep_threshold: float = -1.0      # fgclep: and if its cosine is at least this (FOCAL: 0.95)
+    keep_share: float = 1.5           # fgclep: of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
+    keep_threshold: float = -1.0      # fgclep: and whose cosine is at least this (FOCAL: 0.95)
     # optimisation
-    epochs: int = 24                  # fgclep: of the coarse stage
+    epochs: int = 12                  # fgclep: of the coarse stage
     fine_epochs: int = 0              # fgclep: of the fine stage
-    batch_size: int = 64              # records contrasted with one another, over all processes
+    batch_size: int = 32              # records contrasted with one another, over all processes
     accumulate: int = 1               # such batches per update
-    lr: float = 1e-3                  # peak learning rate (AdamW)
+    lr: float = 2e-3                  # peak learning rate (AdamW)
     beta2: float = 0.999              # AdamW
     weight_decay: float = 0.05        # of weight matrices; vectors (norms, biases, positions) have none
     warmup: float = 0.1               # share of a stage's updates with rising rate; without it towers collapse
@@ -263,17 +265,20 @@ def recover_features(method, store, rows, tags, config, run, device):
     """Enrich reports (FG-CLEP, METHODS 2.5): every waveform feature that the knowledge table lists for a report's diagnoses
     is a candidate; the coarse model scores it against the record's own ECG, and what is implausible is dropped.
 
-    A candidate stays if its cosine reaches the keep_quantile of that feature's cosines over all training ECGs (so that a
-    feature's popularity plays no part) and keep_threshold. Writes run/recovered.jsonl, one line a record."""
+    A candidate stays if its cosine reaches keep_threshold, and a quantile of that feature's cosines over all training ECGs:
+    where it is a candidate of n records, the ECG must be among the keep_share * n with the highest cosine. So neither a
+    feature's popularity nor the level of its cosines plays a part. Writes run/recovered.jsonl, one line a record."""
     knowledge = data.Findings()
     candidates = {row: [f for f in knowledge.candidates(tags[row]) if f not in tags[row]] for row in rows}
     features = sorted({f for found in candidates.values() for f in found})
     method.eval()
     ecg = evaluation.embed_records(method, store, rows, device, "scoring candidates")           # (R, dim)
-    text = method.encode_text([models.join([f]) for f in features]).report.float().cpu() if features else torch.zeros(0, config.dim)
+    text = method.encode_text(features).report.float().cpu() if features else torch.zeros(0, config.dim)
     method.train()
     scores = (ecg @ text.T).numpy()                                                             # (R, F)
-    bar = np.maximum(np.quantile(scores, config.keep_quantile, 0), config.keep_threshold)       # (F,)
+    counts = Counter(f for found in candidates.values() for f in found)
+    quantiles = [max(0, 1 - config.keep_share * counts[f] / len(rows)) for f in features]
+    bar = [max(np.quantile(column, q), config.keep_threshold) for column, q in zip(scores.T, quantiles)]
     place = {f: i for i, f in enumerate(features)}
 
     def write(path):

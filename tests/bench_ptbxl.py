@@ -19,7 +19,7 @@ METHODS = {"etp": ["--method", "etp"], "merl": ["--method", "merl"], "fgclep": [
 ABLATION = {
     "default": [],
     "coarse stage only": ["--fine-epochs", "0"],
-    "recovered features unfiltered": ["--keep-quantile", "0"],
+    "recovered features unfiltered": ["--keep-share", "1e9"],
     "one random subset of the tags a record": ["--text-unit", "subset"],
     "whole reports": ["--text-unit", "report"],
     "whole reports, text cosine as targets": ["--text-unit", "report", "--similarity", "cos"],

@@ -65,7 +65,8 @@ def test_merl_agrees_with_the_authors_code(encoder, bound):
 
     def tokenizer(texts, **_):  # the stored token rows instead of texts
         rows = [int(t) for t in texts]
-        return FakeTokens(input_ids=torch.from_numpy(golden["input_ids"][rows]), attention_mask=torch.from_numpy(golden["attention_mask"][rows]))
+        return FakeTokens(input_ids=torch.from_numpy(golden["input_ids"][rows]), attention_mask=torch.from_numpy(golden["attention_mask"][rows]),
+                          special_tokens_mask=torch.zeros(len(rows), 20, dtype=torch.long))
     config = small_config("merl", encoder=encoder, width=1.0, dim=256, rate=500, patch=50, normalise="mv",
                           text_pooling="pooler", text_max_length=64)
     method = models.MERL(config, (bert, tokenizer)).eval()
@@ -120,7 +121,7 @@ def test_soft_sigmoid_and_l1_by_hand():
 
 def test_tag_containment():
     tags = [["sinus rhythm", "normal ecg"], ["sinus rhythm", "possible lateral ischemia"], ["atrial fibrillation"], ["sinus rhythm"]]
-    s = models.tag_containment([["sinus rhythm"], ["lateral ischemia"], ["atrial fibrillation"], ["sinus rhythm", "normal ecg"]], tags)
+    s = models.tag_containment([["sinus rhythm"], ["lateral ischemia"], ["atrial fibrillation"], ["sinus rhythm", "normal ecg"]], tags).numpy()
     assert s.shape == (4, 4)
     assert np.allclose(s[:, 0], [1, 1, 0, 1])                 # who says sinus rhythm
     assert np.allclose(s[:, 1], [0, 1, 0, 0])                 # contained in longer words
