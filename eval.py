@@ -237,5 +237,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except data.DataError as error:
+    except (data.DataError, models.ModelError) as error:
         sys.exit(f"error: {error}")

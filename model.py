@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather, all_reduce
 
 
+class ModelError(ValueError):
+    """One sentence for the user: which setting is wrong, and what to use."""
+
+
 class EcgViews(NamedTuple):
     """An ECG at three scales; a method fills in the ones it uses."""
     tokens: Optional[torch.Tensor]  # (B, T, D) encoder time steps
@@ -212,7 +216,7 @@ def build_encoder(name, leads, samples, width=1.0, patch=50):
         return ViT1d(size, leads, samples, patch)
     if name.startswith("resnet") and name[6:].isdigit() and int(name[6:]) in ResNet1d.BLOCKS:
         return ResNet1d(int(name[6:]), leads, width)
-    raise ValueError(f"unknown ECG encoder {name!r}: use resnet18, 34, 50, 101 or vit_tiny, small, middle, base")
+    raise ModelError(f"unknown ECG encoder {name!r}: use resnet18, 34, 50, 101 or vit_tiny, small, middle, base")
 
 
 class AttentionPool(nn.Module):
@@ -246,7 +250,7 @@ class TextTower(nn.Module):
     def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="mean", max_length=256):
         super().__init__()
         if pooling not in ("mean", "cls", "pooler"):
-            raise ValueError(f"unknown text pooling {pooling!r}: use mean, cls or pooler")
+            raise ModelError(f"unknown text pooling {pooling!r}: use mean, cls or pooler")
         self.lm, self.tokenizer, self.pooling = lm, tokenizer, pooling
         self.max_length = min(max_length, getattr(lm.config, "max_position_embeddings", max_length))
         self.dim, self.frozen = lm.config.hidden_size, trainable_layers == 0
@@ -256,7 +260,7 @@ class TextTower(nn.Module):
             for layer in list(layers)[len(layers) - trainable_layers:]:
                 layer.requires_grad_(True)
         if pooling == "pooler" and getattr(lm, "pooler", None) is None:
-            raise ValueError("this text model has no pooler: use --text-pooling mean or cls")
+            raise ModelError("this text model has no pooler: use --text-pooling mean or cls")
         if pooling != "pooler" and hasattr(lm, "pooler"):
             lm.pooler = None  # unused weights would be waited for by DDP and saved for nothing
 
@@ -281,9 +285,13 @@ class TextTower(nn.Module):
 
 
 def load_text_model(name):
-    """(encoder, tokenizer) of a Hugging Face name or folder. Errors: OSError with the name where there is none."""
+    """(encoder, tokenizer) of a Hugging Face name or folder. Errors: ModelError where there is none."""
     from transformers import AutoModel, AutoTokenizer
-    return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ModelError(f"text model {name!r} is neither a folder with a model nor to be had from the Hugging Face hub: "
+                         + str(error).splitlines()[0]) from error
 
 
 def rebuild_text_model(folder):

@@ -74,7 +74,6 @@ def test_shapes_are_what_the_codes_say(records):
     def beat(i, lead):
         cuts = [ecg[i, data.LEADS.index(lead), p - 12:p + 13] for p in peaks[i] if 12 < p < 980]
         return np.median([c - np.median(c) for c in cuts], 0)
-    sum_of = lambda i, lead: beat(i, lead).sum()
     plain = [i for i in with_code(records, "NORM")]
     assert np.mean([beat(i, "V1").min() < -abs(beat(i, "V1").max()) for i in with_code(records, "CLBBB")]) > 0.8
     width = lambda i: (np.abs(beat(i, "V6")) > 0.3 * np.abs(beat(i, "V6")).max()).sum()
