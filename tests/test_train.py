@@ -71,7 +71,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, how):
 
 def test_torchrun_with_two_processes_trains_like_one(tiny_store, tmp_path, free_port):
     """ETP has no dropout (its text tower is frozen), so the whole runs can be compared: losses of every update."""
-    args = ["--method", "etp", "--data", f"store:{tiny_store}", *TINY]
+    args = ["--method", "etp", "--data", f"store:{tiny_store}", "--lr", "1e-4", *TINY]
     one = run_train(tmp_path, "--name", "one", *args)
     assert one.wait() == 0, one.communicate()[0]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -80,8 +80,8 @@ def test_torchrun_with_two_processes_trains_like_one(tiny_store, tmp_path, free_
     assert two.returncode == 0, two.stdout + two.stderr
     losses = [[json.loads(line)["loss"] for line in (tmp_path / f"runs/{name}/log.jsonl").read_text().splitlines()] for name in ("one", "two")]
     assert len(losses[0]) == len(losses[1]) > 10
-    assert np.allclose(losses[0][:3], losses[1][:3], rtol=2e-5)  # later AdamW enlarges differences of rounding
-    assert np.allclose(*losses, rtol=1e-2)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert np.allclose(*losses, rtol=2e-3)  # AdamW's first steps are signs: they enlarge differences of rounding
 
 
 def test_a_not_finite_loss_stops_with_the_record_ids(tiny_store, tmp_path, monkeypatch):
