@@ -32,12 +32,17 @@ def newest_run(folder="runs"):
     return runs[-1].parent
 
 
+def read_config(run):
+    """config.json of a run folder as a dictionary. Errors: DataError where there is none."""
+    path = Path(run) / "config.json"
+    if not path.exists():
+        raise data.DataError(f"{run}: not a run folder (no config.json)")
+    return json.loads(path.read_text())
+
+
 def load_run(run, checkpoint=None, device="cpu"):
     """(method in eval mode, its config) of a run folder; checkpoint: other weights than its model.safetensors."""
-    run = Path(run)
-    if not (run / "config.json").exists():
-        raise data.DataError(f"{run}: not a run folder (no config.json)")
-    config = SimpleNamespace(**json.loads((run / "config.json").read_text()))
+    run, config = Path(run), SimpleNamespace(**read_config(run))
     weights = Path(checkpoint or run / "model.safetensors")
     if not weights.exists():
         raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python train.py --resume {run}")

@@ -477,10 +477,12 @@ class FGCLEP(Method):
     stages = ("coarse", "fine")
 
     def __init__(self, config, text):
+        if config.text_unit == "tags" and (config.similarity != "tags" or config.fn_mode == "none"):
+            raise ModelError("--similarity half or cos and --fn-mode none pair each record with one text: add --text-unit report")
         super().__init__(config, text)
         self.project_ecg = nn.Linear(self.ecg.dim * (1 + config.max_pool), config.dim)
         self.project_text = nn.Linear(self.text.dim, config.dim)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)), requires_grad=config.fn_mode != "l1")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
 
     encode_ecg, encode_text = ETP.encode_ecg, ETP.encode_text
 

@@ -46,7 +46,6 @@ class Config:
     normalise: str = "mv"             # mv | record | lead: model.normalise
     lead_drop: float = 0.2            # chance that a lead is zeroed in a training step
     shift: float = 1.0                # seconds; a training record is moved in time by at most this much
-    noise: float = 0.0                # mV; largest standard deviation of white noise added to a training record
     # ECG encoder
     encoder: str = "resnet18"         # resnet18|34|50|101 | vit_tiny|small|middle|base
     width: float = 0.25               # channels of a ResNet, as a factor
@@ -63,7 +62,6 @@ class Config:
     report_language: str = "english"  # english | original
     # loss
     temperature: float = 0.07         # etp, merl: fixed softmax temperature
-    scale: float = 10.0               # fgclep: start of the learned logit scale
     uma_dropout: float = 0.1          # merl: dropout of the two ECG views
     fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
     similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.similarity
@@ -101,20 +99,12 @@ def parse(argv):
     if resume:
         if given:
             parser.error(f"--resume takes the config from the run: drop --{', --'.join(given).replace('_', '-')}")
-        return load_config(resume), Path(resume)
+        return Config(**evaluation.read_config(resume)), Path(resume)
     method, preset = given.get("method", Config.method), given.get("preset", Config.preset)
     if method not in models.METHODS or preset not in ("small", "paper"):
         parser.error(f"unknown method or preset: {method}, {preset}; methods: {', '.join(models.METHODS)}; presets: small, paper")
     _, small, paper = models.METHODS[method]
     return Config(**{**small, **(paper if preset == "paper" else {}), **given}), None
-
-
-def load_config(run):
-    """Config of a run folder. Errors: DataError where there is none."""
-    path = Path(run) / "config.json"
-    if not path.exists():
-        raise data.DataError(f"{run}: not a run folder (no config.json)")
-    return Config(**json.loads(path.read_text()))
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -146,9 +136,7 @@ def choose(tags, unit, rng):
 
 
 def augment(ecg, config, rng):
-    """Zero some leads, add noise and shift in time, in place (zeros move in). ecg: (L, N) mV."""
-    if config.noise:
-        ecg += rng.uniform(0, config.noise) * rng.standard_normal(ecg.shape, np.float32)
+    """Zero some leads and shift in time, in place (zeros move in). ecg: (L, N) mV."""
     if config.lead_drop:
         ecg[rng.random(len(ecg)) < config.lead_drop] = 0
     limit = int(config.shift * config.rate)

@@ -237,6 +237,12 @@ def test_a_method_learns_a_toy_batch(name, options):
     assert not unused, "DDP would wait for these for ever"
 
 
+def test_settings_that_need_one_text_a_record_say_so():
+    for options in ({"similarity": "half"}, {"fn_mode": "none"}):
+        with pytest.raises(models.ModelError, match="add --text-unit report"):
+            toy_method("fgclep", **options)
+
+
 # ---- two processes against one ---------------------------------------------------------------------------------------
 
 def one_rank(rank, world, port, name, options, path):
