@@ -1126,15 +1126,16 @@ def _fire_all(rng, c, p, clock, rate, samples):
     pad, blur = 2 * rate, .2 / rate                     # room for waves that leave the strip; the anti-alias filter
     out, peaks = np.zeros((n, samples + 2 * pad, 8)), [[] for _ in range(n)]
 
-    def fire(when, center, width, amplitude, before, length):
-        """Add lobes (n, k) to the records with an event at `when` (n,) s, nan: none; gives rows, starts, QRS power."""
+    def fire(when, center, width, amplitude, before, length, qrs=np.zeros(n)):
+        """Add lobes (n, k) to the records with an event at `when` (n,) s, nan: none; gives rows, starts, power while the
+        QRS lasts (qrs, s): after it a tall ST-T would pass for an R peak."""
         i = np.flatnonzero(np.nan_to_num(abs(when - samples / rate / 2), nan=np.inf) < samples / rate / 2 + .8)
         start = np.floor((when[i] - before) * rate).astype(int)
         t = (start[:, None] + np.arange(round(length * rate))) / rate - when[i, None]
         u = (t[:, None] - center[i, :, None]) / np.hypot(width[i, :, None], blur)
         beat = np.exp(-.5 * u * u).swapaxes(1, 2) @ amplitude[i]                    # (events, samples, 8)
         out[i[:, None], start[:, None] + pad + np.arange(t.shape[1])] += beat
-        return i, start, np.where((t > 0) & (t < .2), (beat ** 2).sum(2), 0)
+        return i, start, np.where((t > 0) & (t < qrs[i, None]), (beat ** 2).sum(2), 0)
 
     hearts = [(h, _amplitudes(h["v"], h["w"], p["leads"])) for h in (p, _ectopic(rng, p))]
     sway = .05 * rng.standard_normal((n, 1, 8))                                     # breathing moves the heart
@@ -1147,7 +1148,7 @@ def _fire_all(rng, c, p, clock, rate, samples):
         for (heart, amplitude), on in zip(hearts, (~wide, wide)):
             amplitude = amplitude * (1 + sway * clock["breath"](at))
             times = _times(heart, .7 * usual + .3 * clock["rr"][:, k])
-            i, start, power = fire(np.where(on, at, np.nan), *times, amplitude, .12, 1)
+            i, start, power = fire(np.where(on, at, np.nan), *times, amplitude, .12, 1, heart["qrs"])
             for record, peak in zip(i, start + power.argmax(1)):
                 peaks[record] += [peak] if 0 <= peak < samples else []
         other = (early[:, k] | (c["SVARR"] & (k % 3 == 0)))[:, None, None]
