@@ -1,0 +1,356 @@
+// The rules of segment_beats that the CPU and the CUDA version share; reference.py says what they mean and why.
+// No PyTorch in here: beats.cu must compile without it.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define HD inline __attribute__((always_inline))
+#else
+#define HD inline
+#endif
+
+namespace beats {
+
+HD int least(int a, int b) { return a < b ? a : b; }
+HD int most(int a, int b) { return a > b ? a : b; }
+HD int magnitude(int a) { return a < 0 ? -a : a; }
+HD int middle_of_three(int a, int b, int c) { return most(least(a, b), least(most(a, b), c)); }
+
+constexpr int MAX_LEADS = 12;
+constexpr int MAX_SEGMENTS = 8;   // of a chunk: 15 s / 2 s and rounding
+constexpr int MAX_BLOCK = 16;     // samples: 1000 Hz / 60 Hz, a power of two
+
+struct Plan {  // reference.py, class Plan
+    int length, block, blends, window, limit, half;
+    int apart, around, refractory, near, after, ahead, early;
+    int gap, edge, brief, hold;
+    int blocks, ticks, chunks, max_candidates;  // of the record
+    double segment;
+    float steep[3];  // mV
+
+    HD int before() const { return window / 2; }                 // blocks of a window before its middle, and behind it
+    HD int behind() const { return window - window / 2; }
+    HD int margin() const { return most(1, block / 2); }         // samples beside the best block that may hold the peak
+    HD int max_peaks() const { return (length + gap - 1) / gap; }
+    HD int chunk(int c) const { return int(int64_t(ticks) * c / chunks); }  // where chunk c begins
+    HD int chunk_of(int tick) const { return int((int64_t(tick + 1) * chunks - 1) / ticks); }
+    HD int segments(int c) const { return most(2, int((chunk(c + 1) - chunk(c)) / segment + 0.5)); }
+    HD int segment_start(int c, int i) const { return chunk(c) + int(int64_t(chunk(c + 1) - chunk(c)) * i / segments(c)); }
+};
+
+inline Plan make_plan(double fs, int length) {
+    Plan p;
+    p.length = length, p.block = 1;
+    while (fs / (2 * p.block) >= 60) p.block *= 2;
+    const double rate = fs / p.block;
+    auto blocks = [rate](double seconds) { return int(seconds * rate + 0.5); };
+    auto ticks = [rate](double seconds) { return int(seconds * rate / 2 + 0.5); };
+    p.blends = 1 + (rate < 75);
+    for (int i = 0; i < 3; i++) p.steep[i] = float(250 * double(1 << 2 * i) / fs);
+    p.window = blocks(0.11), p.limit = 32767 / p.window, p.half = blocks(0.08), p.segment = 2 * rate / 2;
+    p.apart = ticks(0.12), p.around = ticks(0.25), p.refractory = ticks(0.2), p.near = ticks(0.25);
+    p.after = ticks(0.5), p.ahead = ticks(0.4), p.early = ticks(0.4);
+    p.gap = int(0.2 * fs + 0.5), p.edge = int(0.004 * fs + 0.999), p.brief = most(1, int(0.004 * fs)), p.hold = int(fs + 0.5);
+    p.blocks = length / p.block, p.ticks = (p.blocks + 1) / 2;
+    p.chunks = most(1, int(p.ticks / (10 * rate / 2) + 0.5)), p.max_candidates = p.ticks / (p.apart + 1) + 1;
+    return p;
+}
+
+// ---- samples -> whole microvolts ------------------------------------------------------------------------------------
+
+HD bool is_valid(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (bits & 0x7f800000u) != 0x7f800000u;
+}
+HD bool is_valid(int16_t x) { return x != -32768; }
+
+// Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits. One rounding (fma) in all.
+constexpr float ROUND = 12582912.f;
+constexpr uint32_t ROUND_BITS = 0x4B400000u;
+HD int32_t quantise(float x, float bottom, float top, float scale, int origin) {  // NaN becomes bottom
+    float v = x > bottom ? x : bottom;
+    v = v < top ? v : top;
+    v = fmaf(v, scale, ROUND);
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    return int32_t(bits - ROUND_BITS - uint32_t(origin));
+}
+
+template <class T> constexpr float UNIT = sizeof(T) == 2 ? 1.f : 1000.f;  // microvolts
+
+// What a lead is counted from, and what stands for a long gap: float, the middle one of the first, the central and the last
+// sample (of two the higher), within 4 V; int16, 0.
+HD int16_t origin(const int16_t*, int) { return 0; }
+HD float origin(const float* x, int length) {
+    float marks[3] = {x[0], x[length / 2], x[length - 1]}, middle = 0;
+    int n = 0;
+    for (int i = 0; i < 3; i++) if (is_valid(marks[i])) marks[n++] = marks[i];
+    for (int i = 0; i < n; i++) {
+        int below = 0;
+        for (int j = 0; j < n; j++) below += marks[j] < marks[i] || (marks[j] == marks[i] && j < i);
+        if (below == n / 2) middle = marks[i];
+    }
+    return middle < -4000 ? -4000 : middle > 4000 ? 4000 : middle;
+}
+HD int whole(float origin) { return quantise(origin, -4000, 4000, 1000, 0); }
+HD int whole(int16_t) { return 0; }
+
+// A row whose missing samples take the last valid one, for p.hold samples, then the origin; read like a pointer to sample i.
+template <class T> struct Filled {
+    const T* row;
+    int i, hold;
+    T origin;
+    HD T operator[](int k) const {
+        for (int j = i + k, last = most(0, j - hold); j >= last; j--) if (is_valid(row[j])) return row[j];
+        return origin;
+    }
+    HD Filled operator+(int k) const { return {row, i + k, hold, origin}; }
+};
+
+// The sum of the N samples at x: pairs first, then pairs of pairs. X: a pointer or Filled.
+template <int N, class X> HD float sum_of(X x) {
+    if constexpr (N <= 1) return float(x[0]);
+    else return sum_of<N / 2>(x) + sum_of<N / 2>(x + N / 2);
+}
+
+// Their mean in microvolts from an origin (whole microvolts), at most 32767 either way.
+template <int N, class T> HD float limit_of(int microvolts) { return float(microvolts) / UNIT<T> * N; }
+template <int N, class T, class X> HD int mean_of(X x, int zero) {
+    return quantise(sum_of<N>(x), limit_of<N, T>(zero - 32767), limit_of<N, T>(zero + 32767), UNIT<T> / N, zero);
+}
+
+// Does a block of N samples at x hold a pacing spike, or the steepest of QRS? Neighbouring sums of 1, 2 .. N / 4 samples tell.
+template <int N, class T, int WIDTH = 1, class X> HD bool is_steep(X x, const float* steep) {
+    if constexpr (WIDTH * 4 > N) return false;
+    else {
+        float largest = 0;
+        for (int i = 0; i < N; i += 2 * WIDTH) {
+            const float d = fabsf(sum_of<WIDTH>(x + i) - sum_of<WIDTH>(x + (i + WIDTH)));
+            largest = d > largest ? d : largest;
+        }
+        return (largest > steep[0] * (1000.f / UNIT<T>)) | is_steep<N, T, 2 * WIDTH>(x, steep + 1);
+    }
+}
+
+// Block i of a row without its spike: every quarter becomes the median of itself and those two before and behind.
+template <int N, class T, class X> HD int despiked(X row, int i, const Plan& p, int zero) {
+    constexpr int QUARTER = N < 4 ? 1 : N / 4;
+    int quarters[8], sum = 2;
+    for (int j = 0; j < 8; j++) quarters[j] = mean_of<QUARTER, T>(row + QUARTER * least(most(4 * i + j - 2, 0), 4 * p.blocks - 1), zero);
+    for (int j = 0; j < 4; j++) sum += middle_of_three(quarters[j], quarters[j + 2], quarters[j + 4]);
+    return sum >> 2;
+}
+
+// ---- blocks (stored plus 32768) -> feature --------------------------------------------------------------------------
+
+HD int smoothed(const uint16_t* blocks, int i, const Plan& p) {  // the record is mirrored at its ends
+    int near[3];
+    for (int j = 0; j < 3; j++) {
+        const int k = i + j - 1;
+        near[j] = blocks[k < 0 ? -1 - k : k < p.blocks ? k : 2 * p.blocks - 1 - k];
+    }
+    int mean = (near[0] + near[2] + 1) >> 1;
+    for (int j = 0; j < p.blends; j++) mean = (mean + near[1] + 1) >> 1;
+    return mean;
+}
+
+HD int feature_at(const uint16_t* blocks, int tick, const Plan& p) {
+    const int start = 2 * tick - p.window / 2, first = smoothed(blocks, start, p);
+    int path = 0, last = first;
+    for (int j = 1; j <= p.window; j++) {
+        const int next = smoothed(blocks, start + j, p);
+        path += least(magnitude(next - last), p.limit);
+        last = next;
+    }
+    return most(path - magnitude(last - first), 0);
+}
+
+// ---- levels of a lead in a chunk ------------------------------------------------------------------------------------
+
+HD int rank(const int* values, int n, int k) {  // the value with k smaller ones, ties by place
+    int found = 0;
+    for (int i = 0; i < n; i++) {
+        int below = 0;
+        for (int j = 0; j < n; j++) below += values[j] < values[i] || (values[j] == values[i] && j < i);
+        if (below == k) found = values[i];
+    }
+    return found;
+}
+
+// The median in steps of beat / 32, by bisection. count_up_to(x): how many of n values are at most x.
+template <class Count> HD int median_below(int beat, int n, Count count_up_to) {
+    int low = 0, high = 32;  // the answer's step; 32: none below the beat
+    while (low < high) {
+        const int step = (low + high) / 2;
+        if (2 * count_up_to(beat * step / 32) > n) high = step;
+        else low = step + 1;
+    }
+    return beat * low / 32;
+}
+
+struct Level {
+    int beat, floor, span, ratio;  // typical beat, noise floor, beat - floor, signal-to-noise ratio in 1/64
+    HD Level(int beat, int noise) : beat(beat), floor(least(noise * 5 / 4, beat * 3 / 4)), span(most(1, beat - floor)),
+                                    ratio(beat >= 16 ? beat * 64 / (noise + beat / 30 + 1) : 0) {}
+    Level() = default;
+    HD int weight(int best_ratio) const { const int w = ratio * 45 / most(1, best_ratio); return w * w; }
+    HD int scale() const { int s = 1; while (span * s < 16384) s *= 2; return s; }
+    HD int gain(int weight) const { return weight * 65536 / (span * scale()); }
+    HD int share(int weight) const { return weight * 512 / most(1, beat); }
+    HD int vote(int feature, int scale, int gain) const { return least(most(feature - floor, 0), span) * scale * gain >> 16; }
+};
+
+// ---- votes -> candidates -> beats -----------------------------------------------------------------------------------
+
+// Does a candidate begin at tick i? Its votes are more than all before and no fewer than all behind that are near.
+HD bool begins_candidate(const int16_t* votes, int i, const Plan& p) {
+    const int v = votes[i];
+    if (v <= 0) return false;
+    for (int j = most(0, i - p.apart); j < i; j++) if (votes[j] >= v) return false;
+    for (int j = i + 1, stop = least(p.ticks - 1, i + p.apart); j <= stop; j++) if (votes[j] > v) return false;
+    return true;
+}
+
+HD int plateau_middle(const int16_t* votes, int i, const Plan& p) {
+    const int stop = least(p.ticks - 1, i + p.apart);
+    int last = i;
+    while (last < stop && votes[last + 1] == votes[i]) last++;
+    return i + (last - i) / 2;
+}
+
+HD int height_at(const int16_t* votes, int i, const Plan& p) {
+    int before = i < p.around ? 0 : votes[i], behind = i + p.around >= p.ticks ? 0 : votes[i];  // no votes outside the record
+    for (int j = 1; j <= p.around && before + behind; j++) {
+        if (before) before = least(before, votes[i - j]);
+        if (behind) behind = least(behind, votes[i + j]);
+    }
+    return votes[i] - most(before, behind);
+}
+
+struct Candidates { const int *at, *height; int n; };  // ticks, ascending
+
+HD int first_from(Candidates c, int tick) {  // index of the first candidate at the tick or later
+    int low = 0, high = c.n;
+    while (low < high) {
+        const int mid = (low + high) / 2;
+        if (c.at[mid] < tick) low = mid + 1;
+        else high = mid;
+    }
+    return low;
+}
+
+struct Demand { int usual, noise; };  // a chunk's usual height of a beat; mean height of what is too small for one
+
+HD Demand demand(Candidates c, int chunk, const Plan& p) {
+    const int n = p.segments(chunk), from = first_from(c, p.chunk(chunk)), to = first_from(c, p.chunk(chunk + 1));
+    int highest[MAX_SEGMENTS];
+    for (int s = 0, i = from; s < n; s++) {
+        highest[s] = 0;
+        for (const int stop = p.segment_start(chunk, s + 1); i < to && c.at[i] < stop; i++) highest[s] = most(highest[s], c.height[i]);
+    }
+    const int usual = rank(highest, n, n / 2);
+    int64_t sum = 0;
+    int small = 0;
+    for (int i = from; i < to; i++) if (20 * c.height[i] < 7 * usual) sum += c.height[i], small++;
+    return {usual, int(sum / most(1, small))};
+}
+
+// Is a candidate of height `own`, `distance` ticks after (negative: before) one of height `other`, no beat of its own?
+HD bool overshadows(int distance, int own, int other, const Plan& p) {
+    const int d = magnitude(distance);
+    const bool late = distance > 0;
+    if (d < p.refractory) return own < other || (own == other && late);
+    const int top = late ? 922 : 717, end = late ? p.after : p.ahead;
+    const int share = d <= p.near ? top : d < end ? top - (top - 205) * (d - p.near) / (end - p.near) : 0;
+    return 1024 * own < share * other;
+}
+
+HD bool is_beat(Candidates c, int i, Demand d, const Plan& p) {
+    const int at = c.at[i], height = c.height[i];
+    if (20 * height < 3 * d.usual + 20 * d.noise) return false;
+    if (at <= p.early && 2 * height < d.usual) return false;
+    for (int j = i - 1; j >= 0 && at - c.at[j] < p.after; j--) if (overshadows(at - c.at[j], height, c.height[j], p)) return false;
+    for (int j = i + 1; j < c.n && c.at[j] - at < p.after; j++) if (overshadows(at - c.at[j], height, c.height[j], p)) return false;
+    return true;
+}
+
+// Search back between beats found[k] and found[k + 1] (indices of candidates, m of them): index of the candidate to add, or -1.
+HD int missing_beat(Candidates c, const int* found, int m, int k) {
+    if (k + 1 >= m) return -1;
+    const int i = found[k], j = found[k + 1];
+    int beside = 0, n = 0, best = -1;
+    if (k > 0) beside += c.at[i] - c.at[found[k - 1]], n++;
+    if (k + 2 < m) beside += c.at[found[k + 2]] - c.at[j], n++;
+    if (!n || 2 * (c.at[j] - c.at[i]) <= 3 * (beside / n)) return -1;
+    const int usual = beside / n, lower = least(c.height[i], c.height[j]);
+    for (int q = i + 1; q < j; q++)
+        if (5 * least(c.at[q] - c.at[i], c.at[j] - c.at[q]) >= 3 * usual && 5 * c.height[q] >= 2 * lower)
+            if (best < 0 || c.height[q] > c.height[best]) best = q;
+    return best;
+}
+
+// ---- a beat's block -> its sample -----------------------------------------------------------------------------------
+
+// A block (stored plus 32768). Where blocks are too short for spikes to be taken out, they are blunted here.
+HD int deflected(const uint16_t* blocks, int i, const Plan& p) {
+    if (p.block >= 4) return blocks[i] - 32768;
+    return ((blocks[most(0, i - 1)] + 2 * blocks[i] + blocks[least(p.blocks - 1, i + 1)] + 2) >> 2) - 32768;
+}
+
+// What a lead's deflection is counted from around a block: the mean of both ends, or the one that is inside the record.
+HD int base_of(const uint16_t* blocks, int middle, const Plan& p) {
+    const int left = deflected(blocks, most(0, middle - p.half), p), right = deflected(blocks, least(p.blocks - 1, middle + p.half), p);
+    return middle < p.half ? right : middle + p.half >= p.blocks ? left : (left + right) >> 1;
+}
+
+// The largest of n deflections, and whether it is sharp, as a pacing spike is: 0.7 of it gained or lost in 4 ms.
+struct Deflection { int place; bool sharp; };
+HD Deflection largest_of(const int* moved, int n, const Plan& p) {
+    int best = 0, step = 0;
+    for (int i = 1; i < n; i++) if (moved[i] > moved[best]) best = i;
+    for (int i = p.brief; i < n; i++) step = most(step, magnitude(moved[i] - moved[i - p.brief]));
+    return {best, 10 * int64_t(step) > 7 * int64_t(moved[best])};
+}
+
+// Keep peaks inside the record and apart, in place; returns how many. peaks ascend by candidate, height: theirs.
+HD int keep_apart(int* peaks, int* height, int n, const Plan& p) {
+    int kept = 0;
+    for (int i = 0; i < n; i++) {
+        if (peaks[i] < p.edge || peaks[i] >= p.length - p.edge) continue;
+        const bool close = kept && peaks[i] - peaks[kept - 1] < p.gap;
+        if (close && height[i] <= height[kept - 1]) continue;
+        kept -= close;
+        peaks[kept] = peaks[i], height[kept] = height[i], kept++;
+    }
+    return kept;
+}
+
+// ---- tokens ---------------------------------------------------------------------------------------------------------
+
+// Beat of token t of `tokens` in `length` samples, given that it is no earlier than beat k: borders half-way between peaks.
+HD int beat_at(const int* peaks, int count, int k, int t, int tokens, int length) {
+    if (!count) return -1;
+    const int64_t middle = int64_t(2 * t + 1) * length;
+    for (k = most(k, 0); k + 1 < count && int64_t(tokens) * (peaks[k] + peaks[k + 1]) <= middle;) k++;
+    return k;
+}
+
+// ---- what beats.cpp and beats.cu offer ------------------------------------------------------------------------------
+// ecg (records, leads, length) contiguous; peaks (records, max_peaks), -1 where there is none; count (records,);
+// beat (records, tokens).
+
+void segment_cpu(const void* ecg, bool is_float, int records, int leads, const Plan& plan, int* peaks, int* count);
+void beat_of_token_cpu(const int* peaks, const int* count, int records, int max_peaks, int tokens, int length, int* beat);
+
+// CUDA: on the stream, without waiting; workspace: so many bytes of device memory. They return what failed, or null.
+size_t workspace_bytes(int records, int leads, const Plan& plan);
+const char* segment_cuda(const void* ecg, bool is_float, int records, int leads, const Plan& plan, int* peaks, int* count, void* workspace,
+                         void* stream);
+const char* beat_of_token_cuda(const int* peaks, const int* count, int records, int max_peaks, int tokens, int length, int* beat, void* stream);
+
+}  // namespace beats

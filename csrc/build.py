@@ -1,0 +1,121 @@
+"""Builds the extension and finds it again. No PyTorch operator is registered here: setup.py reads this file, too."""
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]  # the second: the same bits everywhere
+CUDA_FLAGS = ["-O3", "--fmad=false"]
+
+
+def recipe():
+    """How the extension is to be built on this machine: a dictionary that says all that shapes the result."""
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        raise RuntimeError(f"there is no C++ compiler ({compiler})")
+    if not shutil.which("ninja"):
+        raise RuntimeError("ninja is missing (pip install ninja)")
+    flags, chip = [*CFLAGS, *([] if sys.platform == "darwin" else ["-fopenmp"])], ""
+    if platform.machine() in ("x86_64", "AMD64") and not makes_clones(compiler):
+        flags, chip = [*flags, "-march=native"], processor()
+    cuda = cuda_architecture()
+    sources = "".join(path.read_text() for path in sorted(FOLDER.glob("*")) if path.suffix in (".cpp", ".cu", ".h"))
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return dict(compiler=version, flags=flags, cuda=cuda, cuda_flags=CUDA_FLAGS if cuda else [], torch=torch.__version__, chip=chip,
+                sources=hashlib.sha256(sources.encode()).hexdigest()[:16])
+
+
+def makes_clones(compiler):
+    """Does the compiler make one library for every x86-64 processor (EVERY_CPU in beats.cpp)? GCC 12 and newer do on Linux. With
+    others the library is for the processor at hand."""
+    macros = subprocess.run([compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True).stdout
+    found = dict(line.split(None, 2)[1:] for line in macros.splitlines() if len(line.split(None, 2)) == 3)
+    return sys.platform == "linux" and "__clang__" not in found and int(found.get("__GNUC__", 0)) >= 12
+
+
+def processor():
+    """What tells processors with other instructions apart."""
+    if os.path.exists("/proc/cpuinfo"):
+        flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+        return hashlib.sha256(flags.encode()).hexdigest()[:16]
+    return platform.processor()
+
+
+def cuda_architecture():
+    """Compute capabilities to build for ("9.0", or what $TORCH_CUDA_ARCH_LIST says); "" without a GPU or without nvcc."""
+    from torch.utils.cpp_extension import CUDA_HOME
+    if torch.version.cuda is None or CUDA_HOME is None or not shutil.which(os.path.join(CUDA_HOME, "bin", "nvcc")):
+        return ""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    return listed or ("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "")
+
+
+def sources_in(folder, made):
+    """Paths of all sources; one that holds the recipe is written into folder. (A flag would have to be quoted through ninja.)"""
+    stamp = Path(folder) / "recipe.cpp"
+    stamp.write_text('extern "C" const char* ecg_recipe() { return R"json(%s)json"; }\n' % json.dumps(made))
+    names = ["ops.cpp", "beats.cpp"] + (["beats.cu"] if made["cuda"] else [])
+    return [str(FOLDER / name) for name in names] + [str(stamp)]
+
+
+@functools.lru_cache
+def recipe_of(library):
+    """The recipe that a library was built by."""
+    function = ctypes.CDLL(str(library)).ecg_recipe
+    function.restype = ctypes.c_char_p
+    return json.loads(function())
+
+
+def library():
+    """Path of the extension for this machine, built now if it has to be. RuntimeError in one sentence where that fails.
+
+    One that setup.py left beside the sources is taken if it was made from these sources and for this machine."""
+    made, ahead = recipe(), FOLDER / "_ops.so"
+    if ahead.exists():
+        found = recipe_of(ahead)
+        if all(found[key] == made[key] for key in ("sources", "torch", "chip")) and (found["cuda"] or not made["cuda"]):
+            return ahead
+    cache = Path(os.environ.get("ECG_CACHE") or Path.home() / ".cache" / "ecg-language")
+    folder = cache / "csrc" / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    result, failed = folder / "ecg_csrc.so", folder / "failed.txt"
+    with open(folder / "build.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others wait; it is free again when this process ends, however it ends
+        if result.exists():
+            return result
+        if not failed.exists():
+            print(f"building csrc, this once, into {folder}", file=sys.stderr)
+            build(made, folder)
+        if failed.exists():
+            raise RuntimeError(f"{failed.read_text()} (all of it: {folder / 'build.log'}; delete {folder} to try again)")
+    return result
+
+
+def build(made, folder):
+    """folder/ecg_csrc.so, or folder/failed.txt and build.log. What a killed build left is thrown away: PyTorch would wait for its lock."""
+    from torch.utils import cpp_extension
+    work = folder / "build"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    if made["cuda"]:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = made["cuda"]
+    try:
+        cpp_extension.load("ecg_csrc", sources_in(work, made), extra_cflags=made["flags"], extra_cuda_cflags=made["cuda_flags"],
+                           extra_ldflags=[flag for flag in made["flags"] if flag == "-fopenmp"], build_directory=str(work),
+                           with_cuda=bool(made["cuda"]), is_python_module=False)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+        (folder / "build.log").write_text(str(error))
+        (folder / "failed.txt").write_text(lines[0].strip())
+    else:
+        os.replace(work / "ecg_csrc.so", folder / "ecg_csrc.so")  # a library that is there is whole

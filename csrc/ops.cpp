@@ -1,0 +1,97 @@
+// The operators as PyTorch sees them. Schemas and checks of what a user gives are in __init__.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#ifdef WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <tuple>
+
+#include "beats.h"
+
+namespace {
+
+using at::Tensor;
+
+struct Sizes { int64_t records; int leads; beats::Plan plan; };
+
+Sizes sizes_of(const Tensor& ecg, double fs) {
+    TORCH_CHECK(ecg.dim() == 3 && ecg.is_contiguous(), "segment_beats: ecg must be contiguous, (B, leads, N)");
+    TORCH_CHECK(ecg.scalar_type() == at::kFloat || ecg.scalar_type() == at::kShort, "segment_beats: ecg must be float32 or int16");
+    TORCH_CHECK(ecg.size(1) >= 1 && ecg.size(1) <= beats::MAX_LEADS && fs >= 100 && fs <= 1000 && ecg.size(2) >= 2 * fs &&
+                ecg.size(2) < (1 << 30), "segment_beats: 1 to 12 leads, 100 to 1000 Hz, 2 s at least");
+    return {ecg.size(0), int(ecg.size(1)), beats::make_plan(fs, int(ecg.size(2)))};
+}
+
+std::tuple<Tensor, Tensor> outputs_of(const Tensor& ecg, const Sizes& s) {
+    const auto options = ecg.options().dtype(at::kInt);
+    return {at::empty({s.records, s.plan.max_peaks()}, options), at::empty({s.records}, options)};
+}
+
+void check_tokens(const Tensor& peaks, const Tensor& count) {
+    TORCH_CHECK(peaks.dim() == 2 && count.dim() == 1 && peaks.size(0) == count.size(0) && peaks.is_contiguous() && count.is_contiguous() &&
+                peaks.scalar_type() == at::kInt && count.scalar_type() == at::kInt,
+                "beat_of_token: peaks (B, K) and count (B,) must be contiguous and int32");
+}
+
+std::tuple<Tensor, Tensor> segment_beats_cpu(const Tensor& ecg, double fs) {
+    const Sizes s = sizes_of(ecg, fs);
+    auto [peaks, count] = outputs_of(ecg, s);
+    const bool is_float = ecg.scalar_type() == at::kFloat;
+    const size_t bytes = size_t(s.leads) * s.plan.length * ecg.element_size();
+    const char* x = static_cast<const char*>(ecg.const_data_ptr());
+    int *p = peaks.mutable_data_ptr<int>(), *c = count.mutable_data_ptr<int>();
+    at::parallel_for(0, s.records, 1, [&](int64_t begin, int64_t end) {
+        beats::segment_cpu(x + bytes * begin, is_float, end - begin, s.leads, s.plan, p + begin * s.plan.max_peaks(), c + begin);
+    });
+    return {peaks, count};
+}
+
+Tensor beat_of_token_cpu(const Tensor& peaks, const Tensor& count, int64_t tokens, int64_t samples) {
+    check_tokens(peaks, count);
+    Tensor beat = at::empty({peaks.size(0), tokens}, peaks.options());
+    beats::beat_of_token_cpu(peaks.const_data_ptr<int>(), count.const_data_ptr<int>(), peaks.size(0), peaks.size(1), tokens, samples,
+                             beat.mutable_data_ptr<int>());
+    return beat;
+}
+
+#ifdef WITH_CUDA
+std::tuple<Tensor, Tensor> segment_beats_cuda(const Tensor& ecg, double fs) {
+    const c10::cuda::CUDAGuard guard(ecg.device());
+    const Sizes s = sizes_of(ecg, fs);
+    auto [peaks, count] = outputs_of(ecg, s);
+    const Tensor workspace = at::empty({int64_t(beats::workspace_bytes(s.records, s.leads, s.plan))}, ecg.options().dtype(at::kByte));
+    const char* failed = beats::segment_cuda(ecg.const_data_ptr(), ecg.scalar_type() == at::kFloat, s.records, s.leads, s.plan,
+        peaks.mutable_data_ptr<int>(), count.mutable_data_ptr<int>(), workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(!failed, "segment_beats: ", failed);
+    return {peaks, count};
+}
+
+Tensor beat_of_token_cuda(const Tensor& peaks, const Tensor& count, int64_t tokens, int64_t samples) {
+    const c10::cuda::CUDAGuard guard(peaks.device());
+    check_tokens(peaks, count);
+    Tensor beat = at::empty({peaks.size(0), tokens}, peaks.options());
+    const char* failed = beats::beat_of_token_cuda(peaks.const_data_ptr<int>(), count.const_data_ptr<int>(), peaks.size(0), peaks.size(1),
+        tokens, samples, beat.mutable_data_ptr<int>(), c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(!failed, "beat_of_token: ", failed);
+    return beat;
+}
+#endif
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ecg, CPU, m) {
+    m.impl("segment_beats", segment_beats_cpu);
+    m.impl("beat_of_token", beat_of_token_cpu);
+}
+
+#ifdef WITH_CUDA
+TORCH_LIBRARY_IMPL(ecg, CUDA, m) {
+    m.impl("segment_beats", segment_beats_cuda);
+    m.impl("beat_of_token", beat_of_token_cuda);
+}
+#endif
