@@ -2,7 +2,7 @@
 
 Every data set becomes the same thing once, a store (class Store): a folder with
     ecg.i16      records x 12 leads x samples, int16 microvolts, little endian, memory-mapped
-    records.csv  id, patient, split, fold, statements, report, codes, source, leads, features, peaks
+    records.csv  id, patient, split, fold, statements, report, codes, source, leads, features, peaks (R peaks, samples)
     store.json   format version, rate, settings, what was dropped and why, sizes and checksums
 In the program signals are float32 millivolts with leads in the order of LEADS, rates in Hz, positions in samples.
 """
@@ -193,7 +193,7 @@ def load_record(path, rate, crop="first"):
 
 # ---- the store ------------------------------------------------------------------------------------------------------
 
-FORMAT = ["ecg-language store", 1]  # name and version
+FORMAT = ["ecg-language store", 2]  # name and version
 CHUNK = 256  # records of a task: what is written at once, and what the simulator draws at once
 COLUMNS = ("id", "patient", "split", "fold", "statements", "report", "codes", "source", "leads", "features", "peaks")
 JSON_COLUMNS = ("statements", "codes", "features", "peaks")
@@ -282,13 +282,13 @@ def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
     """All that shapes a store beside the data themselves: what translates its reports, or what simulates, included."""
     if source == "simulated":
         src = str(src or SIMULATED)
-    if source not in SOURCES or crop not in CROPS or rate < 1 or source == "simulated" and not src.isdigit():
+    if source not in SOURCES or crop not in CROPS or not 100 <= rate <= 1000 or source == "simulated" and not src.isdigit():
         raise DataError(f"no such data: {source}:{src}, crop {crop}, {rate} Hz; sources are {', '.join(SOURCES)} "
-                        f"(and a number of records), crops {', '.join(CROPS)}, rates 1 Hz and more")
+                        f"(and a number of records), crops {', '.join(CROPS)}, rates 100 to 1000 Hz")
     wordings = [(f["name"], f["also"]) for f in knowledge()["findings"].values()]
     maker = {"simulated": inspect.getsource(sys.modules[__name__]).rpartition("# ---- simulator")[2] + str(wordings),
              "ptbxl": str(knowledge()["lexicon"]) + str(wordings)}.get(source, "")
-    return dict(source=source, src=src if source == "simulated" else os.path.abspath(src), rate=rate, crop=crop,
+    return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src), rate=rate, crop=crop,
                 min_words=min_words, seed=seed, maker=zlib.crc32(maker.encode()))
 
 
@@ -395,8 +395,7 @@ def die_with_parent():
 
 def work(settings, rows):
     """A task: rows of a source -> their number, {file name: bytes}, notes (dropped or warnings, text, amount, id)."""
-    table, signals, notes = io.StringIO(), [], []
-    writer = csv.DictWriter(table, COLUMNS, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    kept, signals, notes = [], [], []
     for row in rows:
         try:
             if "skip" in row:
@@ -408,11 +407,31 @@ def work(settings, rows):
             continue
         if "statements" not in row:
             row["statements"] = translate(row["report"])
-        row = dict(features=[], peaks=[], leads="".join("01"[int(u)] for u in usable)) | row
-        writer.writerow({c: json.dumps(row[c], ensure_ascii=False) if c in JSON_COLUMNS else row[c] for c in COLUMNS})
-        signals.append(ecg.tobytes())
+        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable)) | row)
+        signals.append(ecg)
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
-    return len(rows), {"ecg.i16": b"".join(signals), "records.csv": table.getvalue().encode()}, notes
+    unknown = [i for i, row in enumerate(kept) if "peaks" not in row]  # the simulator knows them
+    for i, peaks in zip(unknown, r_peaks([signals[i] for i in unknown], settings["rate"])):
+        kept[i]["peaks"] = peaks
+    return len(rows), {"ecg.i16": b"".join(ecg.tobytes() for ecg in signals), "records.csv": csv_lines(kept)}, notes
+
+
+def r_peaks(signals, rate):
+    """Lists of R peaks (samples) of records, each (12, N) int16 microvolts."""
+    import torch  # with csrc it takes two seconds, which reading a store can do without
+    from csrc import segment_beats
+    if not signals:
+        return []
+    peaks, count = segment_beats(torch.from_numpy(np.stack(signals)), rate)
+    return [row[:n].tolist() for row, n in zip(peaks, count)]
+
+
+def csv_lines(rows):
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    for row in rows:
+        writer.writerow({c: json.dumps(row[c], ensure_ascii=False) if c in JSON_COLUMNS else row[c] for c in COLUMNS})
+    return table.getvalue().encode()
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------
@@ -832,15 +851,15 @@ ALWAYS = {"AFIB": "absent p waves; fibrillatory baseline; irregularly irregular 
 @lru_cache(1)
 def simulated_block(seed, block, rate):
     """CHUNK records -> ecg (CHUNK, 12, SECONDS * rate) mV, and lists of peaks, codes, features, statements."""
-    return _block(np.random.default_rng((seed, block)), rate, SECONDS, 1.0)
+    return _block(np.random.default_rng((seed, block)), rate, SECONDS)
 
 
-def _block(rng, rate, seconds, noise):
+def _block(rng, rate, seconds, strongest_noise=False):
     samples, c = round(seconds * rate), _diagnoses(rng)
     p = _patient(rng, c)
     codes, features = _label(c, p, _measure(p))
     ecg, peaks = _fire_all(rng, c, p, _rhythm(rng, c, p, seconds), rate, samples)
-    ecg += _atrial_waves(rng, c, p, rate, samples) + noise * _noise(rng, rate, samples)
+    ecg += _atrial_waves(rng, c, p, rate, samples) + _noise(rng, rate, samples, strongest_noise)
     ecg = LIMBS @ (np.round(ecg * 200) / 200)                                       # steps of 5 microvolt
     return ecg.astype(np.float32), peaks, codes, features, [_report(rng, *x) for x in zip(codes, features)]
 
@@ -1172,11 +1191,14 @@ def _atrial_waves(rng, c, p, rate, samples):
     return p["leads"] @ (waves + c["AFLT"][:, None, None] * way * saw)
 
 
-def _noise(rng, rate, samples):
-    """Disturbances of the electrodes RA, LA, LL, V1..V6, seen in I, II, V1..V6: (n, 8, N) mV."""
+def _noise(rng, rate, samples, strongest=False):
+    """Disturbances of the electrodes RA, LA, LL, V1..V6, seen in I, II, V1..V6: (n, 8, N) mV.
+
+    strongest: every record has all of them, each two standard deviations (of its logarithm) above the median."""
     n, t, f = CHUNK, np.arange(samples) / rate, np.fft.rfftfreq(samples, 1 / rate)
     uni = lambda a, b: rng.uniform(a, b, (n, 1, 1))
-    strength = lambda median, spread: median * rng.lognormal(0, spread, (n, 1, 1)) * rng.lognormal(0, .4, (n, 9, 1))
+    usual = lambda spread: np.exp(2 * spread) if strongest else rng.lognormal(0, spread, (n, 1, 1))
+    strength = lambda median, spread: median * usual(spread) * rng.lognormal(0, .4, (n, 9, 1))
 
     def colored(shape, count=9):
         """Noise (n, count, N) of unit deviation with the amplitude spectrum `shape` (F,)."""
@@ -1187,9 +1209,9 @@ def _noise(rng, rate, samples):
     x = strength(.02, .9) * colored(np.where((f > .04) & (f < 2), 1 / np.maximum(f, .04), 0))       # breath, skin
     x += strength(.009, .7) * swell * colored(np.minimum(f / 8, 1) / (1 + (f / 38) ** 4))           # muscle
     mains = rng.choice((50, 60), (n, 1, 1))             # above Nyquist: taken away by the recorder's filter
-    x += strength(.004, 1) * (uni(0, 1) < .4) * (mains < .49 * rate) * np.sin(2 * np.pi * mains * t + uni(0, 6.3))
-    at, kind = uni(0, samples / rate), uni(0, 1)        # one electrode: a step, a burst, or bad throughout
-    step = np.exp(-np.maximum(t - at, 0) / uni(.2, 2)) * (t > at) * uni(-.7, .7)
+    x += strength(.004, 1) * (uni(0, 1) < (1 if strongest else .4)) * (mains < .49 * rate) * np.sin(2 * np.pi * mains * t + uni(0, 6.3))
+    at, kind = uni(0, samples / rate), uni(0, .125 if strongest else 1)  # one electrode: a step, a burst, or bad throughout
+    step = np.exp(-np.maximum(t - at, 0) / uni(.2, 2)) * (t > at) * uni(.7 if strongest else -.7, .7)
     burst = np.exp(-.5 * ((t - at) / uni(.2, 1)) ** 2) * .1 * rng.standard_normal((n, 1, samples))
     fault = np.select([kind < .06, kind < .1, kind < .125], [step, burst, .25 * colored(1 / (1 + f / 3), 1)], 0)
     x += np.eye(9)[rng.integers(0, 9, n)][..., None] * fault

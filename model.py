@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather, all_reduce
 
+from csrc import beat_of_token
+
 
 class ModelError(ValueError):
     """One sentence for the user: which setting is wrong, and what to use."""
@@ -40,6 +42,7 @@ class Batch(NamedTuple):
     chosen: list       # B lists of tags: what is said of the record in this step (train.py, text_unit)
     tags: list         # B lists of tags: everything the record's report says
     ids: list          # B record names, for messages
+    peaks: torch.Tensor  # (B, K) int32 R peaks in samples of ecg, -1 behind the last
 
     @property
     def texts(self):
@@ -347,6 +350,24 @@ def small_text_model(texts, seed=0, steps=150, batch=32, dim=128, layers=2, voca
         optimiser.step()
         schedule.step()
     return lm.bert, tokenizer
+
+
+# ---- beats -------------------------------------------------------------------------------------------------------
+
+def pool_beats(tokens, peaks, samples):
+    """Encoder tokens -> beats: the mean of the tokens from half-way to the R peak before to half-way to the next.
+
+    tokens (B, T, D), of records of `samples` samples; peaks (B, K) int32 in samples, -1 behind the last (Batch.peaks, segment_beats).
+    Returns beats (B, K, D), zeros behind the last, and count (B,) int32. A beat shorter than a token takes the one its peak is in.
+    Gradient to the tokens."""
+    length, count = tokens.shape[1], (peaks >= 0).sum(1, dtype=torch.int32)
+    beat = beat_of_token(peaks, count, length, samples)                                   # (B, T)
+    index = torch.arange(peaks.shape[1], device=peaks.device)[None, :, None]              # (1, K, 1)
+    mine = beat[:, None] == index                                                         # (B, K, T)
+    at_peak = (peaks.long() * length // samples)[:, :, None] == torch.arange(length, device=peaks.device)
+    mine = torch.where(mine.any(2, keepdim=True), mine, at_peak) & (peaks >= 0)[:, :, None]
+    share = mine / mine.sum(2, keepdim=True).clamp(min=1)
+    return share.to(tokens.dtype) @ tokens, count
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------

@@ -116,15 +116,25 @@ class Records(torch.utils.data.Dataset):
     def __init__(self, store, tags, config):
         self.store, self.tags, self.config = store, tags, config
         self.names = store.records["id"].astype(str).to_numpy()
+        self.peaks = padded(store.records["peaks"])
 
     def __getitem__(self, key):
         stage, epoch, rows = key
-        ecg, chosen = self.store.ecg(rows), []
+        ecg, peaks, chosen = self.store.ecg(rows), self.peaks[rows], []
         for i, row in enumerate(rows):
             rng = np.random.default_rng((self.config.seed, stage, epoch, row))
             chosen.append(choose(self.tags[row], self.config.text_unit, rng))
-            augment(ecg[i], self.config, rng)
-        return models.Batch(torch.from_numpy(ecg), chosen, [self.tags[row] for row in rows], list(self.names[rows]))
+            augment(ecg[i], peaks[i], self.config, rng)
+        return models.Batch(torch.from_numpy(ecg), chosen, [self.tags[row] for row in rows], list(self.names[rows]),
+                            torch.from_numpy(peaks))
+
+
+def padded(lists):
+    """Lists of positions -> (R, K) int32, -1 behind the last of each, K one at least."""
+    out = np.full((len(lists), max(1, *map(len, lists))), -1, np.int32)
+    for row, values in zip(out, lists):
+        row[:len(values)] = values
+    return out
 
 
 def choose(tags, unit, rng):
@@ -135,8 +145,8 @@ def choose(tags, unit, rng):
     return [tags[i] for i in rng.permutation(len(tags))[:count]]
 
 
-def augment(ecg, config, rng):
-    """Zero some leads and shift in time, in place (zeros move in). ecg: (L, N) mV."""
+def augment(ecg, peaks, config, rng):
+    """Zero some leads and shift in time, in place (zeros move in). ecg: (L, N) mV; peaks: (K,) samples, -1 behind the last."""
     if config.lead_drop:
         ecg[rng.random(len(ecg)) < config.lead_drop] = 0
     limit = int(config.shift * config.rate)
@@ -144,6 +154,9 @@ def augment(ecg, config, rng):
         step = int(rng.integers(-limit, limit + 1))
         ecg[:] = np.roll(ecg, step, 1)
         ecg[:, slice(0, step) if step >= 0 else slice(step, None)] = 0
+        moved = peaks[peaks >= 0] + step
+        moved = moved[(moved >= 0) & (moved < ecg.shape[1])]
+        peaks[:len(moved)], peaks[len(moved):] = moved, -1
 
 
 def batch_keys(rows, config, stage, epoch):
@@ -460,7 +473,7 @@ def train_stage(name, parallel, optimiser, batches, updates, config, run, device
         terms = {}
         for micro in range(config.accumulate):
             batch = next(stream)
-            batch = batch._replace(ecg=batch.ecg.to(device, non_blocking=True))
+            batch = batch._replace(ecg=batch.ecg.to(device, non_blocking=True), peaks=batch.peaks.to(device, non_blocking=True))
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last or parallel is method else parallel.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):

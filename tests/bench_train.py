@@ -25,7 +25,8 @@ def speed(name, size, device, updates=7):
     config.batch_size = 64
     method = models.build_method(config, models.small_text_model([models.join(REPORT)] * 4, steps=1)).to(device).train()
     tags = [REPORT[:1 + i % 4] + [f"finding {i % 29}"] for i in range(config.batch_size)]
-    batch = models.Batch(torch.randn(config.batch_size, 12, method.samples, device=device), tags, tags, [""] * len(tags))
+    batch = models.Batch(torch.randn(config.batch_size, 12, method.samples, device=device), tags, tags, [""] * len(tags),
+                         torch.full((len(tags), 1), -1, dtype=torch.int32, device=device))
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4)
     seconds = []
     for _ in range(updates + 2):

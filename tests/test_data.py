@@ -329,7 +329,7 @@ def test_store_errors(many, tmp_path):
     with pytest.raises(data.DataError, match="ecg.i16: damaged"):
         data.Store(folder, verify=True)
     with pytest.raises(data.DataError, match="other settings"):
-        data.prepare("csv", many / "list.csv", many / "whole", rate=50)
+        data.prepare("csv", many / "list.csv", many / "whole", rate=125)
 
 
 def test_partial_of_other_settings_is_refused(many, tmp_path):
@@ -340,7 +340,7 @@ def test_partial_of_other_settings_is_refused(many, tmp_path):
     process.kill()
     process.wait()
     with pytest.raises(data.DataError, match="dst.partial: left by a run with other settings"):
-        data.prepare("csv", many / "list.csv", tmp_path / "dst", rate=50)
+        data.prepare("csv", many / "list.csv", tmp_path / "dst", rate=125)
     with open(tmp_path / "dst.partial" / "ecg.i16", "r+b") as file:
         file.write(b"\x55\xaa")
     with pytest.raises(data.DataError, match="ecg.i16: damaged"):
@@ -485,6 +485,11 @@ def test_ptbxl(tmp_path):
         expected = data.load_record(PTBXL / rows["filename_lr"].iloc[i], 100)[0] / 1000
         correlation = [np.corrcoef(a, b)[0, 1] for a, b in zip(store.ecg([i])[0], expected)]
         assert np.median(correlation) > (0.98 if i else 0.999999)
+    for i in (0, 6):  # R peaks: those of the signal
+        peaks, ecg = store.records["peaks"][i], store.ecg([i])[0]
+        assert 5 < len(peaks) < 30 and min(peaks) >= 0 and max(peaks) < 1000 and (np.diff(peaks) >= 20).all()
+        swing = np.ptp([ecg[:, max(0, p - 4):p + 5] for p in peaks if 4 < p < 995], axis=2).mean(0)
+        assert (swing > 3 * np.median(np.ptp(ecg.reshape(12, -1, 10), axis=2), axis=1)).mean() > 0.7
     high = data.prepare("ptbxl", src, tmp_path / "s500", rate=500)
     assert high.records["id"].tolist() == rows["ecg_id"].tolist()[3:8] and high.samples == 5000
     link(rows["filename_lr"].iloc[7])  # now it is there: another file for one of the same records

@@ -197,12 +197,35 @@ def test_text_tower_of_any_folder(tmp_path):
     assert torch.allclose(a, b, atol=1e-6)
 
 
+# ---- beats -----------------------------------------------------------------------------------------------------------
+
+def test_tokens_are_pooled_into_beats():
+    peaks = torch.tensor([[20, 60, 150, -1], [5, 10, 90, 199], [-1, -1, -1, -1]], dtype=torch.int32)
+    tokens = torch.randn(3, 20, 5, dtype=torch.float64, requires_grad=True)  # a token is ten samples
+    beats, count = models.pool_beats(tokens, peaks, 200)
+    assert beats.shape == (3, 4, 5) and count.tolist() == [3, 4, 0]
+    borders = [[(0, 4), (4, 10), (10, 20)],           # half-way: samples 40, 105 (in the middle of token 10, which goes on)
+               [(0, 1), (1, 5), (5, 14), (14, 20)]]   # 7.5: the middle of token 0 (5) lies before it
+    for b, parts in enumerate(borders):
+        for k, (start, stop) in enumerate(parts):
+            assert torch.allclose(beats[b, k], tokens[b, start:stop].mean(0)), (b, k)
+    assert not beats[0, 3].any() and not beats[2].any()
+    assert torch.autograd.gradcheck(lambda t: models.pool_beats(t, peaks, 200)[0], tokens)
+
+
+def test_a_beat_shorter_than_a_token_takes_the_token_of_its_peak():
+    tokens, peaks = torch.randn(1, 2, 3), torch.tensor([[10, 40, 150]], dtype=torch.int32)  # tokens of 100 samples
+    beats, _ = models.pool_beats(tokens, peaks, 200)
+    assert torch.equal(beats[0], tokens[0][[0, 0, 1]])
+
+
 # ---- methods ---------------------------------------------------------------------------------------------------------
 
 def toy_batch(size=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     tags = [t.rstrip(".").split(". ") for t in (TEXTS * 2)[:size]]
-    return models.Batch(torch.randn(size, 12, 200, generator=g), tags, tags, [str(i) for i in range(size)])
+    return models.Batch(torch.randn(size, 12, 200, generator=g), tags, tags, [str(i) for i in range(size)],
+                        torch.tensor([[20, 90, 160, -1]] * size, dtype=torch.int32))
 
 
 def toy_method(name, **options):
@@ -252,7 +275,7 @@ def one_rank(rank, world, port, name, options, path):
     method, whole = toy_method(name, **options), toy_batch()
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
     parallel = torch.nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-    terms = parallel(models.Batch(whole.ecg[share], whole.chosen[share], whole.tags[share], whole.ids[share]))
+    terms = parallel(models.Batch(whole.ecg[share], whole.chosen[share], whole.tags[share], whole.ids[share], whole.peaks[share]))
     sum(terms.values()).backward()
     torch.save({"terms": {k: v.item() for k, v in terms.items()}, "buffers": dict(method.named_buffers()),
                 "grads": {n: p.grad for n, p in method.named_parameters() if p.grad is not None}}, f"{path}/{rank}.pt")

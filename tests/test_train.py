@@ -105,7 +105,7 @@ def test_the_watch_tells_a_collapsed_tower_and_a_stuck_loss():
 
         def encode_text(self, texts):
             return models.TextViews(None, None, torch.nn.functional.normalize(torch.randn(16, 8), dim=1))
-    probe = models.Batch(torch.zeros(16, 12, 10), [["a"]] * 16, [["a"]] * 16, ["r"] * 16)
+    probe = models.Batch(torch.zeros(16, 12, 10), [["a"]] * 16, [["a"]] * 16, ["r"] * 16, None)
     config = small_config("etp", batch_size=16)
     assert train.Watch(probe, Collapsed(0.01), config).look().startswith("COLLAPSE: all ECG embeddings")
     healthy = train.Watch(probe, Collapsed(1.0), config)
@@ -158,12 +158,14 @@ def test_text_units():
 
 def test_augmentation_moves_and_drops():
     config = small_config("etp", lead_drop=0.5, shift=1.0)
-    ecg = np.tile(np.arange(1, 1001, dtype=np.float32), (12, 1))
-    train.augment(ecg, config, np.random.default_rng(1))
+    ecg, peaks = np.tile(np.arange(1, 1001, dtype=np.float32), (12, 1)), train.padded([[2, 300, 600, 999]])[0]
+    train.augment(ecg, peaks, config, np.random.default_rng(1))
     kept = ecg[ecg.any(1)]
     assert 0 < len(kept) < 12 and (kept == kept[0]).all()
     inside = kept[0][kept[0] > 0]
     assert 900 <= len(inside) < 1000 and (np.diff(inside) == 1).all()  # shifted, zeros moved in
+    assert (peaks[:3] >= 0).all() and peaks[3] == -1                    # and one peak moved out
+    assert set(kept[0][peaks[:3]]) < {3, 301, 601, 1000}                # the others lie where they did
 
 
 def test_recovery_quality():
