@@ -32,18 +32,20 @@ template <class V, class T> static INLINE V load(const T* x) {
 template <class V, class T> static INLINE void store(V v, T* x) { memcpy(x, &v, sizeof v); }
 template <class V> static INLINE V lower(V a, V b) { return a < b ? a : b; }
 template <class V> static INLINE V higher(V a, V b) { return a > b ? a : b; }
-static INLINE Vector mean_of(Vector a, Vector b) { return (a | b) - ((a ^ b) >> 1); }  // (a + b + 1) / 2 in 16 bits
+static INLINE uint16_t mean_of(uint16_t a, uint16_t b) { return uint16_t((uint32_t(a) + b + 1) >> 1); }
 static INLINE Vector distance(Vector a, Vector b) { return higher(a, b) - lower(a, b); }
 static INLINE int padded(int n) { return (n + LANES - 1) & -LANES; }
 
 #ifdef __clang__  // lanes of two vectors, counted through both
 #define CHOOSE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
 #else
+#define SHUFFLE(v, ...) __builtin_shuffle(v, Signed{__VA_ARGS__})
 #define CHOOSE(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
 #endif
 
 struct Scratch {  // of one thread, made once for all its records; every array has room for a vector beyond its end
-    int block_stride, tick_stride;  // between leads in blocks and in feature
+    int block_stride, tick_stride, some_stride;  // between leads in blocks, in feature and in some
     std::vector<int16_t> feature, some, begins, padded_votes, int16_row;
     std::vector<uint16_t> room, smooth, even, odd, first_step, steps;
     std::vector<float> float_row;
@@ -57,7 +59,7 @@ struct Scratch {  // of one thread, made once for all its records; every array h
         room.resize(size_t(block_stride) * leads), blocks = room.data() + LANES, feature.resize(size_t(tick_stride) * leads);
         steep.resize(p.blocks), smooth.resize(2 * padded(p.ticks + p.window) + 4 * LANES);
         for (auto* v : {&even, &odd, &first_step, &steps}) v->resize(padded(p.ticks + p.window) + 2 * LANES);
-        some.resize(p.ticks + 2 * LANES), begins.resize(padded(p.ticks));
+        some_stride = padded(p.chunk(1)) / 2 + 4 * LANES, some.resize(size_t(some_stride) * leads), begins.resize(padded(p.ticks));
         padded_votes.resize(padded(p.ticks) + 2 * LANES), votes = padded_votes.data() + LANES;
         for (auto* v : {&at, &height, &found, &chosen, &best}) v->resize(p.max_candidates);
         zeros.resize(leads), complete.resize(leads), levels.resize(leads), bases.resize(size_t(p.max_candidates) * leads), gains.resize(size_t(p.chunks) * leads);
@@ -126,7 +128,7 @@ template <int BLOCK, class T> static INLINE bool blocks_of(const T* x, int zero,
     const Floats bottom = Floats{} + limit_of<BLOCK, T>(zero - 32767), top = Floats{} + limit_of<BLOCK, T>(zero + 32767);
     Floats lowest = top, highest = bottom;
     for (int i = 0;; i = least(i + 8, p.blocks - 8)) {  // the last eight may begin in those before
-        ahead.lines(most(1, BLOCK * int(sizeof(T)) * 3 / 32));  // three quarters of what is read
+        ahead.lines(most(1, BLOCK * int(sizeof(T)) / 16));  // half of what is read; the other loops ask for the rest
         Floats v = lower(higher(__builtin_convertvector(sums_of<BLOCK>(x + BLOCK * i), Floats), bottom), top);  // NaN becomes bottom
         lowest = lower(v, lowest), highest = higher(v, highest);
         for (int j = 0; j < 8; j++) v[j] = fmaf(v[j], UNIT<T> / BLOCK, ROUND);
@@ -180,13 +182,10 @@ static INLINE void there_and_back(uint16_t* __restrict blocks, const Plan& p, Sc
     uint16_t* __restrict smooth = s.smooth.data();
     for (int i = 0; i <= p.before(); i++) blocks[-1 - i] = blocks[i];
     for (int i = 0; i <= p.behind(); i++) blocks[n + i] = blocks[n - 1 - i];
-    for (int i = 0; i < n + p.window; i += LANES) {
-        const uint16_t* x = blocks - p.before() + i;
-        const Vector middle = load<Vector>(x);
-        Vector blend = mean_of(load<Vector>(x - 1), load<Vector>(x + 1));
-        for (int j = 0; j < p.blends; j++) blend = mean_of(blend, middle);
-        store(blend, smooth + i);
-    }
+    const uint16_t* __restrict x = blocks - p.before();
+    const int stop = padded(n + p.window);
+    for (int i = 0; i < stop; i++) smooth[i] = mean_of(x[i - 1], x[i + 1]);  // a loop for each mean: compilers see the instruction for it
+    for (int j = 0; j < p.blends; j++) for (int i = 0; i < stop; i++) smooth[i] = mean_of(smooth[i], x[i]);
     uint16_t *__restrict even = s.even.data(), *__restrict odd = s.odd.data(), *__restrict first = s.first_step.data(), *__restrict both = s.steps.data();
     for (int i = 0, stop = padded(p.ticks + pairs + 1); i < stop; i++) even[i] = smooth[2 * i], odd[i] = smooth[2 * i + 1];
     const Vector limit = Vector{} + uint16_t(p.limit);
@@ -206,27 +205,22 @@ static INLINE void there_and_back(uint16_t* __restrict blocks, const Plan& p, Sc
     }
 }
 
-static INLINE int highest_lane(Signed v) {
-    int16_t lanes[LANES];
-    store(v, lanes);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
-}
-
-static INLINE int sum_of_lanes(Signed v) {
-    int16_t lanes[LANES];
-    store(v, lanes);
-    int sum = 0;
-    for (int i = 0; i < LANES; i++) sum += lanes[i];
-    return sum;
+// Lane i meets lane i + 8, then i + 4, i + 2, i + 1: the result is in lane 0.
+struct Sum { static INLINE Signed of(Signed a, Signed b) { return a + b; } };
+struct Highest { static INLINE Signed of(Signed a, Signed b) { return higher(a, b); } };
+template <class Op> static INLINE int over_lanes(Signed v) {
+    v = Op::of(v, SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = Op::of(v, SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = Op::of(v, SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = Op::of(v, SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    return v[0];
 }
 
 static INLINE int highest_of(const int16_t* x, int n) {
     if (n < LANES) return *std::max_element(x, x + n);
     Signed top = load<Signed>(x + n - LANES);  // the rest, and some again
     for (int i = 0; i < n - LANES; i += LANES) top = higher(top, load<Signed>(x + i));
-    return highest_lane(top);
+    return over_lanes<Highest>(top);
 }
 
 static INLINE int rank(Signed v, int n, int k) {  // of lanes 0 to n - 1: the value with k smaller ones, ties by place
@@ -236,25 +230,36 @@ static INLINE int rank(Signed v, int n, int k) {  // of lanes 0 to n - 1: the va
         const Signed w = Signed{} + v[j];
         below -= (w < v) | ((w == v) & (place > int16_t(j)));
     }
-    return highest_lane(v & (below == Signed{} + int16_t(k)) & (place < Signed{} + int16_t(n)));
+    return over_lanes<Highest>(v & (below == Signed{} + int16_t(k)) & (place < Signed{} + int16_t(n)));
 }
 
-static INLINE Level level_of(const int16_t* feature, const Plan& p, int c, int16_t* __restrict some) {
-    Signed highest{};
+// Levels of all leads in chunk c -> s.levels. The leads' bisections go side by side: one would mostly wait for its own last step.
+static INLINE void find_levels(const Plan& p, int c, int leads, Scratch& s, ReadAhead& ahead) {
     const int segments = p.segments(c), from = p.chunk(c), n = (p.chunk(c + 1) - from + 1) / 2;
-    for (int i = 0, start = from; i < segments; i++) {
-        const int stop = p.segment_start(c, i + 1);
-        highest[i] = int16_t(highest_of(feature + start, stop - start));
-        start = stop;
+    Median noise[MAX_LEADS];
+    for (int l = 0; l < leads; l++) {
+        ahead.lines(8);
+        const int16_t* feature = s.feature.data() + size_t(l) * s.tick_stride;
+        Signed highest{};
+        for (int i = 0, start = from; i < segments; i++) {
+            const int stop = p.segment_start(c, i + 1);
+            highest[i] = int16_t(highest_of(feature + start, stop - start));
+            start = stop;
+        }
+        noise[l] = Median(rank(highest, segments, segments * 3 / 5));
+        int16_t* __restrict some = s.some.data() + size_t(l) * s.some_stride;
+        for (int i = 0, stop = padded(n); i < stop; i++) some[i] = feature[from + 2 * i];
+        store(Signed{} + int16_t(32767), some + n);  // never counted
     }
-    const int beat = rank(highest, segments, segments * 3 / 5);
-    for (int i = 0, stop = padded(n); i < stop; i++) some[i] = feature[from + 2 * i];
-    store(Signed{} + int16_t(32767), some + n);  // never counted
-    return Level(beat, median_below(beat, n, [=](int bound) {
-        Signed count{};
-        for (int i = 0; i < n; i += LANES) count -= load<Signed>(some + i) <= Signed{} + int16_t(bound);
-        return sum_of_lanes(count);
-    }));
+    for (int step = 0; step < Median::STEPS; step++)
+        for (int l = 0; l < leads; l++) {
+            ahead.lines(6);
+            const int16_t* some = s.some.data() + size_t(l) * s.some_stride;
+            Signed count{};
+            for (int i = 0; i < n; i += LANES) count -= load<Signed>(some + i) <= Signed{} + int16_t(noise[l].bound());
+            noise[l].narrow(2 * over_lanes<Sum>(count) > n);
+        }
+    for (int l = 0; l < leads; l++) s.levels[l] = Level(noise[l].beat, noise[l].value());
 }
 
 // Votes of all leads for every tick; the gains with which leads share in locating.
@@ -264,11 +269,8 @@ static INLINE void count_votes(const Plan& p, int leads, Scratch& s, ReadAhead& 
     for (int c = 0; c < p.chunks; c++) {
         int* gains = s.gains.data() + c * leads;
         int best = 0, largest = 1;
-        for (int l = 0; l < leads; l++) {
-            ahead.lines(16);
-            s.levels[l] = level_of(s.feature.data() + size_t(l) * s.tick_stride, p, c, s.some.data());
-            best = most(best, s.levels[l].ratio);
-        }
+        find_levels(p, c, leads, s, ahead);
+        for (int l = 0; l < leads; l++) best = most(best, s.levels[l].ratio);
         for (int l = 0; l < leads; l++) {
             ahead.lines(8);
             const Level v = s.levels[l];

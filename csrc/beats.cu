@@ -67,11 +67,11 @@ template <int BLOCK, class T> __device__ void take_out_spikes(const T* x, T orig
 }
 
 __device__ Level level_of(const int16_t* feature, const Plan& p, int c) {  // all threads together
-    __shared__ int highest[MAX_SEGMENTS], counts[6];  // a counter for each step of a bisection of 33 places
+    __shared__ int highest[MAX_SEGMENTS], counts[Median::STEPS];
     const int from = p.chunk(c), segments = p.segments(c), n = (p.chunk(c + 1) - from + 1) / 2;
     __syncthreads();  // the last level has been read
     for (int i = threadIdx.x; i < MAX_SEGMENTS; i += blockDim.x) highest[i] = 0;
-    for (int i = threadIdx.x; i < 6; i += blockDim.x) counts[i] = 0;
+    for (int i = threadIdx.x; i < Median::STEPS; i += blockDim.x) counts[i] = 0;
     __syncthreads();
     for (int s = 0; s < segments; s++) {
         int top = 0;
@@ -79,16 +79,15 @@ __device__ Level level_of(const int16_t* feature, const Plan& p, int c) {  // al
         if (top) atomicMax(&highest[s], top);
     }
     __syncthreads();
-    const int beat = rank(highest, segments, segments * 3 / 5);
-    int step = 0;
-    const int noise = median_below(beat, n, [&](int bound) {
+    Median noise(rank(highest, segments, segments * 3 / 5));
+    for (int step = 0; step < Median::STEPS; step++) {
         int count = 0;
-        for (int i = threadIdx.x; i < n; i += blockDim.x) count += feature[from + 2 * i] <= bound;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) count += feature[from + 2 * i] <= noise.bound();
         if (count) atomicAdd(&counts[step], count);
         __syncthreads();
-        return counts[step++];
-    });
-    return Level(beat, noise);
+        noise.narrow(2 * counts[step] > n);
+    }
+    return Level(noise.beat, noise.value());
 }
 
 // A group a row. again: only rows of records with spikes, which are taken out.

@@ -182,16 +182,19 @@ HD int rank(const int* values, int n, int k) {  // the value with k smaller ones
     return found;
 }
 
-// The median in steps of beat / 32, by bisection. count_up_to(x): how many of n values are at most x.
-template <class Count> HD int median_below(int beat, int n, Count count_up_to) {
-    int low = 0, high = 32;  // the answer's step; 32: none below the beat
-    while (low < high) {
+struct Median {  // in steps of beat / 32, by bisection: STEPS times, are most values at most bound()?
+    static constexpr int STEPS = 6;
+    int beat, low, high;  // the answer's step is one of these; 32: none below the beat
+    HD explicit Median(int beat) : beat(beat), low(0), high(32) {}
+    Median() = default;
+    HD int bound() const { return beat * ((low + high) / 2) / 32; }
+    HD void narrow(bool most_are) {
         const int step = (low + high) / 2;
-        if (2 * count_up_to(beat * step / 32) > n) high = step;
-        else low = step + 1;
+        low = most_are ? low : least(step + 1, high);
+        high = most_are ? step : high;
     }
-    return beat * low / 32;
-}
+    HD int value() const { return beat * low / 32; }
+};
 
 struct Level {
     int beat, floor, span, ratio;  // typical beat, noise floor, beat - floor, signal-to-noise ratio in 1/64

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -23,8 +24,7 @@ def recipe():
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise RuntimeError(f"there is no C++ compiler ({compiler})")
-    if not shutil.which("ninja"):
-        raise RuntimeError("ninja is missing (pip install ninja)")
+    find_ninja()
     flags, chip = [*CFLAGS, *([] if sys.platform == "darwin" else ["-fopenmp"])], ""
     if platform.machine() in ("x86_64", "AMD64") and not makes_clones(compiler):
         flags, chip = [*flags, "-march=native"], processor()
@@ -33,6 +33,15 @@ def recipe():
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return dict(compiler=version, flags=flags, cuda=cuda, cuda_flags=CUDA_FLAGS if cuda else [], torch=torch.__version__, chip=chip,
                 sources=hashlib.sha256(sources.encode()).hexdigest()[:16])
+
+
+def find_ninja():
+    """PyTorch looks for ninja in $PATH; pip may have put it beside a Python that is called by its path."""
+    if not shutil.which("ninja"):
+        folder = sysconfig.get_path("scripts")
+        if not shutil.which("ninja", path=folder):
+            raise RuntimeError("ninja is missing (pip install ninja)")
+        os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + folder
 
 
 def makes_clones(compiler):
