@@ -86,7 +86,7 @@ def segment_beats_reference(ecg, fs):
 
 
 def beat_of_token_reference(peaks, count, tokens, samples):
-    rows = [reference.beat_of_token(p[:c], tokens, samples) for p, c in zip(peaks.cpu().numpy(), count.cpu().numpy())]
+    rows = [reference.beat_of_token(p[:max(0, c)], tokens, samples) for p, c in zip(peaks.cpu().numpy(), count.cpu().numpy())]
     return torch.from_numpy(np.array(rows, np.int32).reshape(len(rows), tokens)).to(peaks.device)
 
 

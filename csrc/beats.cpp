@@ -8,7 +8,8 @@
 
 #include "beats.h"
 
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && defined(__linux__)
+#ifdef EVERY_CPU  // tests/sanitize.sh wants none
+#elif defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && defined(__linux__)
 #define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))  // chosen when the program starts
 #else
 #define EVERY_CPU
@@ -432,7 +433,7 @@ void segment_cpu(const void* ecg, bool is_float, int records, int leads, const P
 
 void beat_of_token_cpu(const int* peaks, const int* count, int records, int max_peaks, int tokens, int length, int* beat) {
     for (int b = 0; b < records; b++, peaks += max_peaks, beat += tokens)
-        for (int t = 0, k = 0; t < tokens; t++) beat[t] = k = beat_at(peaks, count[b], k, t, tokens, length);
+        for (int t = 0, k = 0; t < tokens; t++) beat[t] = k = beat_at(peaks, least(count[b], max_peaks), k, t, tokens, length);
 }
 
 }  // namespace beats

@@ -146,6 +146,7 @@ __device__ void count_votes(const Record& r, int leads, const Plan& p) {
 __device__ Candidates find_candidates(const Record& r, const Plan& p) {
     __shared__ int begins[THREADS], count;
     if (threadIdx.x == 0) count = 0;
+    __syncthreads();
     for (int start = 0; start < p.ticks; start += THREADS) {  // in order
         const int own = start + int(threadIdx.x);
         begins[threadIdx.x] = own < p.ticks && begins_candidate(r.votes, own, p);
@@ -189,6 +190,7 @@ template <class T> __device__ bool locate(const T* ecg, const Record& r, Candida
     __shared__ int moved[TEAMS][32], best_block[TEAMS], sharp;
     const int team = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) sharp = 0;
+    __syncthreads();
     for (int start = 0; start < n; start += TEAMS) {
         const int k = start + team;
         const bool active = k < n;
@@ -247,7 +249,7 @@ template <class T> __global__ void peaks_kernel(const T* ecg, int leads, Plan p,
 __global__ void beat_of_token_kernel(const int* peaks, const int* count, int max_peaks, int tokens, int length, int* beat) {
     const size_t record = blockIdx.x;
     for (int t = threadIdx.x; t < tokens; t += blockDim.x)
-        beat[record * tokens + t] = beat_at(peaks + record * max_peaks, count[record], 0, t, tokens, length);
+        beat[record * tokens + t] = beat_at(peaks + record * max_peaks, least(count[record], max_peaks), 0, t, tokens, length);
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ struct Median {  // in steps of beat / 32, by bisection: STEPS times, are most v
 struct Level {
     int beat, floor, span, ratio;  // typical beat, noise floor, beat - floor, signal-to-noise ratio in 1/64
     HD Level(int beat, int noise) : beat(beat), floor(least(noise * 5 / 4, beat * 3 / 4)), span(most(1, beat - floor)),
-                                    ratio(beat >= 16 ? beat * 64 / (noise + beat / 30 + 1) : 0) {}
+                                    ratio(beat >= 16 ? beat * 64 / (noise + beat / 14 + 1) : 0) {}
     Level() = default;
     HD int weight(int best_ratio) const { const int w = ratio * 45 / most(1, best_ratio); return w * w; }
     HD int scale() const { int s = 1; while (span * s < 16384) s *= 2; return s; }
@@ -337,7 +337,7 @@ HD int keep_apart(int* peaks, int* height, int n, const Plan& p) {
 
 // Beat of token t of `tokens` in `length` samples, given that it is no earlier than beat k: borders half-way between peaks.
 HD int beat_at(const int* peaks, int count, int k, int t, int tokens, int length) {
-    if (!count) return -1;
+    if (count <= 0) return -1;
     const int64_t middle = int64_t(2 * t + 1) * length;
     for (k = most(k, 0); k + 1 < count && int64_t(tokens) * (peaks[k] + peaks[k + 1]) <= middle;) k++;
     return k;

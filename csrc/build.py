@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def build(made, folder):
                            extra_ldflags=[flag for flag in made["flags"] if flag == "-fopenmp"], build_directory=str(work),
                            with_cuda=bool(made["cuda"]), is_python_module=False)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+        lines = [line for line in str(error).splitlines() if re.search(r"\berror:", line)] or [str(error)]
         (folder / "build.log").write_text(str(error))
         (folder / "failed.txt").write_text(lines[0].strip())
     else:

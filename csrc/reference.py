@@ -159,7 +159,7 @@ def vote(feature, chunks, plan):
         noise = np.array([median_below(row[::2], top) for row, top in zip(part, beat)])  # neighbours say the same
         floor = np.minimum(noise * 5 // 4, beat * 3 // 4)
         span = np.maximum(beat - floor, 1)
-        ratio = np.where(beat >= 16, beat * 64 // (noise + beat // 30 + 1), 0)  # under 8 microvolts a lead is flat
+        ratio = np.where(beat >= 16, beat * 64 // (noise + beat // 14 + 1), 0)  # a quiet lead is no judge of the others; < 16: flat
         weight = (ratio * 45 // max(1, ratio.max())) ** 2                      # at most 2025
         scale = np.array([1 << (15 - int(s).bit_length()) for s in span])      # brings span to 2^14 .. 2^15: 16 bits go a long way
         gain = weight * 65536 // (span * scale)
@@ -204,7 +204,8 @@ def choose(at, height, chunks, plan):
         beat |= inside & (20 * height >= 3 * usual + 20 * noise)
         if start == 0:
             beat &= (at > plan.early) | (2 * height >= usual)
-    beat &= [not any(overshadows(at[i] - at[j], height[i], height[j], plan) for j in range(len(at)) if j != i) for i in range(len(at))]
+    for i in np.flatnonzero(beat):
+        beat[i] = not any(overshadows(at[i] - at[j], height[i], height[j], plan) for j in range(len(at)) if j != i)
     return fill_gaps(beat, at, height)
 
 

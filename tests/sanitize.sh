@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# segment_beats on random input of every kind under AddressSanitizer and UndefinedBehaviorSanitizer (reads out of bounds, overflows), and
+# its kernels, a thread of the machine for every CUDA thread, under ThreadSanitizer (races). Some two minutes; it stops at the first fault.
+set -euo pipefail
+cd "$(dirname "$0")"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+flags=(-std=c++17 -g -ffp-contract=off -pthread -Wno-psabi -Wno-unknown-pragmas -DFUZZ beats_on_host.cpp ../csrc/beats.cpp)
+# without ifunc: sanitizers are not ready yet when it chooses a clone
+g++ -O1 -fsanitize=address,undefined -fno-sanitize-recover=all "-DEVERY_CPU=" "${flags[@]}" -o "$folder/address"
+"$folder/address" "${1:-2000}" cpu
+"$folder/address" 40 both
+g++ -O1 -fsanitize=thread "-DEVERY_CPU=" "${flags[@]}" -o "$folder/thread"
+TSAN_OPTIONS=halt_on_error=1 "$folder/thread" 16 both
