@@ -1254,7 +1254,7 @@ def print_coverage(src):
 
 
 def plot(store, ids, path):
-    """Records of a store as on paper (25 mm/s and 10 mm/mV squares), three columns of four leads and II below each -> PNG."""
+    """Records of a store as on paper (25 mm/s and 10 mm/mV squares), three columns of four leads and II below each, R peaks marked -> PNG."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 5 * len(ids)), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(len(ids), 1)), ids):
@@ -1269,6 +1269,7 @@ def plot(store, ids, path):
             axes.plot(np.arange(store.samples)[part] / store.rate, ecg[i, part] - 2.2 * row, "k", lw=0.8)
             axes.text(column * quarter / store.rate + 0.05, 0.85 - 2.2 * row, lead, fontsize=9)
         axes.plot(np.arange(store.samples) / store.rate, ecg[1] - 6.6, "k", lw=0.8)
+        axes.plot(np.array(record["peaks"]) / store.rate, np.full(len(record["peaks"]), -7.7), "^", color="#3367a8", ms=4)
         axes.text(0.05, 0.85 - 6.6, "II", fontsize=9)
         axes.set_xticks(np.arange(0, SECONDS + 0.1, 0.2), minor=True)
         axes.set_yticks(np.arange(-8, 1.6, 0.5), minor=True)

@@ -30,6 +30,7 @@ def recipe():
     if platform.machine() in ("x86_64", "AMD64") and not makes_clones(compiler):
         flags, chip = [*flags, "-march=native"], processor()
     cuda = cuda_architecture()
+    flags += ["-DWITH_CUDA"] if cuda else []
     sources = "".join(path.read_text() for path in sorted(FOLDER.glob("*")) if path.suffix in (".cpp", ".cu", ".h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return dict(compiler=version, flags=flags, cuda=cuda, cuda_flags=CUDA_FLAGS if cuda else [], torch=torch.__version__, chip=chip,

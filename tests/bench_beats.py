@@ -180,6 +180,30 @@ def speed(records, others):
     torch.set_num_threads(torch_threads)
 
 
+def gpu_speed(records):
+    """The same on the GPU, and the share of the rate at which it reads memory: a sum over the same bytes."""
+    rows, ecg = [], torch.from_numpy(np.stack([r.ecg for r in records])).cuda()
+    for batch in (64, 512, 4096):
+        for kind, x in (("float32", ecg), ("int16", (1000 * ecg).round().short())):
+            x = x.repeat(-(-batch // len(x)), 1, 1)[:batch].contiguous()
+            once = x.view(torch.int32).view(-1)
+
+            def timed(call):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for _ in range(10):
+                    call()
+                stop.record()
+                stop.synchronize()
+                return start.elapsed_time(stop) / 10 * 1e-3
+            run, read = lambda: csrc.segment_beats(x, 500), lambda: once.sum(dtype=torch.int32)
+            timed(run), timed(read)
+            t, floor = np.median([(timed(run), timed(read)) for _ in range(7)], axis=0)
+            rate = x.nbytes / t * 1e-9
+            rows.append((f"{batch} x {kind}", f"{t * 1e3:.3f}", f"{batch / t:,.0f}", f"{rate:,.0f}", f"{x.nbytes / floor * 1e-9:,.0f}", f"{100 * floor / t:.0f} %"))
+    print_table((torch.cuda.get_device_name(), "ms", "records/s", "GB/s", "GB/s, sum of the same", "share of it"), rows)
+
+
 def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "shared" / "data"
     print(f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}, csrc {csrc.build_info()['implementation']}")
@@ -187,6 +211,8 @@ def main():
     accuracy(folder, others)
     records = ludb(folder / "ludb") if (folder / "ludb").is_dir() else simulated(500, 1)[:100]
     speed(records, others)
+    if torch.cuda.is_available():
+        gpu_speed(records)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""What only a GPU can show: the same loss as on the CPU, bf16 training, torch.compile, resuming. Skipped without CUDA."""
+"""What only a GPU can show: the same loss and the same R peaks as on the CPU, bf16 training, torch.compile, resuming. Skipped without
+CUDA."""
+import numpy as np
 import pytest
 import torch
 
+import csrc
+import model as models
 import train
+from test_csrc import RATES, random_batch, real, recordings, strips  # noqa: F401 (a fixture)
 from test_model import toy_batch, toy_method
 from test_train import TINY, tiny_store  # noqa: F401 (a fixture)
 
@@ -28,3 +33,46 @@ def test_training_runs_to_its_table(tiny_store, tmp_path, monkeypatch, flags):  
     monkeypatch.chdir(tmp_path)
     train.main(["--name", "gpu", "--data", f"store:{tiny_store}", "--fine-epochs", "1", *TINY, *flags])
     assert (tmp_path / "runs/gpu/results.json").exists()
+
+
+def assert_same_beats(ecg, fs):
+    ecg = torch.as_tensor(np.ascontiguousarray(ecg))
+    cpu, gpu = csrc.segment_beats(ecg, fs), csrc.segment_beats(ecg.cuda(), fs)
+    assert torch.equal(cpu[0], gpu[0].cpu()) and torch.equal(cpu[1], gpu[1].cpu())
+    tokens = csrc.beat_of_token(*cpu, 63, ecg.shape[2]), csrc.beat_of_token(*gpu, 63, ecg.shape[2])
+    assert torch.equal(tokens[0], tokens[1].cpu())
+
+
+def test_csrc_was_built_for_this_gpu():
+    assert csrc.build_info()["implementation"] == "compiled" and csrc.build_info()["cuda"]
+
+
+@pytest.mark.parametrize("fs", RATES)
+def test_peaks_are_those_of_the_cpu(strips, fs):  # noqa: F811
+    assert_same_beats(strips[fs], fs)
+    assert_same_beats(strips[fs].repeat(50, axis=0), fs)
+    assert_same_beats(np.nan_to_num(1000 * strips[fs], nan=-32768).clip(-32768, 32767).astype(np.int16), fs)
+
+
+def test_peaks_are_those_of_the_cpu_on_anything():
+    for seed in range(300):
+        assert_same_beats(*random_batch(np.random.default_rng(seed)))
+
+
+@real
+@pytest.mark.parametrize("pattern", ["ludb/data/*.hea", "cpsc2018/*.hea", "csn/*.hea", "georgia/*.hea", "ptbxl/records*/*/*.hea"])
+def test_peaks_are_those_of_the_cpu_on_recordings(pattern):
+    for ecg, fs in recordings(pattern):
+        assert_same_beats(ecg[None], fs)
+
+
+def test_operators_in_a_compiled_graph(strips):  # noqa: F811
+    def beats(ecg, tokens):
+        peaks, _ = csrc.segment_beats(ecg, 500)
+        return models.pool_beats(tokens, peaks, ecg.shape[2])[0]
+    ecg, tokens = torch.as_tensor(strips[500]).cuda(), torch.randn(8, 313, 32, device="cuda", requires_grad=True)
+    eager, compiled = beats(ecg, tokens), torch.compile(beats, fullgraph=True)(ecg, tokens)
+    assert torch.allclose(eager, compiled, atol=1e-5)
+    compiled.sum().backward()
+    assert tokens.grad.abs().sum() > 0
+    torch.library.opcheck(torch.ops.ecg.segment_beats.default, (ecg, 500.0))
