@@ -1,8 +1,9 @@
 """The compiled operators, one Python function each.
 
-Behind a function stands the C++ (CPU) or the CUDA version or, where nothing could be built, the NumPy reference: one warning, then it just
-works, slower. The extension is built when this package is first imported (half a minute, once; kept in ~/.cache/ecg-language or
-$ECG_CACHE), or ahead of time by python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the reference.
+Behind a function stands the C++ (CPU) or the CUDA version or, where nothing could be built, the NumPy reference: one warning, then
+it just works, slower. The extension is built when this package is first imported (a quarter of a minute, once; kept in
+~/.cache/ecg-language or $ECG_CACHE), or ahead of time by python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the
+reference.
 
     python -c "import csrc; print(csrc.build_info())"     # what runs, and how it was built
 """
@@ -25,8 +26,8 @@ torch.library.define("ecg::beat_of_token", "(Tensor peaks, Tensor count, SymInt 
 def segment_beats(ecg, fs):
     """R peaks of a batch of ECGs; all leads vote.
 
-    ecg: (B, leads, N) float32 mV, or int16 microvolts as a store holds them; 1 to 12 leads in any order, 2 s at least. NaN, infinity and
-    int16 -32768 are missing samples. fs: Hz, 100 to 1000.
+    ecg: (B, leads, N) float32 mV, or int16 microvolts as a store holds them; 1 to 12 leads in any order, 2 s at least. NaN,
+    infinity and int16 -32768 are missing samples. fs: Hz, 100 to 1000.
     Returns peaks (B, K) int32, positions in samples, ascending, -1 behind the last; count (B,) int32. No two peaks are closer than
     200 ms; a record without a signal has none. The same on CPU, on GPU and by the reference, to the sample. No gradient.
     Errors: TypeError, ValueError, in one sentence.
@@ -51,8 +52,8 @@ def beat_of_token(peaks, count, n_tokens, n_samples):
     if any(not isinstance(x, torch.Tensor) or x.dtype != torch.int32 for x in (peaks, count)):
         raise TypeError("beat_of_token: peaks and count must be int32 tensors, as segment_beats returns them")
     if peaks.dim() != 2 or count.shape != peaks.shape[:1] or peaks.device != count.device:
-        raise ValueError(f"beat_of_token: peaks {tuple(peaks.shape)} on {peaks.device} and count {tuple(count.shape)} on {count.device}; they "
-                         "must be (B, K) and (B,) on one device")
+        raise ValueError(f"beat_of_token: peaks {tuple(peaks.shape)} on {peaks.device} and count {tuple(count.shape)} on "
+                         f"{count.device}; they must be (B, K) and (B,) on one device")
     if n_tokens < 1 or n_samples < 1:
         raise ValueError(f"beat_of_token: {n_tokens} tokens of {n_samples} samples; there must be one of each at least")
     return torch.ops.ecg.beat_of_token(peaks.contiguous(), count.contiguous(), n_tokens, n_samples)
@@ -60,7 +61,8 @@ def beat_of_token(peaks, count, n_tokens, n_samples):
 
 @torch.library.register_fake("ecg::segment_beats")
 def _(ecg, fs):
-    return ecg.new_empty(ecg.shape[0], max_peaks(ecg.shape[2], fs), dtype=torch.int32), ecg.new_empty(ecg.shape[0], dtype=torch.int32)
+    records, integers = ecg.shape[0], dict(dtype=torch.int32)
+    return ecg.new_empty(records, max_peaks(ecg.shape[2], fs), **integers), ecg.new_empty(records, **integers)
 
 
 @torch.library.register_fake("ecg::beat_of_token")
@@ -112,7 +114,8 @@ def start():
         info = {"implementation": "compiled", "library": str(library)} | build.recipe_of(library)
     except (RuntimeError, OSError) as error:
         if not chosen:
-            warnings.warn(f"csrc: the extension could not be built: {error}. Its NumPy reference runs instead, slowly.", stacklevel=3)
+            warnings.warn(f"csrc: the extension could not be built: {error}. Its NumPy reference runs instead, slowly.",
+                          stacklevel=3)
         for device in ("cpu", "cuda"):
             torch.library.impl("ecg::segment_beats", device, segment_beats_reference)
             torch.library.impl("ecg::beat_of_token", device, beat_of_token_reference)

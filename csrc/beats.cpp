@@ -1,8 +1,8 @@
 // segment_beats and beat_of_token on the CPU. The method: reference.py; the rules shared with CUDA: beats.h.
 //
-// A record is read once; memory is the bottleneck, so the next rows are asked for while one is worked on. After the first pass everything
-// runs on blocks of 8 to 17 ms in 16-bit integers, LANES a vector, in arrays that stay in the first two caches. One thread a record,
-// nothing allocated on the way. Vectors are those of GCC and Clang, at any width the machine has.
+// A record is read once; memory is the bottleneck, so the next rows are asked for while one is worked on. After the first pass
+// everything runs on blocks of 8 to 17 ms in 16-bit integers, LANES a vector, in arrays that stay in the first two caches. One
+// thread a record, nothing allocated on the way. Vectors are those of GCC and Clang, at any width the machine has.
 #include <algorithm>
 #include <vector>
 
@@ -56,14 +56,16 @@ struct Scratch {  // of one thread, made once for all its records; every array h
     std::vector<int> at, height, found, chosen, best, zeros, complete, bases, gains;
     std::vector<Level> levels;
 
-    Scratch(const Plan& p, int leads) : block_stride(padded(p.blocks + p.window) + 2 * LANES), tick_stride(padded(p.ticks) + 2 * LANES) {
+    Scratch(const Plan& p, int leads) {
+        block_stride = padded(p.blocks + p.window) + 2 * LANES, tick_stride = padded(p.ticks) + 2 * LANES;
         room.resize(size_t(block_stride) * leads), blocks = room.data() + LANES, feature.resize(size_t(tick_stride) * leads);
         steep.resize(p.blocks), smooth.resize(2 * padded(p.ticks + p.window) + 4 * LANES);
         for (auto* v : {&even, &odd, &first_step, &steps}) v->resize(padded(p.ticks + p.window) + 2 * LANES);
         some_stride = padded(p.chunk(1)) / 2 + 4 * LANES, some.resize(size_t(some_stride) * leads), begins.resize(padded(p.ticks));
         padded_votes.resize(padded(p.ticks) + 2 * LANES), votes = padded_votes.data() + LANES;
         for (auto* v : {&at, &height, &found, &chosen, &best}) v->resize(p.max_candidates);
-        zeros.resize(leads), complete.resize(leads), levels.resize(leads), bases.resize(size_t(p.max_candidates) * leads), gains.resize(size_t(p.chunks) * leads);
+        zeros.resize(leads), complete.resize(leads), levels.resize(leads);
+        bases.resize(size_t(p.max_candidates) * leads), gains.resize(size_t(p.chunks) * leads);
     }
 };
 
@@ -73,7 +75,8 @@ static INLINE std::vector<int16_t>& spare_row(Scratch& s, const int16_t*) { retu
 struct ReadAhead {  // asks for the next cache lines of the batch, a few at a time and from every loop: many at once would wait
     const char *next, *end, *limit;
     INLINE void start_row(const void* row, size_t bytes) {
-        next = std::max(next, static_cast<const char*>(row) + bytes), limit = std::min(end, static_cast<const char*>(row) + 8 * bytes);
+        const char* here = static_cast<const char*>(row);
+        next = std::max(next, here + bytes), limit = std::min(end, here + 8 * bytes);
     }
     INLINE void lines(int n) {
         if (next < limit) {
@@ -100,8 +103,8 @@ template <class T> static void fill_gaps(const T* x, T origin, const Plan& p, T*
     }
 }
 
-// 8 sums of N neighbours as sum_of takes them (int16: in whole numbers), in the order of PLACE: what is added stays within a half of a
-// vector, which is quick.
+// 8 sums of N neighbours as sum_of takes them (int16: in whole numbers), in the order of PLACE: what is added stays within a half
+// of a vector, which is quick.
 template <int STEP, class V> static INLINE V sums_of_two(V a, V b) {
     if constexpr (STEP == 8) return CHOOSE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + CHOOSE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
     else return CHOOSE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + CHOOSE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
@@ -125,12 +128,14 @@ template <int STEP> static INLINE Places in_order(Places v) {
 }
 
 // x (length) -> blocks of BLOCK samples, plus 32768. False: samples may be missing, which shows at the ends of the range.
-template <int BLOCK, class T> static INLINE bool blocks_of(const T* x, int zero, const Plan& p, ReadAhead& ahead, uint16_t* blocks) {
+template <int BLOCK, class T>
+static INLINE bool blocks_of(const T* x, int zero, const Plan& p, ReadAhead& ahead, uint16_t* blocks) {
     const Floats bottom = Floats{} + limit_of<BLOCK, T>(zero - 32767), top = Floats{} + limit_of<BLOCK, T>(zero + 32767);
     Floats lowest = top, highest = bottom;
     for (int i = 0;; i = least(i + 8, p.blocks - 8)) {  // the last eight may begin in those before
         ahead.lines(most(1, BLOCK * int(sizeof(T)) / 16));  // half of what is read; the other loops ask for the rest
-        Floats v = lower(higher(__builtin_convertvector(sums_of<BLOCK>(x + BLOCK * i), Floats), bottom), top);  // NaN becomes bottom
+        Floats v = __builtin_convertvector(sums_of<BLOCK>(x + BLOCK * i), Floats);
+        v = lower(higher(v, bottom), top);  // NaN becomes bottom
         lowest = lower(v, lowest), highest = higher(v, highest);
         for (int j = 0; j < 8; j++) v[j] = fmaf(v[j], UNIT<T> / BLOCK, ROUND);
         const Places bits = in_order<sizeof(T) == 2 ? BLOCK / 2 : BLOCK>((Places)v);
@@ -153,7 +158,8 @@ template <class T> static INLINE bool blocks_of(const T* x, T origin, const Plan
     }
 }
 
-template <class T> static INLINE bool block_means(const T* x, T origin, const Plan& p, Scratch& s, ReadAhead& ahead, uint16_t* blocks) {
+template <class T>
+static INLINE bool block_means(const T* x, T origin, const Plan& p, Scratch& s, ReadAhead& ahead, uint16_t* blocks) {
     if (blocks_of(x, origin, p, ahead, blocks)) return true;
     std::vector<T>& row = spare_row(s, x);
     row.resize(p.length);
@@ -163,12 +169,14 @@ template <class T> static INLINE bool block_means(const T* x, T origin, const Pl
 }
 
 // Blocks of a row that hold a spike are made anew. X: a pointer or, where samples are missing, Filled.
-template <int BLOCK, class T, class X> static INLINE void take_out_spikes(X row, int zero, const Plan& p, uint8_t* __restrict steep, uint16_t* blocks) {
+template <int BLOCK, class T, class X>
+static INLINE void take_out_spikes(X row, int zero, const Plan& p, uint8_t* __restrict steep, uint16_t* blocks) {
     const float bounds[3] = {p.steep[0], p.steep[1], p.steep[2]};
     for (int i = 0; i < p.blocks; i++) steep[i] = is_steep<BLOCK, T>(row + BLOCK * i, bounds);
     for (int i = 0; i < p.blocks; i++) if (steep[i]) blocks[i] = uint16_t(despiked<BLOCK, T>(row, i, p, zero) + 32768);
 }
-template <class T, class X> static INLINE void take_out_spikes(X row, int zero, const Plan& p, uint8_t* steep, uint16_t* blocks) {
+template <class T, class X>
+static INLINE void take_out_spikes(X row, int zero, const Plan& p, uint8_t* steep, uint16_t* blocks) {
     if (p.block == 4) take_out_spikes<4, T>(row, zero, p, steep, blocks);
     else if (p.block == 8) take_out_spikes<8, T>(row, zero, p, steep, blocks);
     else take_out_spikes<16, T>(row, zero, p, steep, blocks);
@@ -176,18 +184,20 @@ template <class T, class X> static INLINE void take_out_spikes(X row, int zero, 
 
 // ---- blocks -> votes ------------------------------------------------------------------------------------------------
 
-// blocks -> feature (ticks): path length minus net change of the smoothed blocks in a window around every second block. The record is
-// mirrored at its ends, in the room around blocks.
-static INLINE void there_and_back(uint16_t* __restrict blocks, const Plan& p, Scratch& s, ReadAhead& ahead, int16_t* __restrict feature) {
+// blocks -> feature (ticks): path length minus net change of the smoothed blocks in a window around every second block. The
+// record is mirrored at its ends, in the room around blocks.
+static INLINE void there_and_back(uint16_t* __restrict blocks, const Plan& p, Scratch& s, ReadAhead& ahead,
+                                  int16_t* __restrict feature) {
     const int n = p.blocks, pairs = p.window / 2;
     uint16_t* __restrict smooth = s.smooth.data();
     for (int i = 0; i <= p.before(); i++) blocks[-1 - i] = blocks[i];
     for (int i = 0; i <= p.behind(); i++) blocks[n + i] = blocks[n - 1 - i];
     const uint16_t* __restrict x = blocks - p.before();
     const int stop = padded(n + p.window);
-    for (int i = 0; i < stop; i++) smooth[i] = mean_of(x[i - 1], x[i + 1]);  // a loop for each mean: compilers see the instruction for it
+    for (int i = 0; i < stop; i++) smooth[i] = mean_of(x[i - 1], x[i + 1]);  // a loop a mean: compilers know an instruction for it
     for (int j = 0; j < p.blends; j++) for (int i = 0; i < stop; i++) smooth[i] = mean_of(smooth[i], x[i]);
-    uint16_t *__restrict even = s.even.data(), *__restrict odd = s.odd.data(), *__restrict first = s.first_step.data(), *__restrict both = s.steps.data();
+    uint16_t *__restrict even = s.even.data(), *__restrict odd = s.odd.data();
+    uint16_t *__restrict first = s.first_step.data(), *__restrict both = s.steps.data();
     for (int i = 0, stop = padded(p.ticks + pairs + 1); i < stop; i++) even[i] = smooth[2 * i], odd[i] = smooth[2 * i + 1];
     const Vector limit = Vector{} + uint16_t(p.limit);
     for (int i = 0; i < p.ticks + pairs; i += LANES) {  // steps from even to odd blocks, and those with the next to even ones
@@ -298,7 +308,10 @@ static INLINE Candidates find_candidates(const Plan& p, Scratch& s, ReadAhead& a
     for (int i = 0; i < p.ticks; i += LANES) {  // begins_candidate
         const Signed v = load<Signed>(votes + i);
         Signed before{}, behind{};
-        for (int j = 1; j <= p.apart; j++) before = higher(before, load<Signed>(votes + i - j)), behind = higher(behind, load<Signed>(votes + i + j));
+        for (int j = 1; j <= p.apart; j++) {
+            before = higher(before, load<Signed>(votes + i - j));
+            behind = higher(behind, load<Signed>(votes + i + j));
+        }
         store((v > before) & (v >= behind), s.begins.data() + i);
     }
     for (int word = 0; word < p.ticks; word += 4) {
@@ -341,7 +354,9 @@ static INLINE Places samples_of(const int16_t* x, int, Places& missing) {
 }
 
 // The largest deflection in the samples of a block and half a block on both sides; its place is counted from the record's start.
-template <class T> static INLINE Deflection locate_sample(const T* ecg, int block, const Plan& p, int leads, const int* gains, const Scratch& s, const int* bases) {
+template <class T>
+static INLINE Deflection locate_sample(const T* ecg, int block, const Plan& p, int leads, const int* gains, const Scratch& s,
+                                       const int* bases) {
     const int first = most(0, block * p.block - p.margin()), n = least(p.length, (block + 1) * p.block + p.margin()) - first;
     const bool at_end = first + (n + 7) / 8 * 8 > p.length;
     int moved[2 * MAX_BLOCK] = {};
@@ -374,10 +389,11 @@ template <class T> static INLINE int find_beats(const T* ecg, const Plan& p, int
         if (missing >= 0) s.chosen[m++] = missing;
     }
     const auto gains_at = [&](int k) { return s.gains.data() + size_t(p.chunk_of(c.at[s.chosen[k]])) * leads; };
-    for (int k = 0; k < m; k++) s.best[k] = locate_block(2 * c.at[s.chosen[k]], p, leads, gains_at(k), s, s.bases.data() + size_t(k) * leads);
+    const auto bases_at = [&](int k) { return s.bases.data() + size_t(k) * leads; };
+    for (int k = 0; k < m; k++) s.best[k] = locate_block(2 * c.at[s.chosen[k]], p, leads, gains_at(k), s, bases_at(k));
     sharp = false;
     for (int k = 0; k < m; k++) {
-        const Deflection peak = locate_sample(ecg, s.best[k], p, leads, gains_at(k), s, s.bases.data() + size_t(k) * leads);
+        const Deflection peak = locate_sample(ecg, s.best[k], p, leads, gains_at(k), s, bases_at(k));
         s.best[k] = peak.place, sharp |= peak.sharp;
         s.chosen[k] = c.height[s.chosen[k]];
     }

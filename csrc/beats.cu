@@ -1,8 +1,8 @@
 // segment_beats and beat_of_token on the GPU. The method: reference.py; the rules, and the arithmetic to the last bit: beats.h.
 //
 // Reading the samples is what takes time. Of every row (a lead of a record) a group of threads makes blocks, which are 1/16 of the
-// bytes, then feature and levels, while the other groups of the processor read theirs. A second kernel goes from there to a record's
-// peaks. Both run twice, the second time for records with pacing spikes only. Nothing comes back to the host.
+// bytes, then feature and levels, while the other groups of the processor read theirs. A second kernel goes from there to a
+// record's peaks. Both run twice, the second time for records with pacing spikes only. Nothing comes back to the host.
 // Kernels use no warp intrinsics: tests/cuda_on_host.h runs them on the host, a thread of the machine for every CUDA thread.
 #include "beats.h"
 
@@ -56,14 +56,16 @@ template <int BLOCK, class T> __device__ void make_blocks(const T* x, T origin, 
         bool complete = true;
         for (int j = 0; j < BLOCK; j++) complete &= is_valid(samples[j]);
         const Filled<T> filled{x, BLOCK * i, p.hold, origin};
-        blocks[i] = uint16_t(32768 + (complete ? mean_of<BLOCK, T>(static_cast<const T*>(samples), zero) : mean_of<BLOCK, T>(filled, zero)));
+        const int mean = complete ? mean_of<BLOCK, T>(static_cast<const T*>(samples), zero) : mean_of<BLOCK, T>(filled, zero);
+        blocks[i] = uint16_t(mean + 32768);
     }
 }
 
 template <int BLOCK, class T> __device__ void take_out_spikes(const T* x, T origin, const Plan& p, uint16_t* blocks) {
     const Filled<T> filled{x, 0, p.hold, origin};
     for (int i = threadIdx.x; i < p.blocks; i += blockDim.x)
-        if (is_steep<BLOCK, T>(filled + BLOCK * i, p.steep)) blocks[i] = uint16_t(32768 + despiked<BLOCK, T>(filled, i, p, whole(origin)));
+        if (is_steep<BLOCK, T>(filled + BLOCK * i, p.steep))
+            blocks[i] = uint16_t(despiked<BLOCK, T>(filled, i, p, whole(origin)) + 32768);
 }
 
 __device__ Level level_of(const int16_t* feature, const Plan& p, int c) {  // all threads together
@@ -75,7 +77,8 @@ __device__ Level level_of(const int16_t* feature, const Plan& p, int c) {  // al
     __syncthreads();
     for (int s = 0; s < segments; s++) {
         int top = 0;
-        for (int i = p.segment_start(c, s) + threadIdx.x, stop = p.segment_start(c, s + 1); i < stop; i += blockDim.x) top = most(top, feature[i]);
+        const int stop = p.segment_start(c, s + 1);
+        for (int i = p.segment_start(c, s) + threadIdx.x; i < stop; i += blockDim.x) top = most(top, feature[i]);
         if (top) atomicMax(&highest[s], top);
     }
     __syncthreads();
@@ -131,8 +134,9 @@ __device__ void count_votes(const Record& r, int leads, const Plan& p) {
         const Level* levels = r.levels + c * leads;
         int top = 0, largest = 1;
         for (int l = 0; l < leads; l++) top = most(top, levels[l].ratio);
-        for (int l = 0; l < leads; l++) largest = most(largest, levels[l].share(levels[l].weight(top)));
-        for (int l = threadIdx.x; l < leads; l += blockDim.x) r.gains[c * leads + l] = levels[l].share(levels[l].weight(top)) * 1023 / largest;
+        const auto share = [&](int l) { return levels[l].share(levels[l].weight(top)); };
+        for (int l = 0; l < leads; l++) largest = most(largest, share(l));
+        for (int l = threadIdx.x; l < leads; l += blockDim.x) r.gains[c * leads + l] = share(l) * 1023 / largest;
         for (int i = p.chunk(c) + threadIdx.x; i < p.chunk(c + 1); i += blockDim.x) {
             int sum = 0;
             for (int l = 0; l < leads; l++)
@@ -167,7 +171,8 @@ __device__ int choose_beats(const Record& r, Candidates c, const Plan& p) {  // 
     __shared__ int chosen;
     for (int k = 0; k < p.chunks; k++) {
         const Demand d = demand(c, k, p);
-        for (int i = first_from(c, p.chunk(k)) + threadIdx.x, stop = first_from(c, p.chunk(k + 1)); i < stop; i += blockDim.x) r.best[i] = is_beat(c, i, d, p);
+        const int stop = first_from(c, p.chunk(k + 1));
+        for (int i = first_from(c, p.chunk(k)) + threadIdx.x; i < stop; i += blockDim.x) r.best[i] = is_beat(c, i, d, p);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -196,7 +201,8 @@ template <class T> __device__ bool locate(const T* ecg, const Record& r, Candida
         const bool active = k < n;
         const int middle = active ? 2 * c.at[r.chosen[k]] : 0;
         const int* gains = r.gains + size_t(active ? p.chunk_of(c.at[r.chosen[k]]) : 0) * leads;
-        const int first_block = most(0, middle - p.half), blocks = least(p.blocks - 1, middle + p.half) - first_block + 1;  // at most 20
+        const int first_block = most(0, middle - p.half);
+        const int blocks = least(p.blocks - 1, middle + p.half) - first_block + 1;  // at most 20
         int sum = 0;
         if (active && lane < blocks)
             for (int l = 0; l < leads; l++) {
@@ -213,7 +219,8 @@ template <class T> __device__ bool locate(const T* ecg, const Record& r, Candida
         if (active && lane < samples)
             for (int l = 0; l < leads; l++) {
                 const T x = ecg[size_t(l) * p.length + first + lane];
-                if (is_valid(x)) sum += magnitude(mean_of<1, T>(&x, r.zeros[l]) - base_of(r.blocks + size_t(l) * p.blocks, middle, p)) * gains[l];
+                const int base = base_of(r.blocks + size_t(l) * p.blocks, middle, p);
+                if (is_valid(x)) sum += magnitude(mean_of<1, T>(&x, r.zeros[l]) - base) * gains[l];
             }
         moved[team][lane] = sum;
         __syncthreads();
@@ -254,7 +261,8 @@ __global__ void beat_of_token_kernel(const int* peaks, const int* count, int max
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-template <int BLOCK, class T> void segment_on(const T* ecg, int records, int leads, const Plan& p, int* peaks, int* count, const Workspace& w, void* stream) {
+template <int BLOCK, class T>
+void segment_on(const T* ecg, int records, int leads, const Plan& p, int* peaks, int* count, const Workspace& w, void* stream) {
     for (bool again : {false, true}) {
         if (again && BLOCK < 4) break;  // too short for spikes to be taken out
         LAUNCH((rows_kernel<BLOCK, T>), records * leads, THREADS, stream, ecg, leads, p, w, again);
@@ -262,8 +270,9 @@ template <int BLOCK, class T> void segment_on(const T* ecg, int records, int lea
     }
 }
 
-template <class T> void segment_on(const void* samples, int records, int leads, const Plan& p, int* peaks, int* count, const Workspace& w, void* stream) {
-    const T* ecg = static_cast<const T*>(samples);
+template <class T>
+void segment_on(const void* all, int records, int leads, const Plan& p, int* peaks, int* count, const Workspace& w, void* stream) {
+    const T* ecg = static_cast<const T*>(all);
     switch (p.block) {
         case 1: return segment_on<1>(ecg, records, leads, p, peaks, count, w, stream);
         case 2: return segment_on<2>(ecg, records, leads, p, peaks, count, w, stream);
@@ -280,8 +289,8 @@ static const char* what_failed() {
 
 size_t workspace_bytes(int records, int leads, const Plan& plan) { return Workspace().carve(nullptr, records, leads, plan); }
 
-const char* segment_cuda(const void* ecg, bool is_float, int records, int leads, const Plan& plan, int* peaks, int* count, void* workspace,
-                         void* stream) {
+const char* segment_cuda(const void* ecg, bool is_float, int records, int leads, const Plan& plan, int* peaks, int* count,
+                         void* workspace, void* stream) {
     if (!records) return nullptr;
     Workspace w;
     w.carve(static_cast<char*>(workspace), records, leads, plan);
@@ -290,7 +299,8 @@ const char* segment_cuda(const void* ecg, bool is_float, int records, int leads,
     return what_failed();
 }
 
-const char* beat_of_token_cuda(const int* peaks, const int* count, int records, int max_peaks, int tokens, int length, int* beat, void* stream) {
+const char* beat_of_token_cuda(const int* peaks, const int* count, int records, int max_peaks, int tokens, int length, int* beat,
+                               void* stream) {
     if (!records || !tokens) return nullptr;
     LAUNCH(beat_of_token_kernel, records, THREADS, stream, peaks, count, max_peaks, tokens, length, beat);
     return what_failed();

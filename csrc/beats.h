@@ -141,7 +141,10 @@ template <int N, class T, int WIDTH = 1, class X> HD bool is_steep(X x, const fl
 template <int N, class T, class X> HD int despiked(X row, int i, const Plan& p, int zero) {
     constexpr int QUARTER = N < 4 ? 1 : N / 4;
     int quarters[8], sum = 2;
-    for (int j = 0; j < 8; j++) quarters[j] = mean_of<QUARTER, T>(row + QUARTER * least(most(4 * i + j - 2, 0), 4 * p.blocks - 1), zero);
+    for (int j = 0; j < 8; j++) {
+        const int quarter = least(most(4 * i + j - 2, 0), 4 * p.blocks - 1);
+        quarters[j] = mean_of<QUARTER, T>(row + QUARTER * quarter, zero);
+    }
     for (int j = 0; j < 4; j++) sum += middle_of_three(quarters[j], quarters[j + 2], quarters[j + 4]);
     return sum >> 2;
 }
@@ -254,7 +257,8 @@ HD Demand demand(Candidates c, int chunk, const Plan& p) {
     int highest[MAX_SEGMENTS];
     for (int s = 0, i = from; s < n; s++) {
         highest[s] = 0;
-        for (const int stop = p.segment_start(chunk, s + 1); i < to && c.at[i] < stop; i++) highest[s] = most(highest[s], c.height[i]);
+        const int stop = p.segment_start(chunk, s + 1);
+        for (; i < to && c.at[i] < stop; i++) highest[s] = most(highest[s], c.height[i]);
     }
     const int usual = rank(highest, n, n / 2);
     int64_t sum = 0;
@@ -307,7 +311,8 @@ HD int deflected(const uint16_t* blocks, int i, const Plan& p) {
 
 // What a lead's deflection is counted from around a block: the mean of both ends, or the one that is inside the record.
 HD int base_of(const uint16_t* blocks, int middle, const Plan& p) {
-    const int left = deflected(blocks, most(0, middle - p.half), p), right = deflected(blocks, least(p.blocks - 1, middle + p.half), p);
+    const int left = deflected(blocks, most(0, middle - p.half), p);
+    const int right = deflected(blocks, least(p.blocks - 1, middle + p.half), p);
     return middle < p.half ? right : middle + p.half >= p.blocks ? left : (left + right) >> 1;
 }
 
@@ -352,8 +357,9 @@ void beat_of_token_cpu(const int* peaks, const int* count, int records, int max_
 
 // CUDA: on the stream, without waiting; workspace: so many bytes of device memory. They return what failed, or null.
 size_t workspace_bytes(int records, int leads, const Plan& plan);
-const char* segment_cuda(const void* ecg, bool is_float, int records, int leads, const Plan& plan, int* peaks, int* count, void* workspace,
-                         void* stream);
-const char* beat_of_token_cuda(const int* peaks, const int* count, int records, int max_peaks, int tokens, int length, int* beat, void* stream);
+const char* segment_cuda(const void* ecg, bool is_float, int records, int leads, const Plan& plan, int* peaks, int* count,
+                         void* workspace, void* stream);
+const char* beat_of_token_cuda(const int* peaks, const int* count, int records, int max_peaks, int tokens, int length, int* beat,
+                               void* stream);
 
 }  // namespace beats

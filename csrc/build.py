@@ -113,7 +113,7 @@ def library():
 
 
 def build(made, folder):
-    """folder/ecg_csrc.so, or folder/failed.txt and build.log. What a killed build left is thrown away: PyTorch would wait for its lock."""
+    """folder/ecg_csrc.so, or folder/failed.txt and build.log. What a killed build left goes: PyTorch would wait for its lock."""
     from torch.utils import cpp_extension
     work = folder / "build"
     shutil.rmtree(work, ignore_errors=True)

@@ -33,8 +33,8 @@ std::tuple<Tensor, Tensor> outputs_of(const Tensor& ecg, const Sizes& s) {
 }
 
 void check_tokens(const Tensor& peaks, const Tensor& count) {
-    TORCH_CHECK(peaks.dim() == 2 && count.dim() == 1 && peaks.size(0) == count.size(0) && peaks.is_contiguous() && count.is_contiguous() &&
-                peaks.scalar_type() == at::kInt && count.scalar_type() == at::kInt,
+    TORCH_CHECK(peaks.dim() == 2 && count.dim() == 1 && peaks.size(0) == count.size(0) && peaks.is_contiguous() &&
+                count.is_contiguous() && peaks.scalar_type() == at::kInt && count.scalar_type() == at::kInt,
                 "beat_of_token: peaks (B, K) and count (B,) must be contiguous and int32");
 }
 
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> segment_beats_cpu(const Tensor& ecg, double fs) {
 Tensor beat_of_token_cpu(const Tensor& peaks, const Tensor& count, int64_t tokens, int64_t samples) {
     check_tokens(peaks, count);
     Tensor beat = at::empty({peaks.size(0), tokens}, peaks.options());
-    beats::beat_of_token_cpu(peaks.const_data_ptr<int>(), count.const_data_ptr<int>(), peaks.size(0), peaks.size(1), tokens, samples,
-                             beat.mutable_data_ptr<int>());
+    beats::beat_of_token_cpu(peaks.const_data_ptr<int>(), count.const_data_ptr<int>(), peaks.size(0), peaks.size(1), tokens,
+                             samples, beat.mutable_data_ptr<int>());
     return beat;
 }
 
@@ -64,9 +64,11 @@ std::tuple<Tensor, Tensor> segment_beats_cuda(const Tensor& ecg, double fs) {
     const c10::cuda::CUDAGuard guard(ecg.device());
     const Sizes s = sizes_of(ecg, fs);
     auto [peaks, count] = outputs_of(ecg, s);
-    const Tensor workspace = at::empty({int64_t(beats::workspace_bytes(s.records, s.leads, s.plan))}, ecg.options().dtype(at::kByte));
-    const char* failed = beats::segment_cuda(ecg.const_data_ptr(), ecg.scalar_type() == at::kFloat, s.records, s.leads, s.plan,
-        peaks.mutable_data_ptr<int>(), count.mutable_data_ptr<int>(), workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+    const int64_t bytes = beats::workspace_bytes(s.records, s.leads, s.plan);
+    const Tensor workspace = at::empty({bytes}, ecg.options().dtype(at::kByte));
+    const char* failed = beats::segment_cuda(
+        ecg.const_data_ptr(), ecg.scalar_type() == at::kFloat, s.records, s.leads, s.plan, peaks.mutable_data_ptr<int>(),
+        count.mutable_data_ptr<int>(), workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
     TORCH_CHECK(!failed, "segment_beats: ", failed);
     return {peaks, count};
 }
@@ -75,8 +77,9 @@ Tensor beat_of_token_cuda(const Tensor& peaks, const Tensor& count, int64_t toke
     const c10::cuda::CUDAGuard guard(peaks.device());
     check_tokens(peaks, count);
     Tensor beat = at::empty({peaks.size(0), tokens}, peaks.options());
-    const char* failed = beats::beat_of_token_cuda(peaks.const_data_ptr<int>(), count.const_data_ptr<int>(), peaks.size(0), peaks.size(1),
-        tokens, samples, beat.mutable_data_ptr<int>(), c10::cuda::getCurrentCUDAStream().stream());
+    const char* failed = beats::beat_of_token_cuda(
+        peaks.const_data_ptr<int>(), count.const_data_ptr<int>(), peaks.size(0), peaks.size(1), tokens, samples,
+        beat.mutable_data_ptr<int>(), c10::cuda::getCurrentCUDAStream().stream());
     TORCH_CHECK(!failed, "beat_of_token: ", failed);
     return beat;
 }

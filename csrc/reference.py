@@ -1,24 +1,27 @@
 """The operators in plain NumPy: slow, clear, and the yardstick of the compiled ones, which must agree to the sample.
 
-segment_beats in short. A QRS goes up and comes back within a tenth of a second; drift, steps of the baseline, ST segments
-and P and T waves do not, or less steeply. So a lead's feature is how far the signal moves there and back within WINDOW:
-(path length - net change) of the smoothed signal. Steps and gaps cancel exactly; no filter rings. Every lead votes with
-that feature above its own noise floor, in units of its own typical beat, with a weight by its signal-to-noise ratio; beats
-are the peaks of the sum that stand out and are not the T or P wave of a larger neighbour. Everything after the conversion to
-microvolts is integer arithmetic: CPU, GPU and this file give the same peaks, not nearly the same.
+segment_beats in short. A QRS goes up and comes back within a tenth of a second; drift, steps of the baseline, ST segments and P
+and T waves do not, or less steeply. So a lead's feature is how far the signal moves there and back within 110 ms: (path length -
+net change) of the smoothed signal. Steps and gaps cancel exactly; no filter rings. Every lead votes with that feature above its
+own noise floor, in units of its own typical beat, with a weight by its signal-to-noise ratio; beats are the peaks of the sum that
+stand out and are not the T or P wave of a larger neighbour. If a peak is as sharp as a pacing spike, spikes are taken out and all
+is done again. After the conversion to microvolts there is only integer arithmetic: CPU, GPU and this file give the same peaks,
+not nearly the same.
 
 Sources: the moving integration, the T wave rule, search back and two noise-adapted levels follow Pan & Tompkins, IEEE Trans
-Biomed Eng 1985; path length as QRS feature: Zong, Moody & Jiang, Computers in Cardiology 2003 (wqrs). The net change, the vote of the
-leads and the order-free rules are this project's own.
+Biomed Eng 1985; path length as QRS feature: Zong, Moody & Jiang, Computers in Cardiology 2003 (wqrs). The net change, the vote of
+the leads and the order-free rules are this project's own; their numbers were chosen on LUDB, PTB-XL (by eye) and simulated
+records.
 """
 from typing import NamedTuple
 
 import numpy as np
 
+
 class Plan(NamedTuple):
     """Lengths for one sampling rate, in samples, in blocks (60 to 120 a second) or in ticks, which are two blocks."""
     block: int       # samples averaged into one; a power of two
-    steep: tuple     # mV: largest difference of neighbouring sums of 1, 2, 4 samples, up to a quarter of a block, without a pacing spike
+    steep: tuple     # mV: difference of neighbouring sums of 1, 2, 4 samples (up to block / 4) at 250 mV/s: more is a spike
     blends: int      # blocks are smoothed by [1 2 1] / 4 (1) or, where they are long, by [1 6 1] / 8 (2): in all some 8 ms
     window: int      # blocks: 110 ms, in which the signal goes there and back
     limit: int       # microvolts: largest step between blocks, so that sums of a window stay in 16 bits
@@ -39,15 +42,18 @@ class Plan(NamedTuple):
 
 
 def make_plan(fs):
-    block = 1                                                                  # steep: 250 mV/s
+    block = 1
     while fs / (2 * block) >= 60:
         block *= 2
-    blocks = lambda seconds: int(seconds * fs / block + 0.5)
-    ticks = lambda seconds: int(seconds * fs / block / 2 + 0.5)
+    rate = fs / block
+    blocks = lambda seconds: int(seconds * rate + 0.5)
+    ticks = lambda seconds: int(seconds * rate / 2 + 0.5)
     samples = lambda seconds: int(seconds * fs + 0.5)
-    return Plan(block, tuple(np.float32(250 * 4 ** i / fs) for i in range(block.bit_length() - 2)), 1 + (fs / block < 75), blocks(0.11), 32767 // blocks(0.11), blocks(0.08),
-                10 * fs / block / 2, 2 * fs / block / 2, ticks(0.12), ticks(0.25), ticks(0.2), ticks(0.25), ticks(0.5), ticks(0.4), ticks(0.4),
-                samples(0.2), int(0.004 * fs + 0.999), max(1, int(0.004 * fs)), samples(1))
+    return Plan(
+        block=block, steep=tuple(np.float32(250 * 4 ** i / fs) for i in range(block.bit_length() - 2)), blends=1 + (rate < 75),
+        window=blocks(0.11), limit=32767 // blocks(0.11), half=blocks(0.08), chunk=10 * rate / 2, segment=2 * rate / 2,
+        apart=ticks(0.12), around=ticks(0.25), refractory=ticks(0.2), near=ticks(0.25), after=ticks(0.5), before=ticks(0.4),
+        early=ticks(0.4), gap=samples(0.2), edge=int(0.004 * fs + 0.999), brief=max(1, int(0.004 * fs)), hold=samples(1))
 
 
 def segment_beats(ecg, fs):
@@ -92,8 +98,8 @@ def pair_sums(x):
 
 
 def microvolts(signal, origin, count=1):
-    """Means of `count` samples, (L, n * count) -> (L, n) whole microvolts from the origin (L,), within +-32767. Samples are summed in
-    float32, pairs first, then pairs of pairs."""
+    """Means of `count` samples, (L, n * count) -> (L, n) whole microvolts from the origin (L,), within +-32767. Samples are
+    summed in float32, pairs first, then pairs of pairs."""
     unit = np.float32(1 if signal.dtype == np.int16 else 1000)
     zero = np.rint(origin.astype(float) * unit).astype(np.int64)[:, None]
     bottom, top = ((zero + bound).astype(np.float32) / unit * np.float32(count) for bound in (-32767, 32767))
@@ -106,8 +112,8 @@ def microvolts(signal, origin, count=1):
 
 
 def without_spikes(blocks, signal, origin, plan):
-    """Blocks (L, M) in which the steep ones, which a pacing spike or the steepest of QRS makes, are made anew: every quarter becomes the
-    median of itself and those two before and behind."""
+    """Blocks (L, M) in which the steep ones, which a pacing spike or the steepest of QRS makes, are made anew: every quarter
+    becomes the median of itself and those two before and behind."""
     signal = signal[:, :blocks.shape[1] * plan.block]
     quarters = microvolts(signal, origin, plan.block // 4)
     padded = np.pad(quarters, ((0, 0), (2, 2)), mode="edge")
@@ -123,8 +129,8 @@ def without_spikes(blocks, signal, origin, plan):
 
 
 def there_and_back(blocks, plan):
-    """(L, M) -> (L, T) path length minus net change of the smoothed signal in a window around every second block. The record is mirrored
-    at its ends."""
+    """(L, M) -> (L, T) path length minus net change of the smoothed signal in a window around every second block. The record is
+    mirrored at its ends."""
     before, behind = plan.window // 2, plan.window - plan.window // 2
     mirrored = np.pad(blocks, ((0, 0), (before + 1, behind + 1)), mode="symmetric")
     smooth = (mirrored[:, :-2] + mirrored[:, 2:] + 1) // 2
@@ -176,17 +182,17 @@ def median_below(row, top):
 
 
 def candidates(votes, plan):
-    """Local maxima of votes -> positions (C,) in ticks (the middle of a plateau), and heights (C,) above the higher of the minima on both
-    sides; outside the record there are no votes."""
+    """Local maxima of votes -> positions (C,) in ticks (the middle of a plateau), and heights (C,) above the higher of the minima
+    on both sides; outside the record there are no votes."""
     padded, at, height = np.pad(votes, plan.around), [], []
     for i in np.flatnonzero(votes):
         left, right = votes[max(0, i - plan.apart):i], votes[i + 1:i + plan.apart + 1]
         if votes[i] > left.max(initial=0) and votes[i] >= right.max(initial=0):
             level = np.flatnonzero(right != votes[i])
             middle = i + (level[0] if len(level) else len(right)) // 2
-            before, behind = padded[middle:middle + plan.around + 1].min(), padded[middle + plan.around:middle + 2 * plan.around + 1].min()
+            near = padded[middle:middle + 2 * plan.around + 1]
             at.append(middle)
-            height.append(votes[i] - max(before, behind))
+            height.append(votes[i] - max(near[:plan.around + 1].min(), near[plan.around:].min()))
     return np.array(at, int), np.array(height, int)
 
 
@@ -220,22 +226,23 @@ def overshadows(distance, own, other, plan):
 
 
 def fill_gaps(beat, at, height):
-    """Search back: where two beats are 1.5 times as far apart as their neighbours, the highest candidate well inside becomes a beat if
-    it has 0.4 of the height of the lower of the two."""
+    """Search back: where two beats are 1.5 times as far apart as their neighbours, the highest candidate well inside becomes a
+    beat if it has 0.4 of the height of the lower of the two."""
     found, out = np.flatnonzero(beat), beat.copy()
     for n, (i, j) in enumerate(zip(found[:-1], found[1:])):
         beside = [at[found[k + 1]] - at[found[k]] for k in (n - 1, n + 1) if 0 <= k < len(found) - 1]
         usual = sum(beside) // max(1, len(beside))
-        inside = [k for k in range(i + 1, j) if 5 * min(at[k] - at[i], at[j] - at[k]) >= 3 * usual and 5 * height[k] >= 2 * min(height[i], height[j])]
+        inside = [k for k in range(i + 1, j) if 5 * min(at[k] - at[i], at[j] - at[k]) >= 3 * usual
+                  and 5 * height[k] >= 2 * min(height[i], height[j])]
         if beside and 2 * (at[j] - at[i]) > 3 * usual and inside:
             out[max(inside, key=lambda k: height[k])] = True
     return np.flatnonzero(out)
 
 
 def locate(middle, signal, valid, blocks, gain, plan):
-    """Sample of the largest deflection, summed over leads with their gains, around a block: first in blocks, where a spike is no match
-    for a QRS, then in the samples of the best block and half a block on both sides. And is it sharp, as a spike is: 0.7 of it gained or
-    lost in 4 ms?"""
+    """Sample of the largest deflection, summed over leads with their gains, around a block: first in blocks, where a spike is no
+    match for a QRS, then in the samples of the best block and half a block on both sides. And is it sharp, as a spike is: 0.7 of
+    it gained or lost in 4 ms?"""
     count, length = blocks.shape[1], signal.shape[1]
     start, stop = max(0, middle - plan.half), min(count - 1, middle + plan.half)
     if plan.block < 4:  # no spike was taken out: blunt it

@@ -61,8 +61,8 @@ def simulated(rate, blocks=2, seed=21):
 # ---- scores ---------------------------------------------------------------------------------------------------------
 
 def match(found, truth, tolerance):
-    """Each true beat takes the nearest detection within tolerance (samples) that no beat before it took -> differences of pairs, and
-    the detections that nobody took."""
+    """Each true beat takes the nearest detection within tolerance (samples) that no beat before it took -> differences of pairs,
+    and the detections that nobody took."""
     left, differences = list(found), []
     for beat in truth:
         near = min(left, key=lambda peak: abs(peak - beat), default=None)
@@ -108,7 +108,8 @@ def peers():
         print("SleepECG is not installed: pip install 'sleepecg==0.6.*'")
     try:
         import neurokit2
-        found["NeuroKit2, lead II"] = lambda ecg, fs: neurokit2.ecg_peaks(neurokit2.ecg_clean(second(ecg), fs), fs)[1]["ECG_R_Peaks"]
+        clean, peaks = neurokit2.ecg_clean, neurokit2.ecg_peaks
+        found["NeuroKit2, lead II"] = lambda ecg, fs: peaks(clean(second(ecg), fs), fs)[1]["ECG_R_Peaks"]
     except ImportError:
         print("NeuroKit2 is not installed: pip install neurokit2")
     return found
@@ -126,15 +127,18 @@ def accuracy(folder, others):
     rows, described = [], lambda s: (s.beats, s.false, s.missed, f"{s.f1:.4f}", f"{s.timing:.0f} ms")
     if (folder / "ludb").is_dir():
         records = ludb(folder / "ludb")
-        rows += [("LUDB, within 150 ms", name, *described(score(records, f))) for name, f in {"segment_beats": ours, **others}.items()]
+        for name, detect in {"segment_beats": ours, **others}.items():
+            rows.append(("LUDB, within 150 ms", name, *described(score(records, detect))))
     if (folder / "mitdb").is_dir():
         for leads, name in (((0,), "MLII"), ((1,), "V5"), ((0, 1), "both leads")):
-            rows.append(("MIT-BIH 100, within 75 ms", f"segment_beats, {name}", *described(score(mitdb(folder / "mitdb", leads), ours, 0.075))))
+            result = score(mitdb(folder / "mitdb", leads), ours, 0.075)
+            rows.append(("MIT-BIH 100, within 75 ms", f"segment_beats, {name}", *described(result)))
         if "SleepECG, lead II" in others:
-            alone = score(mitdb(folder / "mitdb", (0,)), others["SleepECG, lead II"], 0.075)
-            rows.append(("MIT-BIH 100, within 75 ms", "SleepECG, MLII", *described(alone)))
+            result = score(mitdb(folder / "mitdb", (0,)), others["SleepECG, lead II"], 0.075)
+            rows.append(("MIT-BIH 100, within 75 ms", "SleepECG, MLII", *described(result)))
     for rate in (100, 250, 360, 500, 1000):
-        rows.append((f"simulated, every noise at its strongest, {rate} Hz", "segment_beats", *described(score(simulated(rate), ours))))
+        result = score(simulated(rate), ours)
+        rows.append((f"simulated, every noise at its strongest, {rate} Hz", "segment_beats", *described(result)))
     print_table(("recordings", "detector", "beats", "false", "missed", "F1", "timing"), rows)
 
 
@@ -169,7 +173,8 @@ def speed(records, others):
             torch.set_num_threads(1)
             one, two, floor = (t / batch / len(inner) * 1e6 for t in (one, two, floor))
             ratio = f"{peer[0] / len(some) * 1e6 / one:.1f}" if peer else "-"
-            rows.append((f"{batch} x {kind}", f"{one:.1f}", f"{1e6 / one:,.0f}", ratio, f"{one / two:.2f}", f"{floor:.1f}", f"{one / floor:.1f}"))
+            rows.append((f"{batch} x {kind}", f"{one:.1f}", f"{1e6 / one:,.0f}", ratio, f"{one / two:.2f}", f"{floor:.1f}",
+                         f"{one / floor:.1f}"))
     print_table(("batch", "µs a record", "records/s", "times SleepECG", "two threads", "µs to read it", "times that"), rows)
     rows = []
     for name, f in others.items():
@@ -199,8 +204,9 @@ def gpu_speed(records):
             run, read = lambda: csrc.segment_beats(x, 500), lambda: once.sum(dtype=torch.int32)
             timed(run), timed(read)
             t, floor = np.median([(timed(run), timed(read)) for _ in range(7)], axis=0)
-            rate = x.nbytes / t * 1e-9
-            rows.append((f"{batch} x {kind}", f"{t * 1e3:.3f}", f"{batch / t:,.0f}", f"{rate:,.0f}", f"{x.nbytes / floor * 1e-9:,.0f}", f"{100 * floor / t:.0f} %"))
+            rates = (x.nbytes / seconds * 1e-9 for seconds in (t, floor))
+            rows.append((f"{batch} x {kind}", f"{t * 1e3:.3f}", f"{batch / t:,.0f}", *(f"{r:,.0f}" for r in rates),
+                         f"{100 * floor / t:.0f} %"))
     print_table((torch.cuda.get_device_name(), "ms", "records/s", "GB/s", "GB/s, sum of the same", "share of it"), rows)
 
 
