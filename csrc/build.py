@@ -31,10 +31,14 @@ def recipe():
         flags, chip = [*flags, "-march=native"], processor()
     cuda = cuda_architecture()
     flags += ["-DWITH_CUDA"] if cuda else []
-    sources = "".join(path.read_text() for path in sorted(FOLDER.glob("*")) if path.suffix in (".cpp", ".cu", ".h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return dict(compiler=version, flags=flags, cuda=cuda, cuda_flags=CUDA_FLAGS if cuda else [], torch=torch.__version__, chip=chip,
-                sources=hashlib.sha256(sources.encode()).hexdigest()[:16])
+                sources=digest_of_sources())
+
+
+def digest_of_sources():
+    text = "".join(path.read_text() for path in sorted(FOLDER.glob("*")) if path.suffix in (".cpp", ".cu", ".h"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def find_ninja():
@@ -90,12 +94,14 @@ def recipe_of(library):
 def library():
     """Path of the extension for this machine, built now if it has to be. RuntimeError in one sentence where that fails.
 
-    One that setup.py left beside the sources is taken if it was made from these sources and for this machine."""
-    made, ahead = recipe(), FOLDER / "_ops.so"
+    One that setup.py left beside the sources is taken if it was made from these sources and for this machine; no compiler needed."""
+    ahead = FOLDER / "_ops.so"
     if ahead.exists():
         found = recipe_of(ahead)
-        if all(found[key] == made[key] for key in ("sources", "torch", "chip")) and (found["cuda"] or not made["cuda"]):
+        if (found["sources"] == digest_of_sources() and found["torch"] == torch.__version__ and found["chip"] in ("", processor())
+                and (found["cuda"] or not cuda_architecture())):
             return ahead
+    made = recipe()
     cache = Path(os.environ.get("ECG_CACHE") or Path.home() / ".cache" / "ecg-language")
     folder = cache / "csrc" / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
