@@ -350,6 +350,19 @@ def test_the_reference_can_be_asked_for_and_a_typo_is_refused():
 
 
 @compiled
+def test_a_library_built_ahead_is_taken_unless_it_is_stale(tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(INFO["library"], tmp_path / "csrc/_ops.so")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import csrc; print(csrc.build_info())"
+    result = python(code, CXX="no-such-compiler", ECG_CACHE=str(tmp_path))
+    assert f"{tmp_path}/csrc/_ops.so" in result.stdout and not result.stderr
+    with open(tmp_path / "csrc/beats.h", "a") as file:
+        file.write("// changed\n")
+    result = python(code, CXX="no-such-compiler", ECG_CACHE=str(tmp_path))
+    assert "'implementation': 'reference'" in result.stdout and result.stderr.count("Warning") == 1
+
+
+@compiled
 def test_build_info_says_what_runs():
     info = csrc.build_info()
     assert os.path.exists(info["library"]) and info["compiler"] and "-O3" in info["flags"] and info["torch"] == torch.__version__
