@@ -13,9 +13,10 @@ import warnings
 import numpy as np
 import torch
 
-from . import build, reference
+from . import build, reference, similarity
+from .similarity import token_beat_rhythm
 
-__all__ = ["segment_beats", "beat_of_token", "build_info"]
+__all__ = ["segment_beats", "beat_of_token", "token_beat_rhythm", "build_info"]
 
 torch.library.define("ecg::segment_beats", "(Tensor ecg, float fs) -> (Tensor, Tensor)")
 torch.library.define("ecg::beat_of_token", "(Tensor peaks, Tensor count, SymInt tokens, SymInt samples) -> Tensor")
@@ -119,7 +120,9 @@ def start():
         for device in ("cpu", "cuda"):
             torch.library.impl("ecg::segment_beats", device, segment_beats_reference)
             torch.library.impl("ecg::beat_of_token", device, beat_of_token_reference)
+            similarity.use_plain(device)
         return {"implementation": "reference", "why": str(error)}
+    similarity.use_plain("cuda")
     if not info["cuda"]:
         torch.library.impl("ecg::segment_beats", "cuda", by_way_of_the_cpu(torch.ops.ecg.segment_beats))
         torch.library.impl("ecg::beat_of_token", "cuda", by_way_of_the_cpu(torch.ops.ecg.beat_of_token))

@@ -7,14 +7,7 @@
 #include <vector>
 
 #include "beats.h"
-
-#ifdef EVERY_CPU  // tests/sanitize.sh wants none
-#elif defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && defined(__linux__)
-#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))  // chosen when the program starts
-#else
-#define EVERY_CPU
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "cpu.h"
 
 namespace beats {
 

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "beats.h"
+#include "similarity.h"
 
 namespace {
 
@@ -90,6 +91,10 @@ Tensor beat_of_token_cuda(const Tensor& peaks, const Tensor& count, int64_t toke
 TORCH_LIBRARY_IMPL(ecg, CPU, m) {
     m.impl("segment_beats", segment_beats_cpu);
     m.impl("beat_of_token", beat_of_token_cpu);
+    m.impl("token_similarity", similarity::token_similarity);
+    m.impl("token_similarity_backward", similarity::token_similarity_backward);
+    m.impl("beat_similarity", similarity::beat_similarity);
+    m.impl("beat_similarity_backward", similarity::beat_similarity_backward);
 }
 
 #ifdef WITH_CUDA

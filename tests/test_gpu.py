@@ -6,6 +6,7 @@ import torch
 
 import csrc
 import model as models
+import test_similarity
 import train
 from test_csrc import RATES, random_batch, real, recordings, strips  # noqa: F401 (a fixture)
 from test_model import toy_batch, toy_method
@@ -76,3 +77,18 @@ def test_operators_in_a_compiled_graph(strips):  # noqa: F811
     compiled.sum().backward()
     assert tokens.grad.abs().sum() > 0
     torch.library.opcheck(torch.ops.ecg.segment_beats.default, (ecg, 500.0))
+
+
+@pytest.mark.parametrize("case", test_similarity.CASES)
+def test_similarity_is_that_of_the_cpu(case):
+    sizes = dict(records=12, texts=11, dim=256, tokens=40, words=30, beats=12, sentences=6)
+    data = test_similarity.ragged(torch.float32, **sizes)
+    moved = {scale: tuple(x.detach().cuda().requires_grad_(x.requires_grad) for x in side) for scale, side in data.items()}
+    results = []
+    for where in (data, moved):
+        similarity, _, leaves = test_similarity.operator_and_definition(*case, where)
+        leaves = tuple(x.to(where[case[0]][0].device).detach().requires_grad_() for x in leaves)
+        out = similarity(*leaves)
+        results.append([x.cpu() for x in (out, *torch.autograd.grad(out.sum(), leaves))])
+    for cpu, gpu in zip(*results):
+        assert (cpu - gpu).abs().max() < 1e-4 * cpu.abs().max()

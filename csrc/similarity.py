@@ -1,0 +1,256 @@
+"""token_beat_rhythm: the similarity of every ECG with every text at three scales, without a tensor of ECG x text x token x word.
+
+The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (similarity.cpp), and for every other device
+the plain definitions below, block by block. Everywhere: B ECGs and C texts; token_count, beat_count (B,) and word_count, sentence_count
+(C,) say how many rows of the padded tensors are real. A pair of which one side is empty has similarity 0 and no gradient.
+"""
+import torch
+
+BLOCK = 2**24  # scores that a block of the plain version may hold
+
+COUNTS = "Tensor ecg_count, Tensor text_count"
+torch.library.define("ecg::token_similarity", f"(Tensor tokens, Tensor words, {COUNTS}, Tensor? temperature) -> (Tensor, Tensor)")
+torch.library.define("ecg::token_similarity_backward", f"(Tensor grad, Tensor tokens, Tensor words, {COUNTS}, Tensor? temperature, Tensor best) "
+                                                       "-> (Tensor, Tensor, Tensor)")
+torch.library.define("ecg::beat_similarity", f"(Tensor beats, Tensor sentences, {COUNTS}, Tensor temperatures, bool over_sentences, bool mean) "
+                                             "-> Tensor")
+torch.library.define("ecg::beat_similarity_backward", f"(Tensor grad, Tensor beats, Tensor sentences, {COUNTS}, Tensor temperatures, "
+                                                      "bool over_sentences, bool mean) -> (Tensor, Tensor, Tensor)")
+
+
+def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhythm=None, report=None, *, token_count=None, word_count=None,
+                      beat_count=None, sentence_count=None, weights=(1.0, 1.0, 1.0), token_temperature=None,
+                      beat_temperatures=(4.0, 5.0, 10.0), over_sentences=True, beat_mean=False, parts=False):
+    """Similarity of every ECG with every text: a weighted sum of three scales, each of which may be left out.
+
+    token: tokens (B, T, D) and words (C, W, D). Each word takes the token that suits it best or, with a token_temperature, the tokens'
+        mean under the softmax of its scores; mean over the words (FILIP, Yao et al. 2022; ColBERT, Khattab & Zaharia 2020).
+    beat: beats (B, K, D) and sentences (C, S, D). Each sentence attends over the beats, then cosine, then log-sum-exp over sentences, or
+        with beat_mean log-mean-exp (METHODS 0, item 12): GLoRIA as in MELP (METHODS 2.3), with its three beat_temperatures.
+        over_sentences=False leaves out the softmax over sentences that precedes the one over beats: FG-CLEP v2's tags over patches.
+    rhythm: rhythm (B, D) and report (C, D): their dot product.
+
+    token_count, beat_count (B,), word_count, sentence_count (C,): rows that are real, all where not given; where a side has none,
+    the scale is 0 without gradient. weights, temperatures: numbers, or tensors that may be learned. float32 and float64 are computed as
+    they are, bf16 and fp16 in float32. Of several best tokens the first gets the gradient.
+    Returns (B, C), float32 or float64; with parts=True also a dictionary of the scales, unweighted. Gradients to all tensors.
+    Memory grows with B * C (and two bytes for every ECG and word), not with tokens. Errors: TypeError, ValueError."""
+    found = {}
+    if given("token", tokens, words, "tokens (B, T, D)", "words (C, W, D)", 3):
+        x, y = alike(tokens, words)
+        warm = None if token_temperature is None else torch.as_tensor(token_temperature, dtype=x.dtype, device=x.device)
+        counts = counts_of(token_count, x, "token_count"), counts_of(word_count, y, "word_count")
+        with full_precision(x):
+            found["token"] = torch.ops.ecg.token_similarity(x, y, *counts, warm)[0]
+    if given("beat", beats, sentences, "beats (B, K, D)", "sentences (C, S, D)", 3):
+        x, y = alike(beats, sentences)
+        attention, sharpness, scale = (torch.as_tensor(t, dtype=x.dtype, device=x.device) for t in beat_temperatures)
+        counts = counts_of(beat_count, x, "beat_count"), counts_of(sentence_count, y, "sentence_count")
+        both = torch.stack([attention, sharpness])
+        with full_precision(x):
+            found["beat"] = scale * torch.ops.ecg.beat_similarity(x, y, *counts, both, over_sentences, beat_mean)
+    if given("rhythm", rhythm, report, "rhythm (B, D)", "report (C, D)", 2):
+        x, y = alike(rhythm, report)
+        with full_precision(x):
+            found["rhythm"] = x @ y.T
+    if not found:
+        raise ValueError("token_beat_rhythm: no scale is given; give tokens and words, beats and sentences, or rhythm and report")
+    if len({part.shape for part in found.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in found.items())
+        raise ValueError(f"token_beat_rhythm: the scales differ in the number of ECGs or texts: {shapes}")
+    total = sum(weight * found[name] for name, weight in zip(("token", "beat", "rhythm"), weights) if name in found)
+    return (total, found) if parts else total
+
+
+def given(scale, ecg, text, ecg_name, text_name, dims):
+    """Is a scale there, and of the right shape?"""
+    if ecg is None and text is None:
+        return False
+    if ecg is None or text is None:
+        raise ValueError(f"token_beat_rhythm: the {scale} scale needs {ecg_name} and {text_name}; one is missing")
+    if ecg.dim() != dims or text.dim() != dims or ecg.shape[-1] != text.shape[-1] or ecg.device != text.device:
+        raise ValueError(f"token_beat_rhythm: the {scale} scale needs {ecg_name} and {text_name} on one device; they are "
+                         f"{tuple(ecg.shape)} on {ecg.device} and {tuple(text.shape)} on {text.device}")
+    if not (ecg.is_floating_point() and text.is_floating_point()):
+        raise TypeError(f"token_beat_rhythm: the {scale} scale needs floating-point tensors, not {ecg.dtype} and {text.dtype}")
+    return True
+
+
+def full_precision(x):
+    """No autocast: at scale 100 the three digits of bf16 are not enough."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def alike(x, y):
+    """Both float32, or float64 if one is; contiguous."""
+    dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+    return x.to(dtype).contiguous(), y.to(dtype).contiguous()
+
+
+def counts_of(count, rows, name):
+    """Real rows of each of rows (R, N, D), (R,) int64."""
+    if count is None:
+        return torch.full((len(rows),), rows.shape[1], device=rows.device)
+    if count.shape != rows.shape[:1] or count.is_floating_point():
+        raise ValueError(f"token_beat_rhythm: {name} is {count.dtype} {tuple(count.shape)}; it must be whole numbers ({len(rows)},)")
+    return count.to(rows.device, torch.int64).clamp(0, rows.shape[1])
+
+
+# ---- definitions ------------------------------------------------------------------------------------------------------
+
+def mask(count, length):
+    """(R,) -> (R, length) bool: which rows are real. Where none is, all: the result is set to 0 later, and nothing is NaN."""
+    return (torch.arange(length, device=count.device) < count[:, None]) | (count == 0)[:, None]
+
+
+def tokens_by_words(tokens, words, token_count, word_count, temperature=None):
+    """tokens (B, T, D), words (C, W, D) -> similarity (B, C); and which token each word took (B, C, W), or with a temperature None:
+    each takes the softmax-pooled token."""
+    scores = torch.einsum("btd,cwd->bcwt", tokens, words)
+    hidden, best = ~mask(token_count, tokens.shape[1])[:, None, None], None
+    if temperature is None:
+        taken, best = scores.masked_fill(hidden, -torch.inf).max(-1)
+    else:
+        taken = ((scores / temperature).masked_fill(hidden, -torch.inf).softmax(-1) * scores).sum(-1)
+    return torch.where(pairs(words, token_count, word_count), taken, 0).sum(-1) / word_count.clamp(min=1), best
+
+
+def pairs(words, token_count, word_count):
+    """(B, C, W) bool: is there a word, and a token for it?"""
+    return (mask(word_count, words.shape[1]) & (word_count > 0)[:, None])[None] & (token_count > 0)[:, None, None]
+
+
+def beats_by_sentences(beats, sentences, beat_count, sentence_count, temperatures, over_sentences=True, mean=False):
+    """beats (B, K, D), sentences (C, S, D), temperatures (2,) -> (B, C). x = <beat, sentence>; p = softmax of x over the sentences;
+    a = softmax of temperatures[0] p over the beats; v = sum of a beat; log sum exp(temperatures[1] cos(v, sentence))."""
+    x = torch.einsum("bkd,csd->bcks", beats, sentences)
+    real_beat = mask(beat_count, beats.shape[1])[:, None, :, None]
+    real = mask(sentence_count, sentences.shape[1])[None]                                  # (1, C, S)
+    p = x.masked_fill(~real[:, :, None], -torch.inf).softmax(3) if over_sentences else x
+    a = (temperatures[0] * p).masked_fill(~real_beat, -torch.inf).softmax(2)               # (B, C, K, S)
+    v = torch.einsum("bcks,bkd->bcsd", a, beats)
+    lengths = (v.square().sum(-1).clamp(min=1e-30).sqrt() * sentences.norm(dim=-1)).clamp(min=1e-8)
+    cosine = (a * x).sum(2) / lengths                                                      # (B, C, S)
+    total = (temperatures[1] * cosine).masked_fill(~real, -torch.inf).logsumexp(2)
+    if mean:
+        total = total - sentence_count.clamp(min=1).to(total.dtype).log()
+    return torch.where((beat_count > 0)[:, None] & (sentence_count > 0), total, 0)
+
+
+# ---- the plain version, some ECGs at a time ---------------------------------------------------------------------------
+
+def blocks(ecgs, size_of_one):
+    """Slices of ECGs whose intermediate tensors stay small."""
+    size = max(1, BLOCK // max(1, size_of_one))
+    return [slice(start, start + size) for start in range(0, len(ecgs), size)]
+
+
+def token_forward(tokens, words, token_count, word_count, temperature):
+    similarity = tokens.new_zeros(len(tokens), len(words))
+    best = tokens.new_zeros(shape_of_best(tokens, words, temperature), dtype=torch.int16)
+    if tokens.shape[1] and words.numel():
+        for b in blocks(tokens, tokens.shape[1] * words.shape[0] * words.shape[1]):
+            similarity[b], took = tokens_by_words(tokens[b], words, token_count[b], word_count, temperature)
+            if took is not None:
+                best[b] = took
+    return similarity, best
+
+
+def token_backward(grad, tokens, words, token_count, word_count, temperature, best):
+    if temperature is not None:
+        def similarity(*arguments):
+            return tokens_by_words(*arguments)[0]
+        return backward(similarity, grad, tokens, words, token_count, word_count, temperature)
+    of_tokens, of_words, dim = torch.zeros_like(tokens), torch.zeros_like(words), words.shape[2]
+    factor = torch.where(pairs(words, token_count, word_count), (grad / word_count.clamp(min=1))[:, :, None], 0).flatten(1)[:, :, None]   # (B, C * W, 1)
+    for b in blocks(tokens, words.numel()) if tokens.shape[1] else ():
+        took = best[b].long().flatten(1)[:, :, None].expand(-1, -1, dim)                                 # (b, C * W, D)
+        of_tokens[b] = of_tokens[b].scatter_add(1, took, factor[b] * words.flatten(0, 1))
+        of_words += (factor[b] * tokens[b].gather(1, took)).sum(0).view_as(words)
+    return of_tokens, of_words, tokens.new_zeros(())
+
+
+def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean):
+    similarity = beats.new_zeros(len(beats), len(sentences))
+    if beats.shape[1] and sentences.numel():
+        for b in blocks(beats, sentences.numel()):
+            similarity[b] = beats_by_sentences(beats[b], sentences, beat_count[b], sentence_count, temperatures, over_sentences, mean)
+    return similarity
+
+
+def beat_backward(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean):
+    return backward(beats_by_sentences, grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean)
+
+
+def backward(similarity, grad, ecgs, texts, ecg_count, text_count, temperature, *rest):
+    """Gradients of similarity with respect to ECGs, texts and temperature; each block is computed again."""
+    of_ecgs, of_texts, of_temperature = (torch.zeros_like(x) for x in (ecgs, texts, temperature))
+    for b in blocks(ecgs, texts.numel()) if ecgs.shape[1] and texts.numel() else ():
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (ecgs[b], texts, temperature)]
+            out = similarity(leaves[0], leaves[1], ecg_count[b], text_count, leaves[2], *rest)
+            found = torch.autograd.grad(out, leaves, grad[b])
+        of_ecgs[b] = found[0]
+        of_texts += found[1]
+        of_temperature += found[2]
+    return of_ecgs, of_texts, of_temperature
+
+
+def use_plain(device):
+    """Let the plain version run on a device, "cpu" or "cuda"."""
+    for name, function in (("token_similarity", token_forward), ("token_similarity_backward", token_backward),
+                           ("beat_similarity", beat_forward), ("beat_similarity_backward", beat_backward)):
+        torch.library.impl(f"ecg::{name}", device, function)
+
+
+# ---- what torch.compile and autograd need -----------------------------------------------------------------------------
+
+def shape_of_best(tokens, words, temperature):
+    return (tokens.shape[0], words.shape[0], words.shape[1]) if temperature is None else (0,)
+
+
+@torch.library.register_fake("ecg::token_similarity")
+def _(tokens, words, ecg_count, text_count, temperature):
+    return (tokens.new_empty(tokens.shape[0], words.shape[0]),
+            tokens.new_empty(shape_of_best(tokens, words, temperature), dtype=torch.int16))
+
+
+@torch.library.register_fake("ecg::token_similarity_backward")
+def _(grad, tokens, words, ecg_count, text_count, temperature, best):
+    return torch.empty_like(tokens), torch.empty_like(words), tokens.new_empty(())
+
+
+@torch.library.register_fake("ecg::beat_similarity")
+def _(beats, sentences, ecg_count, text_count, temperatures, over_sentences, mean):
+    return beats.new_empty(beats.shape[0], sentences.shape[0])
+
+
+@torch.library.register_fake("ecg::beat_similarity_backward")
+def _(grad, beats, sentences, ecg_count, text_count, temperatures, over_sentences, mean):
+    return torch.empty_like(beats), torch.empty_like(sentences), beats.new_empty(2)
+
+
+def keep_for_token(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def token_gradients(ctx, grad, _):
+    with full_precision(grad):
+        of_tokens, of_words, of_temperature = torch.ops.ecg.token_similarity_backward(grad.contiguous(), *ctx.saved_tensors)
+    return of_tokens, of_words, None, None, of_temperature if ctx.needs_input_grad[4] else None
+
+
+def keep_for_beat(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.flags = inputs[5:]
+
+
+def beat_gradients(ctx, grad):
+    with full_precision(grad):
+        of_beats, of_sentences, of_temperatures = torch.ops.ecg.beat_similarity_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.flags)
+    return of_beats, of_sentences, None, None, of_temperatures, None, None
+
+
+torch.library.register_autograd("ecg::token_similarity", token_gradients, setup_context=keep_for_token)
+torch.library.register_autograd("ecg::beat_similarity", beat_gradients, setup_context=keep_for_beat)

@@ -1,0 +1,138 @@
+"""token_beat_rhythm against what it replaces, forward and backward: time on the CPU's threads, and memory.
+
+    python tests/bench_similarity.py [--memory]     --memory: the table over batch sizes, some minutes
+"""
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import csrc
+from bench_beats import print_table, seconds
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=GENERATOR, requires_grad=True)
+
+
+# ---- what it replaces -------------------------------------------------------------------------------------------------
+
+def text_by_text(beats, sentences, counts, temperatures=(4.0, 5.0, 10.0)):
+    """GLoRIA's similarity as MELP's code does it, step by step: a loop over texts, each repeated for all ECGs, softmaxes over flattened
+    copies, cosine by sums. -> (B, C)"""
+    records, beats_of_one, dim = beats.shape
+    columns = []
+    for text, count in zip(sentences, counts.tolist()):
+        query = text[:count].T[None].repeat(records, 1, 1)                                 # (B, D, S)
+        context = beats.transpose(1, 2).contiguous()                                       # (B, D, K)
+        scores = torch.bmm(context.transpose(1, 2).contiguous(), query)                    # (B, K, S)
+        over_sentences = scores.view(-1, count).softmax(-1).view(records, beats_of_one, count)
+        flat = over_sentences.transpose(1, 2).contiguous().view(-1, beats_of_one)
+        share = (flat * temperatures[0]).softmax(-1).view(records, count, beats_of_one)
+        attended = torch.bmm(context, share.transpose(1, 2).contiguous())                  # (B, D, S)
+        x = query.transpose(1, 2).contiguous().view(-1, dim)
+        y = attended.transpose(1, 2).contiguous().view(-1, dim)
+        cosine = (x * y).sum(1) / (x.norm(2, 1) * y.norm(2, 1)).clamp(min=1e-8)
+        columns.append((cosine.view(records, count) * temperatures[1]).exp().sum(1, keepdim=True).log())
+    return temperatures[2] * torch.cat(columns, 1)
+
+
+def all_at_once(tokens, words, counts):
+    """Late interaction with the whole tensor: (B, C, T, W)."""
+    best = torch.einsum("btd,cwd->bctw", tokens, words).amax(2)            # (B, C, W)
+    real = torch.arange(words.shape[1]) < counts[:, None]
+    return (best * real).sum(2) / counts
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------------
+
+def there_and_back(similarity, *leaves):
+    """One forward and backward pass of a contrastive loss."""
+    def run():
+        out = similarity(*leaves)
+        target = torch.arange(len(out))
+        torch.autograd.grad(F.cross_entropy(out, target) + F.cross_entropy(out.T, target), leaves)
+    return run
+
+
+def row(name, new, old, bare, rounds):
+    (new, old, bare) = seconds([new, old, bare], rounds) * 1e3
+    return name, f"{old:.0f}", f"{new:.1f}", f"{old / new:.1f}", f"{bare:.1f}", f"{new / bare:.2f}"
+
+
+def speed():
+    beats, sentences, counts = normal(128, 12, 256), normal(128, 6, 256), torch.randint(1, 7, (128,), generator=GENERATOR)
+    packed = torch.cat([s[:n] for s, n in zip(sentences, counts)]).detach()
+
+    def products():  # scores, twice, and two gradients
+        rows = beats.detach().view(-1, 256)
+        scores = rows @ packed.T
+        rows @ packed.T, scores @ packed, scores.T @ rows
+    rows = [row("beat, B = C = 128, 12 beats, 1-6 sentences, D = 256",
+                there_and_back(lambda x, y: csrc.token_beat_rhythm(beats=x, sentences=y, sentence_count=counts), beats, sentences),
+                there_and_back(lambda x, y: text_by_text(x, y, counts), beats, sentences), products, 9)]
+    tokens, words, counts = normal(64, 128, 256), normal(64, 64, 256), torch.full((64,), 64)
+
+    def product():  # scores once; gradients need none
+        return tokens.detach().view(-1, 256) @ words.detach().view(-1, 256).T
+    rows.append(row("token, B = C = 64, T = 128, W = 64, D = 256",
+                    there_and_back(lambda x, y: csrc.token_beat_rhythm(tokens=x, words=y), tokens, words),
+                    there_and_back(lambda x, y: all_at_once(x, y, counts), tokens, words), product, 5))
+    print_table((f"forward + backward, {torch.get_num_threads()} threads", "replaced, ms", "ours, ms", "times faster",
+                 "its matrix products, ms", "ours / those"), rows)
+
+
+def peak():
+    """Largest resident memory of this process, MB."""
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+
+def memory_of(kind, batch):
+    """Peak memory (MB) of one forward and backward pass of all three scales beyond its inputs and their gradients, in this process."""
+    tokens, words, beats, sentences = normal(batch, 128, 256), normal(batch, 64, 256), normal(batch, 12, 256), normal(batch, 6, 256)
+    rhythm, report, counts = normal(batch, 256), normal(batch, 256), torch.full((batch,), 6)
+    leaves = tokens, words, beats, sentences, rhythm, report
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here (Linux)
+    start = peak()
+    if kind == "ours":
+        out = csrc.token_beat_rhythm(*leaves)
+    else:
+        out = all_at_once(tokens, words, torch.full((batch,), 64)) + text_by_text(beats, sentences, counts) + rhythm @ report.T
+    target = torch.arange(batch)
+    (F.cross_entropy(out, target) + F.cross_entropy(out.T, target)).backward()
+    return peak() - start
+
+
+def memory():
+    """Each figure in a process of its own: its peak must not be that of another."""
+    def measure(kind, batch):
+        code = f"import bench_similarity as b; b.memory_of({kind!r}, 16); print(b.memory_of({kind!r}, {batch}))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+    rows = []
+    for batch in (32, 64, 128, 256, 512, 1024):
+        mine = measure("ours", batch)
+        rows.append((f"{batch}", f"{mine:.0f}", f"{mine * 2**20 / batch**2:.0f}", f"{measure('replaced', batch):.0f}" if batch <= 256 else "-"))
+    print_table(("all three scales, B = C (T 128, W 64, K 12, S 6, D 256)", "ours, MB", "bytes a pair", "replaced, MB"), rows)
+
+
+def main():
+    print(f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}, csrc {csrc.build_info()['implementation']}")
+    speed()
+    if "--memory" in sys.argv[1:]:
+        memory()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""csrc.token_beat_rhythm: the definition to the last digits, its gradients, ragged and empty sides, PyTorch's checks, the authors' values."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import csrc
+from conftest import SHARED
+from csrc import similarity as plain
+from test_csrc import compiled, python
+
+GOLDEN = SHARED / "golden" / "melp_beat_loss.npz"
+OPS = torch.ops.ecg
+
+
+def draw(*shape, dtype=torch.float64, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed + sum(shape))
+    return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+
+
+def ragged(dtype=torch.float64, records=5, texts=4, dim=8, tokens=7, words=6, beats=5, sentences=4):
+    """Sides of every length from none to all: {scale: (ECGs, texts, ECG counts, text counts)}."""
+    count = lambda n, most: torch.tensor([most, 1, 0, *range(2, most)] * n)[:n]
+    return {"token": (draw(records, tokens, dim, dtype=dtype), draw(texts, words, dim, dtype=dtype), count(records, tokens), count(texts, words)),
+            "beat": (draw(records, beats, dim, dtype=dtype), draw(texts, sentences, dim, dtype=dtype), count(records, beats), count(texts, sentences))}
+
+
+def scalar(*values, dtype=torch.float64):
+    return torch.tensor(values if len(values) > 1 else values[0], dtype=dtype, requires_grad=True)
+
+
+CASES = [("token", None, ()), ("token", 0.7, ())] + [("beat", (4.0, 5.0), (s, m)) for s in (True, False) for m in (False, True)]
+
+
+def operator_and_definition(scale, temperature, flags, data):
+    """(operator, definition, differentiable inputs) as functions of these inputs."""
+    ecgs, texts, ecg_count, text_count = data[scale]
+    warm = () if temperature is None else (scalar(*np.atleast_1d(temperature), dtype=ecgs.dtype),)
+    if scale == "token":
+        fast = lambda x, y, t=None: OPS.token_similarity(x, y, ecg_count, text_count, t)[0]
+        slow = lambda x, y, t=None: plain.tokens_by_words(x, y, ecg_count, text_count, t)[0]
+    else:
+        fast = lambda x, y, t: OPS.beat_similarity(x, y, ecg_count, text_count, t, *flags)
+        slow = lambda x, y, t: plain.beats_by_sentences(x, y, ecg_count, text_count, t, *flags)
+    return fast, slow, (ecgs, texts, *warm)
+
+
+def difference(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---- the definition ---------------------------------------------------------------------------------------------------
+
+def test_the_definition_by_hand():
+    """Loops over pairs, words and sentences, as one would write it on paper."""
+    data = ragged()
+    tokens, words, tc, wc = (x.detach() for x in data["token"])
+    beats, sentences, bc, sc = (x.detach() for x in data["beat"])
+    rhythm, report = draw(5, 3).detach(), draw(4, 3).detach()
+    for mean in (False, True):
+        for temperature in (None, 0.7):
+            total, parts = csrc.token_beat_rhythm(tokens, words, beats, sentences, rhythm, report, token_count=tc, word_count=wc, beat_count=bc,
+                                                  sentence_count=sc, weights=(2, 3, 4), token_temperature=temperature, beat_mean=mean, parts=True)
+            for b in range(5):
+                for c in range(4):
+                    scores = tokens[b, :tc[b]] @ words[c, :wc[c]].T                        # (T, W)
+                    token = torch.tensor(0.0)
+                    if scores.numel():
+                        taken = scores.amax(0) if temperature is None else ((scores / temperature).softmax(0) * scores).sum(0)
+                        token = taken.mean()
+                    x, y = beats[b, :bc[b]], sentences[c, :sc[c]]
+                    beat = torch.tensor(0.0)
+                    if len(x) and len(y):
+                        share = (4 * (x @ y.T).softmax(1)).softmax(0)                      # (K, S)
+                        e = (5 * F.cosine_similarity(share.T @ x, y)).exp()
+                        beat = 10 * (e.mean() if mean else e.sum()).log()
+                    assert torch.allclose(parts["token"][b, c], token.to(torch.float64), atol=1e-12)
+                    assert torch.allclose(parts["beat"][b, c], beat.to(torch.float64), atol=1e-12)
+            assert torch.allclose(parts["rhythm"], rhythm @ report.T)
+            assert torch.allclose(total, 2 * parts["token"] + 3 * parts["beat"] + 4 * parts["rhythm"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sizes", [{}, dict(records=1, texts=1), dict(words=1, sentences=1, beats=1, tokens=1), dict(records=3, texts=9, dim=33, words=40),
+                                   dict(records=9, texts=40, sentences=9, beats=13, words=70, tokens=21)])
+def test_forward_and_gradients_are_those_of_the_definition(case, sizes):
+    fast, slow, leaves = operator_and_definition(*case, ragged(**sizes))
+    ours, theirs = fast(*leaves), slow(*leaves)
+    assert torch.isfinite(ours).all() and (ours - theirs).abs().max() < 1e-10
+    seed = draw(*ours.shape).detach()
+    for a, b in zip(torch.autograd.grad(ours, leaves, seed), torch.autograd.grad(theirs, leaves, seed)):
+        assert torch.isfinite(a).all() and (a - b).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck(case):
+    fast, _, leaves = operator_and_definition(*case, ragged())
+    assert torch.autograd.gradcheck(fast, leaves)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_is_within_1e5(case):
+    sizes = dict(records=12, texts=11, dim=256, tokens=40, words=30, beats=12, sentences=6)
+    single, double = ragged(torch.float32, **sizes), ragged(**sizes)
+    fast, _, leaves = operator_and_definition(*case, single)
+    _, slow, exact = operator_and_definition(*case, double)
+    ours, theirs = fast(*leaves), slow(*exact)
+    assert difference(ours, theirs) < 1e-5
+    for a, b in zip(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(theirs.sum(), exact)):
+        assert difference(a, b) < 1e-4
+
+
+def test_bf16_is_within_1e2_and_gradients_keep_the_type():
+    x, y = draw(6, 20, 64, dtype=torch.bfloat16, scale=0.3), draw(5, 9, 64, dtype=torch.bfloat16, scale=0.3)
+    u, v = draw(6, 7, 64, dtype=torch.bfloat16, scale=0.3), draw(5, 4, 64, dtype=torch.bfloat16, scale=0.3)
+    ours = csrc.token_beat_rhythm(x, y, u, v)
+    exact = csrc.token_beat_rhythm(*(t.detach().double() for t in (x, y, u, v)))
+    assert ours.dtype == torch.float32 and difference(ours, exact) < 1e-2
+    ours.sum().backward()
+    assert all(t.grad.dtype == torch.bfloat16 and t.grad.abs().sum() > 0 for t in (x, y, u, v))
+
+
+def test_learned_temperatures_and_weights_get_gradients():
+    data, learned = ragged(), [scalar(v) for v in (0.7, 4.0, 5.0, 10.0)]
+    weights = scalar(1.0, 2.0, 3.0)
+    def similarity(warm, attention, sharpness, scale, weights):
+        tokens, words, tc, wc = data["token"]
+        beats, sentences, bc, sc = data["beat"]
+        return csrc.token_beat_rhythm(tokens, words, beats, sentences, draw(5, 3).detach(), draw(4, 3).detach(), token_count=tc, word_count=wc,
+                                      beat_count=bc, sentence_count=sc, weights=weights, token_temperature=warm,
+                                      beat_temperatures=(attention, sharpness, scale))
+    assert torch.autograd.gradcheck(similarity, (*learned, weights))
+
+
+def test_mean_is_sum_less_the_logarithm_of_the_number_of_sentences():
+    beats, sentences, count = draw(5, 6, 8), draw(4, 3, 8), torch.tensor([3, 1, 2, 3])
+    both = [csrc.token_beat_rhythm(beats=beats, sentences=sentences, sentence_count=count, beat_mean=m) for m in (False, True)]
+    assert torch.allclose(both[0] - both[1], 10 * count.double().log().expand(5, -1))  # METHODS 0, item 12
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN}")
+@pytest.mark.parametrize("kind", ["unit", "soft"])
+@pytest.mark.parametrize("aggregation", ["sum", "mean"])
+def test_melp_beat_loss_of_the_authors(kind, aggregation):
+    golden = np.load(GOLDEN)
+    counts = torch.tensor(golden["counts"])
+    beats, flat = (torch.tensor(golden[f"{kind}_{name}"], requires_grad=True) for name in ("beats", "sents"))
+    sentences = torch.nn.utils.rnn.pad_sequence(flat.split(counts.tolist()), batch_first=True)
+    similarity = csrc.token_beat_rhythm(beats=beats, sentences=sentences, sentence_count=counts, beat_mean=aggregation == "mean")
+    target = torch.arange(len(counts))
+    loss = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+    loss.backward()
+    for name, ours in dict(similarity=similarity, loss=loss, grad_beats=beats.grad, grad_sents=flat.grad).items():
+        assert difference(ours.detach(), torch.tensor(golden[f"{kind}_{aggregation}_{name}"])) < 1e-4, name
+
+
+# ---- sides that are empty or absent -----------------------------------------------------------------------------------
+
+def test_empty_batches_and_sides():
+    for b, c, n, m in ((0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0)):
+        x, y = draw(b, n, 8), draw(c, m, 8)
+        for scales in (dict(tokens=x, words=y), dict(beats=x, sentences=y), dict(tokens=x, words=y, token_temperature=0.5)):
+            out = csrc.token_beat_rhythm(**scales)
+            assert out.shape == (b, c) and not out.any()
+            assert all(not g.any() for g in torch.autograd.grad(out.sum(), (x, y)))
+
+
+def test_rows_beyond_the_counts_do_not_matter():
+    data = ragged()
+    for case in CASES:
+        fast, _, leaves = operator_and_definition(*case, data)
+        before = fast(*leaves)
+        ecgs, texts, ecg_count, text_count = data[case[0]]
+        x, y = (torch.where((torch.arange(t.shape[1]) < n[:, None])[:, :, None], t, 1e6) for t, n in ((ecgs, ecg_count), (texts, text_count)))
+        assert torch.equal(fast(x.detach(), y.detach(), *leaves[2:]), before)
+
+
+@pytest.mark.parametrize("arguments, error, words", [
+    (dict(), ValueError, "no scale is given"),
+    (dict(tokens=draw(2, 3, 4)), ValueError, r"the token scale needs tokens \(B, T, D\) and words \(C, W, D\); one is missing"),
+    (dict(tokens=draw(2, 3, 4), words=draw(2, 3, 5)), ValueError, "on one device; they are"),
+    (dict(rhythm=draw(2, 3, 4), report=draw(2, 3, 4)), ValueError, "the rhythm scale needs"),
+    (dict(tokens=torch.ones(2, 3, 4, dtype=torch.int64), words=draw(2, 3, 4)), TypeError, "floating-point"),
+    (dict(tokens=draw(2, 3, 4), words=draw(2, 3, 4), word_count=torch.tensor([1, 2, 3])), ValueError, "word_count is"),
+    (dict(tokens=draw(2, 3, 4), words=draw(2, 3, 4), rhythm=draw(3, 4), report=draw(2, 4)), ValueError, r"token \(2, 2\), rhythm \(3, 2\)"),
+])
+def test_bad_input_is_explained(arguments, error, words):
+    with pytest.raises(error, match=words):
+        csrc.token_beat_rhythm(**arguments)
+
+
+# ---- PyTorch ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    data = ragged(dtype)
+    for warm in (None, scalar(0.7, dtype=dtype)):
+        torch.library.opcheck(OPS.token_similarity.default, (*data["token"], warm))
+    torch.library.opcheck(OPS.beat_similarity.default, (*data["beat"], scalar(4.0, 5.0, dtype=dtype), True, False))
+
+
+def test_torch_compile_keeps_one_graph():
+    leaves = draw(4, 9, 8), draw(3, 5, 8), draw(4, 6, 8), draw(3, 2, 8), draw(4, 8), draw(3, 8)
+    loss = lambda *x: csrc.token_beat_rhythm(*x).square().sum()
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    graph = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    assert all(torch.allclose(a, b) for a, b in zip(eager, graph))
+
+
+def test_autocast_does_not_touch_it():
+    x, y, u, v, r, s = (draw(*shape, dtype=torch.float32) for shape in ((4, 9, 8), (3, 5, 8), (4, 6, 8), (3, 2, 8), (4, 8), (3, 8)))
+    expected = csrc.token_beat_rhythm(x, y, u, v, r, s)
+    gradients = torch.autograd.grad(expected.sum(), (x, y, u, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        similarity = csrc.token_beat_rhythm(x, y, u, v, r, s)
+        assert torch.equal(similarity, expected)
+        assert all(map(torch.equal, torch.autograd.grad(similarity.sum(), (x, y, u, v)), gradients))
+
+
+@compiled
+def test_the_plain_version_in_blocks_is_the_same(monkeypatch):
+    """What runs on a GPU, and without a compiler."""
+    monkeypatch.setattr(plain, "BLOCK", 100)
+    data = ragged()
+    for scale, temperature, flags in CASES:
+        fast, _, leaves = operator_and_definition(scale, temperature, flags, data)
+        ours = fast(*leaves)
+        seed = draw(*ours.shape).detach()
+        expected = torch.autograd.grad(ours, leaves, seed)
+        ecgs, texts, ecg_count, text_count = (t.detach() for t in data[scale])
+        warm = leaves[2].detach() if len(leaves) == 3 else None
+        if scale == "token":
+            found, best = plain.token_forward(ecgs, texts, ecg_count, text_count, warm)
+            gradients = plain.token_backward(seed, ecgs, texts, ecg_count, text_count, warm, best)
+        else:
+            found = plain.beat_forward(ecgs, texts, ecg_count, text_count, warm, *flags)
+            gradients = plain.beat_backward(seed, ecgs, texts, ecg_count, text_count, warm, *flags)
+        assert torch.allclose(found, ours, atol=1e-12)
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, expected))
+
+
+def test_without_a_compiler_it_runs_as_well():
+    code = ("import csrc, torch; x = torch.ones(2, 3, 4, requires_grad=True); "
+            "csrc.token_beat_rhythm(x, x, x, x, x[:, 0], x[:, 0]).sum().backward(); print(x.grad.shape, csrc.build_info()['implementation'])")
+    result = python(code, ECG_CSRC="reference")
+    assert result.stdout.strip() == "torch.Size([2, 3, 4]) reference", result.stderr
+
+
+@compiled
+def test_memory_grows_with_pairs_only():
+    """Forward and backward hold less than a tenth of the tensor of scores (PyTorch's own account of CPU memory)."""
+    x, y = draw(64, 128, 64, dtype=torch.float32), draw(64, 64, 64, dtype=torch.float32)
+    whole = 4 * 64 * 64 * 128 * 64                                                           # bytes: 134 MB
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        csrc.token_beat_rhythm(tokens=x, words=y).sum().backward()
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert allocated < whole / 4
