@@ -1,8 +1,8 @@
 // token_similarity and beat_similarity on the CPU, forward and backward. What they compute: similarity.py.
 //
-// Scores are made by matrix products in blocks that fit into the caches, reduced at once and forgotten; no ECG x text x token x word tensor
-// exists. Texts are ragged, so their words (sentences) are packed one behind the other first. The backward pass of the token scale knows
-// which token each word took; that of the beat scale makes the scores again.
+// Scores are made by matrix products in blocks that fit into the caches, reduced at once and forgotten; there is no tensor of ECG x
+// text x token x word. Texts are ragged, so their words (sentences) are packed first, without the padding. The backward pass of the
+// token scale knows which token each word took; that of the beat scale makes the scores again.
 #include "similarity.h"
 
 #include <ATen/Functions.h>
@@ -13,8 +13,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "cpu.h"
@@ -25,7 +23,7 @@ using at::Tensor;
 
 // ---- ragged texts ---------------------------------------------------------------------------------------------------
 
-std::vector<int64_t> counts_of(const Tensor& count, int64_t most) {
+static std::vector<int64_t> counts_of(const Tensor& count, int64_t most) {
     const Tensor whole = count.to(at::kLong).clamp(0, most).contiguous();
     return {whole.const_data_ptr<int64_t>(), whole.const_data_ptr<int64_t>() + whole.numel()};
 }
@@ -40,14 +38,16 @@ struct Packed {  // rows (N, D) of all texts one behind the other; text c has ro
         rows = at::empty({starts.back(), dim}, padded.options());
         const char* from = static_cast<const char*>(padded.const_data_ptr());
         char* to = static_cast<char*>(rows.mutable_data_ptr());
-        for (size_t c = 0; c < counts.size(); c++) memcpy(to + starts[c] * bytes, from + c * padded.size(1) * bytes, counts[c] * bytes);
+        for (size_t c = 0; c < counts.size(); c++)
+            memcpy(to + starts[c] * bytes, from + c * padded.size(1) * bytes, counts[c] * bytes);
     }
     Tensor unpack(const Tensor& packed, int64_t most) const {  // (N, D) -> (C, most, D), zeros behind the last row
         const int64_t texts = starts.size() - 1, dim = packed.size(1), bytes = dim * packed.element_size();
         Tensor padded = at::zeros({texts, most, dim}, packed.options());
         const char* from = static_cast<const char*>(packed.const_data_ptr());
         char* to = static_cast<char*>(padded.mutable_data_ptr());
-        for (int64_t c = 0; c < texts; c++) memcpy(to + c * most * bytes, from + starts[c] * bytes, (starts[c + 1] - starts[c]) * bytes);
+        for (int64_t c = 0; c < texts; c++)
+            memcpy(to + c * most * bytes, from + starts[c] * bytes, (starts[c + 1] - starts[c]) * bytes);
         return padded;
     }
     // Texts from .. to - 1 whose rows are at most `rows`, one text at least.
@@ -78,20 +78,24 @@ static INLINE float exp_of(float x) {
 }
 static INLINE double exp_of(double x) { return std::exp(x); }
 
-// s (rows, n) -> the largest of every column, and its row.
-template <class T> static INLINE void column_max_(const T* __restrict s, int64_t rows, int64_t n, T* __restrict top, int32_t* __restrict at) {
+// s (rows, n) -> the largest of every column, and its row. NaN is larger than all else: it must not get lost.
+template <class T>
+static INLINE void column_max_(const T* __restrict s, int64_t rows, int64_t n, T* __restrict top, int32_t* __restrict at) {
     for (int64_t j = 0; j < n; j++) top[j] = s[j], at[j] = 0;
     for (int64_t t = 1; t < rows; t++)
         for (int64_t j = 0; j < n; j++) {
             const T x = s[t * n + j];
-            at[j] = x > top[j] ? int32_t(t) : at[j];
-            top[j] = x > top[j] ? x : top[j];
+            const bool more = !(x <= top[j]) & (top[j] == top[j]);
+            at[j] = more ? int32_t(t) : at[j];
+            top[j] = more ? x : top[j];
         }
 }
 
-// s (rows, n) -> of every column the mean under its softmax at a temperature; the largest, and the sum of exp((s - top) / temperature).
-template <class T> static INLINE void column_softmax_(const T* __restrict s, int64_t rows, int64_t n, T temperature, T* __restrict top,
-                                                      T* __restrict sum, T* __restrict mean) {
+// s (rows, n) -> of every column the mean under its softmax at a temperature; also the largest, and the sum of
+// exp((s - top) / temperature).
+template <class T>
+static INLINE void column_softmax_(const T* __restrict s, int64_t rows, int64_t n, T temperature, T* __restrict top, T* __restrict sum,
+                                   T* __restrict mean) {
     for (int64_t j = 0; j < n; j++) top[j] = s[j], sum[j] = mean[j] = 0;
     for (int64_t t = 1; t < rows; t++)
         for (int64_t j = 0; j < n; j++) top[j] = s[t * n + j] > top[j] ? s[t * n + j] : top[j];
@@ -104,9 +108,10 @@ template <class T> static INLINE void column_softmax_(const T* __restrict s, int
 }
 
 // The gradient of column_softmax_, in place of s; grad (n): of the means. Returns that of the temperature.
-template <class T> static INLINE T column_softmax_grad_(T* __restrict s, int64_t rows, int64_t n, T temperature, const T* __restrict top,
-                                                        const T* __restrict sum, const T* __restrict mean, const T* __restrict grad,
-                                                        T* __restrict of_temperature) {
+template <class T>
+static INLINE T column_softmax_grad_(T* __restrict s, int64_t rows, int64_t n, T temperature, const T* __restrict top,
+                                     const T* __restrict sum, const T* __restrict mean, const T* __restrict grad,
+                                     T* __restrict of_temperature) {
     for (int64_t j = 0; j < n; j++) of_temperature[j] = 0;
     for (int64_t t = 0; t < rows; t++)
         for (int64_t j = 0; j < n; j++) {
@@ -145,7 +150,8 @@ template <class T> struct BeatRow {
 constexpr double SMALLEST = 1e-8;  // of a product of lengths, as torch.cosine_similarity has it
 
 // sum of x * y * z, in an order that vectors like
-template <class T> static INLINE T sum_of_products(const T* __restrict x, const T* __restrict y, const T* __restrict z, int64_t n) {
+template <class T>
+static INLINE T sum_of_products(const T* __restrict x, const T* __restrict y, const T* __restrict z, int64_t n) {
     constexpr int LANES = 16;
     T lanes[LANES] = {}, sum = 0;
     for (int64_t j = 0; j + LANES <= n; j += LANES)
@@ -155,9 +161,10 @@ template <class T> static INLINE T sum_of_products(const T* __restrict x, const 
     return sum;
 }
 
-// x (n), a column a sentence -> softmax over the sentences of each text, in place; the largest and the sum of exp are left in top and all.
+// x (n), a column a sentence -> softmax over the sentences of each text, in place; the largest and the sum of exp -> top and all.
 template <class T>
-static INLINE void softmax_over_texts(T* __restrict x, const std::vector<Group>& groups, int64_t n, T* __restrict top, T* __restrict all) {
+static INLINE void softmax_over_texts(T* __restrict x, const std::vector<Group>& groups, int64_t n, T* __restrict top,
+                                      T* __restrict all) {
     for (const Group& g : groups) {
         T *__restrict y = x + g.first_column, *__restrict t = top + g.first_text;
         for (int64_t i = 0; i < g.texts; i++) t[i] = y[i];
@@ -180,7 +187,8 @@ static INLINE void softmax_over_texts(T* __restrict x, const std::vector<Group>&
 // x (beats, n): scores. -> r.similarity
 template <class T> static INLINE void beat_forward_(BeatRow<T>& r, const T* __restrict x) {
     const int64_t beats = r.beats, n = r.n;
-    T *__restrict p = r.p, *__restrict a = r.a, *__restrict along = r.along, *__restrict top = r.column, *__restrict sum = r.column2;
+    T *__restrict p = r.p, *__restrict a = r.a, *__restrict along = r.along;
+    T *__restrict top = r.column, *__restrict sum = r.column2;
     std::copy_n(x, beats * n, p);
     if (r.over_sentences) for (int64_t k = 0; k < beats; k++) softmax_over_texts(p + k * n, *r.groups, n, top, sum);
     for (int64_t j = 0; j < n; j++) top[j] = r.temperature * p[j], sum[j] = 0;
@@ -188,7 +196,8 @@ template <class T> static INLINE void beat_forward_(BeatRow<T>& r, const T* __re
         for (int64_t j = 0; j < n; j++) { const T z = r.temperature * p[k * n + j]; top[j] = z > top[j] ? z : top[j]; }
     for (int64_t k = 0; k < beats; k++)
         for (int64_t j = 0; j < n; j++) sum[j] += a[k * n + j] = exp_of(r.temperature * p[k * n + j] - top[j]);
-    T *__restrict up = r.up, *__restrict square = r.square, *__restrict root = r.root, *__restrict cosine = r.cosine, *__restrict share = r.share;
+    T *__restrict up = r.up, *__restrict square = r.square, *__restrict root = r.root;
+    T *__restrict cosine = r.cosine, *__restrict share = r.share;
     for (int64_t j = 0; j < n; j++) up[j] = square[j] = 0, sum[j] = 1 / sum[j];
     for (int64_t k = 0; k < beats; k++)
         for (int64_t j = 0; j < n; j++) a[k * n + j] *= sum[j], up[j] += a[k * n + j] * x[k * n + j];
@@ -210,9 +219,10 @@ template <class T> static INLINE void beat_forward_(BeatRow<T>& r, const T* __re
             r.similarity[i] = top[i] + std::log(r.mean ? sum[i] / T(g.sentences) : sum[i]);
 }
 
-// The same, then the gradient: of the scores in place of x, of the Gram matrix and of the sentences' lengths; r.grad: of r.similarity.
+// The same, then the gradient: of the scores in place of x, of the Gram matrix and of the sentences' lengths. r.grad: of r.similarity.
 template <class T>
-static INLINE void beat_backward_(BeatRow<T>& r, T* __restrict x, T* __restrict of_gram, T* __restrict of_norm, T* of_temperature, T* of_sharpness) {
+static INLINE void beat_backward_(BeatRow<T>& r, T* __restrict x, T* __restrict of_gram, T* __restrict of_norm, T* of_temperature,
+                                  T* of_sharpness) {
     beat_forward_(r, static_cast<const T*>(x));
     const int64_t beats = r.beats, n = r.n;
     T *__restrict p = r.p, *__restrict a = r.a, *__restrict along = r.along, *__restrict dz = r.dz;
@@ -252,12 +262,14 @@ static INLINE void beat_backward_(BeatRow<T>& r, T* __restrict x, T* __restrict 
     for (int64_t k = 0; k < beats; k++) {
         if (r.over_sentences)
             for (const Group& g : *r.groups) {
-                T *__restrict q = p + k * n + g.first_column, *__restrict d = dz + k * n + g.first_column, *__restrict whole = inner;
+                T *__restrict q = p + k * n + g.first_column, *__restrict d = dz + k * n + g.first_column;
+                T* __restrict whole = inner;
                 for (int64_t i = 0; i < g.texts; i++) whole[i] = q[i] * d[i];
                 for (int64_t s = 1; s < g.sentences; s++)
                     for (int64_t i = 0; i < g.texts; i++) whole[i] += q[s * g.texts + i] * d[s * g.texts + i];
                 for (int64_t s = 0; s < g.sentences; s++)
-                    for (int64_t i = 0; i < g.texts; i++) d[s * g.texts + i] = q[s * g.texts + i] * (d[s * g.texts + i] - whole[i]);
+                    for (int64_t i = 0; i < g.texts; i++)
+                        d[s * g.texts + i] = q[s * g.texts + i] * (d[s * g.texts + i] - whole[i]);
             }
         for (int64_t j = 0; j < n; j++) x[k * n + j] += dz[k * n + j];
     }
@@ -300,7 +312,8 @@ static void for_every_block(const Tensor& tokens, const std::vector<int64_t>& to
         const c10::NoGradGuard guard;
         const Tensor room = at::empty({tokens.size(1) * widest}, tokens.options());
         for (int64_t task = begin; task < end; task++) {
-            const int64_t b = task / ends.size(), i = task % ends.size(), from = i ? ends[i - 1] : 0, n = words.starts[ends[i]] - words.starts[from];
+            const int64_t b = task / ends.size(), i = task % ends.size(), from = i ? ends[i - 1] : 0;
+            const int64_t n = words.starts[ends[i]] - words.starts[from];
             if (!n || !token_count[b]) continue;
             Tensor scores = room.narrow(0, 0, token_count[b] * n).view({token_count[b], n});
             at::mm_out(scores, tokens[b].narrow(0, 0, token_count[b]), columns.narrow(1, words.starts[from], n));
@@ -316,7 +329,8 @@ static std::tuple<Tensor, Tensor> token_forward(const Tensor& tokens, const Tens
     const std::vector<int64_t> tc = counts_of(token_count, tokens.size(1));
     const Packed packed(words, counts_of(word_count, most));
     Tensor similarity = at::zeros({records, texts}, tokens.options());
-    Tensor best = temperature ? at::empty({0}, tokens.options().dtype(at::kShort)) : at::zeros({records, texts, most}, tokens.options().dtype(at::kShort));
+    const auto places = tokens.options().dtype(at::kShort);
+    Tensor best = temperature ? at::zeros({0}, places) : at::zeros({records, texts, most}, places);
     T* out = similarity.mutable_data_ptr<T>();
     int16_t* chosen = temperature ? nullptr : best.mutable_data_ptr<int16_t>();
     const T warm = temperature ? temperature->item<T>() : T(0);
@@ -342,7 +356,8 @@ template <class T>
 static std::tuple<Tensor, Tensor, Tensor> token_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
                                                          const Tensor& token_count, const Tensor& word_count,
                                                          const std::optional<Tensor>& temperature, const Tensor& best) {
-    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1), length = tokens.size(1), dim = tokens.size(2);
+    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1);
+    const int64_t length = tokens.size(1), dim = tokens.size(2);
     const std::vector<int64_t> tc = counts_of(token_count, length), wc = counts_of(word_count, most);
     Tensor of_tokens = at::zeros_like(tokens), of_words = at::zeros_like(words), of_temperature = at::zeros({}, tokens.options());
     const T *g = grad.const_data_ptr<T>(), *x = tokens.const_data_ptr<T>(), *y = words.const_data_ptr<T>();
@@ -403,8 +418,8 @@ template <class T> struct Beats {
     T temperature, sharpness;
     bool over_sentences, mean;
 
-    Beats(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count, const Tensor& temperatures,
-          bool over_sentences, bool mean)
+    Beats(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
+          const Tensor& temperatures, bool over_sentences, bool mean)
         : beats(beats), gram(at::bmm(beats, beats.transpose(1, 2))), counts(counts_of(beat_count, beats.size(1))),
           over_sentences(over_sentences), mean(mean) {
         const int64_t most = sentences.size(1);
@@ -471,7 +486,8 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
                                                         const Tensor& beat_count, const Tensor& sentence_count,
                                                         const Tensor& temperatures, bool over_sentences, bool mean) {
     const Beats<T> all(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
-    const int64_t records = beats.size(0), most = beats.size(1), dim = beats.size(2), n = all.rows.size(0), texts = sentences.size(0);
+    const int64_t records = beats.size(0), most = beats.size(1), dim = beats.size(2);
+    const int64_t n = all.rows.size(0), texts = sentences.size(0);
     Tensor of_beats = at::zeros_like(beats), of_rows = at::zeros_like(all.rows), of_gram = at::zeros_like(all.gram);
     Tensor of_norm = at::zeros({records, n}, beats.options()), of_both = at::zeros({records, 2}, beats.options());
     const T* g = grad.const_data_ptr<T>();
@@ -483,8 +499,10 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
         for (int64_t k = 0; k < r.beats; k++) std::copy_n(square.data() + k * r.beats, r.beats, dg + (b * most + k) * most);
     }, [&](const Tensor& scores, int64_t first) {  // they are gradients now
         const int64_t ecgs = scores.size(0) / most;
-        for (int64_t i = 0; i < ecgs; i++)
-            if (all.counts[first + i] < most) scores.narrow(0, i * most + all.counts[first + i], most - all.counts[first + i]).zero_();
+        for (int64_t i = 0; i < ecgs; i++) {
+            const int64_t count = all.counts[first + i];
+            if (count < most) scores.narrow(0, i * most + count, most - count).zero_();
+        }
         of_beats.narrow(0, first, ecgs).view({ecgs * most, dim}).addmm_(scores, all.rows);
         of_rows.addmm_(scores.t(), beats.narrow(0, first, ecgs).reshape({ecgs * most, dim}));
     });
@@ -497,8 +515,8 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
 
 // ---- types ----------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> token_similarity(const Tensor& tokens, const Tensor& words, const Tensor& token_count, const Tensor& word_count,
-                                            const std::optional<Tensor>& temperature) {
+std::tuple<Tensor, Tensor> token_similarity(const Tensor& tokens, const Tensor& words, const Tensor& token_count,
+                                            const Tensor& word_count, const std::optional<Tensor>& temperature) {
     return tokens.scalar_type() == at::kDouble ? token_forward<double>(tokens, words, token_count, word_count, temperature)
                                                : token_forward<float>(tokens, words, token_count, word_count, temperature);
 }
@@ -506,8 +524,9 @@ std::tuple<Tensor, Tensor> token_similarity(const Tensor& tokens, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> token_similarity_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
                                                              const Tensor& token_count, const Tensor& word_count,
                                                              const std::optional<Tensor>& temperature, const Tensor& best) {
-    return tokens.scalar_type() == at::kDouble ? token_backward<double>(grad, tokens, words, token_count, word_count, temperature, best)
-                                               : token_backward<float>(grad, tokens, words, token_count, word_count, temperature, best);
+    return tokens.scalar_type() == at::kDouble
+        ? token_backward<double>(grad, tokens, words, token_count, word_count, temperature, best)
+        : token_backward<float>(grad, tokens, words, token_count, word_count, temperature, best);
 }
 
 Tensor beat_similarity(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,

@@ -1,5 +1,5 @@
-// What similarity.cpp offers. All tensors on the CPU, contiguous; tokens, words, beats, sentences and grad float32 or float64 alike;
-// counts int64 (B,) or (C,). similarity.py says what it means.
+// What similarity.cpp offers. All tensors on the CPU, contiguous; tokens, words, beats, sentences and grad float32 or float64
+// alike; counts int64 (B,) or (C,). similarity.py says what it means.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -10,8 +10,8 @@ namespace similarity {
 
 using at::Tensor;
 
-std::tuple<Tensor, Tensor> token_similarity(const Tensor& tokens, const Tensor& words, const Tensor& token_count, const Tensor& word_count,
-                                            const std::optional<Tensor>& temperature);
+std::tuple<Tensor, Tensor> token_similarity(const Tensor& tokens, const Tensor& words, const Tensor& token_count,
+                                            const Tensor& word_count, const std::optional<Tensor>& temperature);
 std::tuple<Tensor, Tensor, Tensor> token_similarity_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
                                                              const Tensor& token_count, const Tensor& word_count,
                                                              const std::optional<Tensor>& temperature, const Tensor& best);

@@ -1,33 +1,33 @@
 """token_beat_rhythm: the similarity of every ECG with every text at three scales, without a tensor of ECG x text x token x word.
 
-The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (similarity.cpp), and for every other device
-the plain definitions below, block by block. Everywhere: B ECGs and C texts; token_count, beat_count (B,) and word_count, sentence_count
-(C,) say how many rows of the padded tensors are real. A pair of which one side is empty has similarity 0 and no gradient.
+The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (similarity.cpp), and for every other
+device the plain definitions below, block by block. Everywhere: B ECGs and C texts; token_count, beat_count (B,) and word_count,
+sentence_count (C,) say how many rows of the padded tensors are real. A pair of which one side is empty has similarity 0 and no
+gradient.
 """
 import torch
 
 BLOCK = 2**24  # scores that a block of the plain version may hold
 
-COUNTS = "Tensor ecg_count, Tensor text_count"
-torch.library.define("ecg::token_similarity", f"(Tensor tokens, Tensor words, {COUNTS}, Tensor? temperature) -> (Tensor, Tensor)")
-torch.library.define("ecg::token_similarity_backward", f"(Tensor grad, Tensor tokens, Tensor words, {COUNTS}, Tensor? temperature, Tensor best) "
-                                                       "-> (Tensor, Tensor, Tensor)")
-torch.library.define("ecg::beat_similarity", f"(Tensor beats, Tensor sentences, {COUNTS}, Tensor temperatures, bool over_sentences, bool mean) "
-                                             "-> Tensor")
-torch.library.define("ecg::beat_similarity_backward", f"(Tensor grad, Tensor beats, Tensor sentences, {COUNTS}, Tensor temperatures, "
-                                                      "bool over_sentences, bool mean) -> (Tensor, Tensor, Tensor)")
+TOKEN = "Tensor tokens, Tensor words, Tensor token_count, Tensor word_count, Tensor? temperature"
+BEAT = "Tensor beats, Tensor sentences, Tensor beat_count, Tensor sentence_count, Tensor temperatures, bool over_sentences, bool mean"
+torch.library.define("ecg::token_similarity", f"({TOKEN}) -> (Tensor, Tensor)")
+torch.library.define("ecg::token_similarity_backward", f"(Tensor grad, {TOKEN}, Tensor best) -> (Tensor, Tensor, Tensor)")
+torch.library.define("ecg::beat_similarity", f"({BEAT}) -> Tensor")
+torch.library.define("ecg::beat_similarity_backward", f"(Tensor grad, {BEAT}) -> (Tensor, Tensor, Tensor)")
 
 
-def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhythm=None, report=None, *, token_count=None, word_count=None,
-                      beat_count=None, sentence_count=None, weights=(1.0, 1.0, 1.0), token_temperature=None,
+def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhythm=None, report=None, *, token_count=None,
+                      word_count=None, beat_count=None, sentence_count=None, weights=(1.0, 1.0, 1.0), token_temperature=None,
                       beat_temperatures=(4.0, 5.0, 10.0), over_sentences=True, beat_mean=False, parts=False):
     """Similarity of every ECG with every text: a weighted sum of three scales, each of which may be left out.
 
-    token: tokens (B, T, D) and words (C, W, D). Each word takes the token that suits it best or, with a token_temperature, the tokens'
-        mean under the softmax of its scores; mean over the words (FILIP, Yao et al. 2022; ColBERT, Khattab & Zaharia 2020).
-    beat: beats (B, K, D) and sentences (C, S, D). Each sentence attends over the beats, then cosine, then log-sum-exp over sentences, or
-        with beat_mean log-mean-exp (METHODS 0, item 12): GLoRIA as in MELP (METHODS 2.3), with its three beat_temperatures.
-        over_sentences=False leaves out the softmax over sentences that precedes the one over beats: FG-CLEP v2's tags over patches.
+    token: tokens (B, T, D) and words (C, W, D). Each word takes the token that suits it best or, with a token_temperature, the
+        tokens' mean under the softmax of its scores; mean over the words (FILIP, Yao et al. 2022; ColBERT, Khattab & Zaharia 2020).
+    beat: beats (B, K, D) and sentences (C, S, D). Each sentence attends over the beats, then cosine, then log-sum-exp over the
+        sentences, or with beat_mean log-mean-exp (METHODS 0, item 12): GLoRIA as in MELP (METHODS 2.3), with its three
+        beat_temperatures. over_sentences=False leaves out the softmax over sentences that precedes the one over beats: FG-CLEP
+        v2's tags over patches.
     rhythm: rhythm (B, D) and report (C, D): their dot product.
 
     token_count, beat_count (B,), word_count, sentence_count (C,): rows that are real, all where not given; where a side has none,
@@ -162,9 +162,10 @@ def token_backward(grad, tokens, words, token_count, word_count, temperature, be
             return tokens_by_words(*arguments)[0]
         return backward(similarity, grad, tokens, words, token_count, word_count, temperature)
     of_tokens, of_words, dim = torch.zeros_like(tokens), torch.zeros_like(words), words.shape[2]
-    factor = torch.where(pairs(words, token_count, word_count), (grad / word_count.clamp(min=1))[:, :, None], 0).flatten(1)[:, :, None]   # (B, C * W, 1)
+    share = (grad / word_count.clamp(min=1))[:, :, None]
+    factor = torch.where(pairs(words, token_count, word_count), share, 0).flatten(1)[:, :, None]           # (B, C * W, 1)
     for b in blocks(tokens, words.numel()) if tokens.shape[1] else ():
-        took = best[b].long().flatten(1)[:, :, None].expand(-1, -1, dim)                                 # (b, C * W, D)
+        took = best[b].long().flatten(1)[:, :, None].expand(-1, -1, dim)                                   # (b, C * W, D)
         of_tokens[b] = of_tokens[b].scatter_add(1, took, factor[b] * words.flatten(0, 1))
         of_words += (factor[b] * tokens[b].gather(1, took)).sum(0).view_as(words)
     return of_tokens, of_words, tokens.new_zeros(())
@@ -174,7 +175,8 @@ def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, ove
     similarity = beats.new_zeros(len(beats), len(sentences))
     if beats.shape[1] and sentences.numel():
         for b in blocks(beats, sentences.numel()):
-            similarity[b] = beats_by_sentences(beats[b], sentences, beat_count[b], sentence_count, temperatures, over_sentences, mean)
+            similarity[b] = beats_by_sentences(beats[b], sentences, beat_count[b], sentence_count, temperatures, over_sentences,
+                                               mean)
     return similarity
 
 
@@ -248,7 +250,8 @@ def keep_for_beat(ctx, inputs, output):
 
 def beat_gradients(ctx, grad):
     with full_precision(grad):
-        of_beats, of_sentences, of_temperatures = torch.ops.ecg.beat_similarity_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.flags)
+        found = torch.ops.ecg.beat_similarity_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.flags)
+    of_beats, of_sentences, of_temperatures = found
     return of_beats, of_sentences, None, None, of_temperatures, None, None
 
 

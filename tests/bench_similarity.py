@@ -98,7 +98,7 @@ def peak():
 
 def memory_of(kind, batch):
     """Peak memory (MB) of one forward and backward pass of all three scales beyond its inputs and their gradients, in this process."""
-    tokens, words, beats, sentences = normal(batch, 128, 256), normal(batch, 64, 256), normal(batch, 12, 256), normal(batch, 6, 256)
+    tokens, words, beats, sentences = (normal(batch, rows, 256) for rows in (128, 64, 12, 6))
     rhythm, report, counts = normal(batch, 256), normal(batch, 256), torch.full((batch,), 6)
     leaves = tokens, words, beats, sentences, rhythm, report
     for leaf in leaves:
@@ -123,7 +123,8 @@ def memory():
     rows = []
     for batch in (32, 64, 128, 256, 512, 1024):
         mine = measure("ours", batch)
-        rows.append((f"{batch}", f"{mine:.0f}", f"{mine * 2**20 / batch**2:.0f}", f"{measure('replaced', batch):.0f}" if batch <= 256 else "-"))
+        replaced = f"{measure('replaced', batch):.0f}" if batch <= 256 else "-"
+        rows.append((f"{batch}", f"{mine:.0f}", f"{mine * 2**20 / batch**2:.0f}", replaced))
     print_table(("all three scales, B = C (T 128, W 64, K 12, S 6, D 256)", "ours, MB", "bytes a pair", "replaced, MB"), rows)
 
 

@@ -1,4 +1,4 @@
-"""csrc.token_beat_rhythm: the definition to the last digits, its gradients, ragged and empty sides, PyTorch's checks, the authors' values."""
+"""csrc.token_beat_rhythm: the definition to the last digits, gradients, ragged and empty sides, PyTorch's checks, the authors' values."""
 import numpy as np
 import pytest
 import torch
@@ -21,8 +21,9 @@ def draw(*shape, dtype=torch.float64, seed=0, scale=1.0):
 def ragged(dtype=torch.float64, records=5, texts=4, dim=8, tokens=7, words=6, beats=5, sentences=4):
     """Sides of every length from none to all: {scale: (ECGs, texts, ECG counts, text counts)}."""
     count = lambda n, most: torch.tensor([most, 1, 0, *range(2, most)] * n)[:n]
-    return {"token": (draw(records, tokens, dim, dtype=dtype), draw(texts, words, dim, dtype=dtype), count(records, tokens), count(texts, words)),
-            "beat": (draw(records, beats, dim, dtype=dtype), draw(texts, sentences, dim, dtype=dtype), count(records, beats), count(texts, sentences))}
+    side = lambda n, most: draw(n, most, dim, dtype=dtype)
+    return {"token": (side(records, tokens), side(texts, words), count(records, tokens), count(texts, words)),
+            "beat": (side(records, beats), side(texts, sentences), count(records, beats), count(texts, sentences))}
 
 
 def scalar(*values, dtype=torch.float64):
@@ -59,8 +60,9 @@ def test_the_definition_by_hand():
     rhythm, report = draw(5, 3).detach(), draw(4, 3).detach()
     for mean in (False, True):
         for temperature in (None, 0.7):
-            total, parts = csrc.token_beat_rhythm(tokens, words, beats, sentences, rhythm, report, token_count=tc, word_count=wc, beat_count=bc,
-                                                  sentence_count=sc, weights=(2, 3, 4), token_temperature=temperature, beat_mean=mean, parts=True)
+            total, parts = csrc.token_beat_rhythm(
+                tokens, words, beats, sentences, rhythm, report, token_count=tc, word_count=wc, beat_count=bc, sentence_count=sc,
+                weights=(2, 3, 4), token_temperature=temperature, beat_mean=mean, parts=True)
             for b in range(5):
                 for c in range(4):
                     scores = tokens[b, :tc[b]] @ words[c, :wc[c]].T                        # (T, W)
@@ -81,8 +83,9 @@ def test_the_definition_by_hand():
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("sizes", [{}, dict(records=1, texts=1), dict(words=1, sentences=1, beats=1, tokens=1), dict(records=3, texts=9, dim=33, words=40),
-                                   dict(records=9, texts=40, sentences=9, beats=13, words=70, tokens=21)])
+@pytest.mark.parametrize("sizes", [
+    {}, dict(records=1, texts=1), dict(words=1, sentences=1, beats=1, tokens=1), dict(records=3, texts=9, dim=33, words=40),
+    dict(records=9, texts=40, sentences=9, beats=13, words=70, tokens=21)])
 def test_forward_and_gradients_are_those_of_the_definition(case, sizes):
     fast, slow, leaves = operator_and_definition(*case, ragged(**sizes))
     ours, theirs = fast(*leaves), slow(*leaves)
@@ -126,9 +129,9 @@ def test_learned_temperatures_and_weights_get_gradients():
     def similarity(warm, attention, sharpness, scale, weights):
         tokens, words, tc, wc = data["token"]
         beats, sentences, bc, sc = data["beat"]
-        return csrc.token_beat_rhythm(tokens, words, beats, sentences, draw(5, 3).detach(), draw(4, 3).detach(), token_count=tc, word_count=wc,
-                                      beat_count=bc, sentence_count=sc, weights=weights, token_temperature=warm,
-                                      beat_temperatures=(attention, sharpness, scale))
+        return csrc.token_beat_rhythm(
+            tokens, words, beats, sentences, draw(5, 3).detach(), draw(4, 3).detach(), token_count=tc, word_count=wc, beat_count=bc,
+            sentence_count=sc, weights=weights, token_temperature=warm, beat_temperatures=(attention, sharpness, scale))
     assert torch.autograd.gradcheck(similarity, (*learned, weights))
 
 
@@ -165,13 +168,24 @@ def test_empty_batches_and_sides():
             assert all(not g.any() for g in torch.autograd.grad(out.sum(), (x, y)))
 
 
+@pytest.mark.parametrize("where", [0, 3])
+def test_nan_is_not_lost(where):
+    """A tower that gives NaN must show in the loss."""
+    x, y = draw(3, 5, 8).detach(), draw(2, 4, 8).detach()
+    x[1, where, 2] = torch.nan
+    for scales in (dict(tokens=x, words=y), dict(tokens=x, words=y, token_temperature=0.5), dict(beats=x, sentences=y)):
+        out = csrc.token_beat_rhythm(**scales)
+        assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
 def test_rows_beyond_the_counts_do_not_matter():
     data = ragged()
     for case in CASES:
         fast, _, leaves = operator_and_definition(*case, data)
         before = fast(*leaves)
         ecgs, texts, ecg_count, text_count = data[case[0]]
-        x, y = (torch.where((torch.arange(t.shape[1]) < n[:, None])[:, :, None], t, 1e6) for t, n in ((ecgs, ecg_count), (texts, text_count)))
+        x, y = (torch.where((torch.arange(t.shape[1]) < n[:, None])[:, :, None], t, 1e6)
+                for t, n in ((ecgs, ecg_count), (texts, text_count)))
         assert torch.equal(fast(x.detach(), y.detach(), *leaves[2:]), before)
 
 
@@ -182,7 +196,7 @@ def test_rows_beyond_the_counts_do_not_matter():
     (dict(rhythm=draw(2, 3, 4), report=draw(2, 3, 4)), ValueError, "the rhythm scale needs"),
     (dict(tokens=torch.ones(2, 3, 4, dtype=torch.int64), words=draw(2, 3, 4)), TypeError, "floating-point"),
     (dict(tokens=draw(2, 3, 4), words=draw(2, 3, 4), word_count=torch.tensor([1, 2, 3])), ValueError, "word_count is"),
-    (dict(tokens=draw(2, 3, 4), words=draw(2, 3, 4), rhythm=draw(3, 4), report=draw(2, 4)), ValueError, r"token \(2, 2\), rhythm \(3, 2\)"),
+    (dict(tokens=draw(2, 3, 4), words=draw(2, 3, 4), rhythm=draw(3, 4), report=draw(2, 4)), ValueError, r"\(2, 2\), rhythm \(3, 2\)"),
 ])
 def test_bad_input_is_explained(arguments, error, words):
     with pytest.raises(error, match=words):
@@ -241,7 +255,8 @@ def test_the_plain_version_in_blocks_is_the_same(monkeypatch):
 
 def test_without_a_compiler_it_runs_as_well():
     code = ("import csrc, torch; x = torch.ones(2, 3, 4, requires_grad=True); "
-            "csrc.token_beat_rhythm(x, x, x, x, x[:, 0], x[:, 0]).sum().backward(); print(x.grad.shape, csrc.build_info()['implementation'])")
+            "csrc.token_beat_rhythm(x, x, x, x, x[:, 0], x[:, 0]).sum().backward(); "
+            "print(x.grad.shape, csrc.build_info()['implementation'])")
     result = python(code, ECG_CSRC="reference")
     assert result.stdout.strip() == "torch.Size([2, 3, 4]) reference", result.stderr
 
