@@ -123,6 +123,7 @@ def start():
             similarity.use_plain(device)
         return {"implementation": "reference", "why": str(error)}
     similarity.use_plain("cuda")
+    similarity.KERNELS = bool(info["cuda"])
     if not info["cuda"]:
         torch.library.impl("ecg::segment_beats", "cuda", by_way_of_the_cpu(torch.ops.ecg.segment_beats))
         torch.library.impl("ecg::beat_of_token", "cuda", by_way_of_the_cpu(torch.ops.ecg.beat_of_token))

@@ -5,8 +5,13 @@
 #include <torch/library.h>
 
 #ifdef WITH_CUDA
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include "similarity_cuda.h"
 #endif
 
 #include <tuple>
@@ -84,6 +89,39 @@ Tensor beat_of_token_cuda(const Tensor& peaks, const Tensor& count, int64_t toke
     TORCH_CHECK(!failed, "beat_of_token: ", failed);
     return beat;
 }
+
+Tensor aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 ? x.clone() : x; }
+
+std::tuple<Tensor, Tensor> token_similarity_bf16(const Tensor& tokens, const Tensor& words, const Tensor& token_count, const Tensor& word_count) {
+    const c10::cuda::CUDAGuard guard(tokens.device());
+    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1);
+    TORCH_CHECK(tokens.scalar_type() == at::kBFloat16 && words.scalar_type() == at::kBFloat16 && tokens.size(2) % 8 == 0 &&
+                tokens.size(1) < 32768 && tokens.is_contiguous() && words.is_contiguous(), "token_similarity: contiguous bf16, D a multiple of 8");
+    Tensor similarity = at::zeros({records, texts}, tokens.options().dtype(at::kFloat));
+    Tensor best = at::zeros({records, texts, most}, tokens.options().dtype(at::kShort));
+    if (!tokens.numel() || !words.numel()) return {similarity, best};
+    const Tensor x = aligned(tokens), y = aligned(words);
+    const char* failed = similarity::token_forward_cuda(
+        x.const_data_ptr(), y.const_data_ptr(), token_count.const_data_ptr<int64_t>(), word_count.const_data_ptr<int64_t>(), records, texts,
+        x.size(1), most, x.size(2), similarity.mutable_data_ptr<float>(), best.mutable_data_ptr<int16_t>(),
+        c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(!failed, "token_similarity: ", failed);
+    return {similarity, best};
+}
+
+std::tuple<Tensor, Tensor> token_similarity_backward_bf16(const Tensor& grad, const Tensor& tokens, const Tensor& words,
+                                                          const Tensor& token_count, const Tensor& word_count, const Tensor& best) {
+    const c10::cuda::CUDAGuard guard(tokens.device());
+    if (!tokens.numel() || !words.numel()) return {at::zeros_like(tokens), at::zeros_like(words)};
+    Tensor of_tokens = at::empty_like(tokens, tokens.options().dtype(at::kFloat)), of_words = at::empty_like(words, words.options().dtype(at::kFloat));
+    const char* failed = similarity::token_backward_cuda(
+        grad.const_data_ptr<float>(), tokens.const_data_ptr(), words.const_data_ptr(), token_count.const_data_ptr<int64_t>(),
+        word_count.const_data_ptr<int64_t>(), best.const_data_ptr<int16_t>(), tokens.size(0), words.size(0), tokens.size(1), words.size(1),
+        tokens.size(2), of_tokens.mutable_data_ptr<float>(), of_words.mutable_data_ptr<float>(),
+        c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(!failed, "token_similarity: ", failed);
+    return {of_tokens.to(tokens.scalar_type()), of_words.to(words.scalar_type())};
+}
 #endif
 
 }  // namespace
@@ -101,5 +139,7 @@ TORCH_LIBRARY_IMPL(ecg, CPU, m) {
 TORCH_LIBRARY_IMPL(ecg, CUDA, m) {
     m.impl("segment_beats", segment_beats_cuda);
     m.impl("beat_of_token", beat_of_token_cuda);
+    m.impl("token_similarity_bf16", token_similarity_bf16);
+    m.impl("token_similarity_backward_bf16", token_similarity_backward_bf16);
 }
 #endif

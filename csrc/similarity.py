@@ -1,18 +1,21 @@
 """token_beat_rhythm: the similarity of every ECG with every text at three scales, without a tensor of ECG x text x token x word.
 
-The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (similarity.cpp), and for every other
-device the plain definitions below, block by block. Everywhere: B ECGs and C texts; token_count, beat_count (B,) and word_count,
-sentence_count (C,) say how many rows of the padded tensors are real. A pair of which one side is empty has similarity 0 and no
-gradient.
+The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (similarity.cpp), the token scale in bf16
+for the GPU (similarity.cu); for all else the plain definitions below, block by block. Everywhere: B ECGs and C texts; token_count,
+beat_count (B,) and word_count, sentence_count (C,) say how many rows of the padded tensors are real. A pair of which one side is empty
+has similarity 0 and no gradient.
 """
 import torch
 
-BLOCK = 2**24  # scores that a block of the plain version may hold
+BLOCK = 2**24    # scores that a block of the plain version may hold
+KERNELS = False  # are the CUDA kernels there? (__init__.py)
 
 TOKEN = "Tensor tokens, Tensor words, Tensor token_count, Tensor word_count, Tensor? temperature"
 BEAT = "Tensor beats, Tensor sentences, Tensor beat_count, Tensor sentence_count, Tensor temperatures, bool over_sentences, bool mean"
 torch.library.define("ecg::token_similarity", f"({TOKEN}) -> (Tensor, Tensor)")
 torch.library.define("ecg::token_similarity_backward", f"(Tensor grad, {TOKEN}, Tensor best) -> (Tensor, Tensor, Tensor)")
+torch.library.define("ecg::token_similarity_bf16", f"({TOKEN.rpartition(',')[0]}) -> (Tensor, Tensor)")
+torch.library.define("ecg::token_similarity_backward_bf16", f"(Tensor grad, {TOKEN.rpartition(',')[0]}, Tensor best) -> (Tensor, Tensor)")
 torch.library.define("ecg::beat_similarity", f"({BEAT}) -> Tensor")
 torch.library.define("ecg::beat_similarity_backward", f"(Tensor grad, {BEAT}) -> (Tensor, Tensor, Tensor)")
 
@@ -32,12 +35,12 @@ def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhyth
 
     token_count, beat_count (B,), word_count, sentence_count (C,): rows that are real, all where not given; where a side has none,
     the scale is 0 without gradient. weights, temperatures: numbers, or tensors that may be learned. float32 and float64 are computed as
-    they are, bf16 and fp16 in float32. Of several best tokens the first gets the gradient.
+    they are, bf16 and fp16 in float32 (on a GPU bf16 products, added in float32). Of several best tokens the first gets the gradient.
     Returns (B, C), float32 or float64; with parts=True also a dictionary of the scales, unweighted. Gradients to all tensors.
     Memory grows with B * C (and two bytes for every ECG and word), not with tokens. Errors: TypeError, ValueError."""
     found = {}
     if given("token", tokens, words, "tokens (B, T, D)", "words (C, W, D)", 3):
-        x, y = alike(tokens, words)
+        x, y = (tokens.contiguous(), words.contiguous()) if suits_kernel(tokens, words, token_temperature) else alike(tokens, words)
         warm = None if token_temperature is None else torch.as_tensor(token_temperature, dtype=x.dtype, device=x.device)
         counts = counts_of(token_count, x, "token_count"), counts_of(word_count, y, "word_count")
         with full_precision(x):
@@ -79,6 +82,12 @@ def given(scale, ecg, text, ecg_name, text_name, dims):
 def full_precision(x):
     """No autocast: at scale 100 the three digits of bf16 are not enough."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def suits_kernel(tokens, words, temperature):
+    """Can similarity.cu take them?"""
+    half = tokens.dtype == words.dtype == torch.bfloat16
+    return KERNELS and tokens.is_cuda and half and temperature is None and tokens.shape[2] % 8 == 0 and tokens.shape[1] < 2**15
 
 
 def alike(x, y):
@@ -128,8 +137,8 @@ def beats_by_sentences(beats, sentences, beat_count, sentence_count, temperature
     real = mask(sentence_count, sentences.shape[1])[None]                                  # (1, C, S)
     p = x.masked_fill(~real[:, :, None], -torch.inf).softmax(3) if over_sentences else x
     a = (temperatures[0] * p).masked_fill(~real_beat, -torch.inf).softmax(2)               # (B, C, K, S)
-    v = torch.einsum("bcks,bkd->bcsd", a, beats)
-    lengths = (v.square().sum(-1).clamp(min=1e-30).sqrt() * sentences.norm(dim=-1)).clamp(min=1e-8)
+    square = (a * torch.einsum("bkl,bcls->bcks", beats @ beats.mT, a)).sum(2)              # |v|^2 = a' G a, G the beats' Gram matrix
+    lengths = (square.clamp(min=1e-30).sqrt() * sentences.norm(dim=-1)).clamp(min=1e-8)
     cosine = (a * x).sum(2) / lengths                                                      # (B, C, S)
     total = (temperatures[1] * cosine).masked_fill(~real, -torch.inf).logsumexp(2)
     if mean:
@@ -146,6 +155,8 @@ def blocks(ecgs, size_of_one):
 
 
 def token_forward(tokens, words, token_count, word_count, temperature):
+    if tokens.dtype == torch.bfloat16:
+        return torch.ops.ecg.token_similarity_bf16(tokens, words, token_count, word_count)
     similarity = tokens.new_zeros(len(tokens), len(words))
     best = tokens.new_zeros(shape_of_best(tokens, words, temperature), dtype=torch.int16)
     if tokens.shape[1] and words.numel():
@@ -157,6 +168,9 @@ def token_forward(tokens, words, token_count, word_count, temperature):
 
 
 def token_backward(grad, tokens, words, token_count, word_count, temperature, best):
+    if tokens.dtype == torch.bfloat16:
+        found = torch.ops.ecg.token_similarity_backward_bf16(grad, tokens, words, token_count, word_count, best)
+        return *found, grad.new_zeros(())
     if temperature is not None:
         def similarity(*arguments):
             return tokens_by_words(*arguments)[0]
@@ -174,7 +188,7 @@ def token_backward(grad, tokens, words, token_count, word_count, temperature, be
 def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean):
     similarity = beats.new_zeros(len(beats), len(sentences))
     if beats.shape[1] and sentences.numel():
-        for b in blocks(beats, sentences.numel()):
+        for b in blocks(beats, beats.shape[1] * sentences.shape[0] * sentences.shape[1]):
             similarity[b] = beats_by_sentences(beats[b], sentences, beat_count[b], sentence_count, temperatures, over_sentences,
                                                mean)
     return similarity
@@ -187,7 +201,7 @@ def beat_backward(grad, beats, sentences, beat_count, sentence_count, temperatur
 def backward(similarity, grad, ecgs, texts, ecg_count, text_count, temperature, *rest):
     """Gradients of similarity with respect to ECGs, texts and temperature; each block is computed again."""
     of_ecgs, of_texts, of_temperature = (torch.zeros_like(x) for x in (ecgs, texts, temperature))
-    for b in blocks(ecgs, texts.numel()) if ecgs.shape[1] and texts.numel() else ():
+    for b in blocks(ecgs, ecgs.shape[1] * texts.shape[0] * texts.shape[1]) if ecgs.shape[1] and texts.numel() else ():
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (ecgs[b], texts, temperature)]
             out = similarity(leaves[0], leaves[1], ecg_count[b], text_count, leaves[2], *rest)
@@ -213,13 +227,14 @@ def shape_of_best(tokens, words, temperature):
 
 @torch.library.register_fake("ecg::token_similarity")
 def _(tokens, words, ecg_count, text_count, temperature):
-    return (tokens.new_empty(tokens.shape[0], words.shape[0]),
+    dtype = torch.float32 if tokens.dtype == torch.bfloat16 else tokens.dtype
+    return (tokens.new_empty(tokens.shape[0], words.shape[0], dtype=dtype),
             tokens.new_empty(shape_of_best(tokens, words, temperature), dtype=torch.int16))
 
 
 @torch.library.register_fake("ecg::token_similarity_backward")
 def _(grad, tokens, words, ecg_count, text_count, temperature, best):
-    return torch.empty_like(tokens), torch.empty_like(words), tokens.new_empty(())
+    return torch.empty_like(tokens), torch.empty_like(words), grad.new_empty(())
 
 
 @torch.library.register_fake("ecg::beat_similarity")

@@ -371,11 +371,12 @@ def test_build_info_says_what_runs():
 # ---- CUDA, without a GPU ----------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("source", ["beats.cu", "similarity.cu"])
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_kernels_compile_without_spills(tmp_path, architecture):
+def test_kernels_compile_without_spills(tmp_path, architecture, source):
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    result = subprocess.run(["nvcc", "-c", "-std=c++17", *build.CUDA_FLAGS, "-Xptxas=-v", code, str(build.FOLDER / "beats.cu"),
-                             "-o", str(tmp_path / "beats.o")], capture_output=True, text=True)
+    result = subprocess.run(["nvcc", "-c", "-std=c++17", *build.CUDA_FLAGS, "-Xptxas=-v", code, str(build.FOLDER / source),
+                             "-o", str(tmp_path / "object.o")], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "registers" in result.stderr and result.stderr.count("bytes spill stores") == result.stderr.count(" 0 bytes spill stores")
 

@@ -1,13 +1,16 @@
 """csrc.token_beat_rhythm: the definition to the last digits, gradients, ragged and empty sides, PyTorch's checks, the authors' values."""
+import ctypes
+import subprocess
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import csrc
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from csrc import similarity as plain
-from test_csrc import compiled, python
+from test_csrc import compiled, compiler, python
 
 GOLDEN = SHARED / "golden" / "melp_beat_loss.npz"
 OPS = torch.ops.ecg
@@ -270,3 +273,37 @@ def test_memory_grows_with_pairs_only():
         csrc.token_beat_rhythm(tokens=x, words=y).sum().backward()
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     assert allocated < whole / 4
+
+
+# ---- CUDA, without a GPU ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """csrc/similarity.cu, run on the host by tests/cuda_on_host.h."""
+    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas",
+                    str(ROOT / "tests/similarity_on_host.cpp"), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@compiler
+@pytest.mark.parametrize("sizes", [(2, 3, 64, 32, 32), (3, 5, 70, 33, 40), (1, 2, 9, 300, 16), (3, 4, 130, 20, 72), (4, 70, 5, 2, 8)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_kernels_on_the_host_are_the_definition(kernels, sizes, whole):
+    records, texts, length, most, dim = sizes
+    g = torch.Generator().manual_seed(sum(sizes))
+    tokens, words = (torch.randn(*shape, generator=g).bfloat16() for shape in ((records, length, dim), (texts, most, dim)))
+    token_count, word_count = (torch.full((n,), m) if whole else torch.randint(0, m + 1, (n,), generator=g)
+                               for n, m in ((records, length), (texts, most)))
+    similarity, best = torch.full((records, texts), 7.0), torch.full((records, texts, most), -5, dtype=torch.int16)
+    inputs = [ctypes.c_void_p(x.data_ptr()) for x in (tokens, words, token_count, word_count)]
+    outputs = [ctypes.c_void_p(x.data_ptr()) for x in (similarity, best)]
+    kernels.forward(*inputs, *sizes, *outputs)
+    exact = [x.double().requires_grad_() for x in (tokens, words)]
+    expected, expected_best = plain.tokens_by_words(*exact, token_count, word_count)
+    real = plain.pairs(words, token_count, word_count)
+    assert torch.allclose(similarity.double(), expected, atol=1e-4) and torch.equal(best[real].long(), expected_best[real])
+    grad, of_tokens, of_words = torch.randn(records, texts, generator=g), torch.full(tokens.shape, 9.0), torch.full(words.shape, 9.0)
+    kernels.backward(ctypes.c_void_p(grad.data_ptr()), *inputs, outputs[1], *sizes, *(ctypes.c_void_p(x.data_ptr()) for x in (of_tokens, of_words)))
+    for ours, theirs in zip((of_tokens, of_words), torch.autograd.grad(expected, exact, grad.double())):
+        assert torch.allclose(ours.double(), theirs, atol=1e-5)
