@@ -20,10 +20,10 @@ static __device__ __forceinline__ void multiply(float* c, const unsigned* a, con
 // 16 bytes to shared memory, zeros if there is nothing to read; arrive: those asked for before the last `ahead` batches are there.
 static __device__ __forceinline__ void fetch(void* shared, const void* global, bool there) {
     const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there ? 16 : 0));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
-static __device__ __forceinline__ void end_batch() { asm volatile("cp.async.commit_group;"); }
-template <int AHEAD> static __device__ __forceinline__ void arrive() { asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD)); }
+static __device__ __forceinline__ void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int AHEAD> static __device__ __forceinline__ void arrive() { asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory"); }
 template <class T> static __device__ __forceinline__ T from_lane_xor(T x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 static __device__ __forceinline__ unsigned lanes_with(bool x) { return __ballot_sync(~0u, x); }
 static __device__ __forceinline__ int lowest(unsigned bits) { return __ffs(bits) - 1; }

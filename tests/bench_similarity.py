@@ -1,6 +1,6 @@
 """token_beat_rhythm against what it replaces, forward and backward: time on the CPU's threads, and memory.
 
-    python tests/bench_similarity.py [--memory]     --memory: the table over batch sizes, some minutes
+    python tests/bench_similarity.py [--memory]     --memory: the table over batch sizes, some minutes; on a GPU also its token scale
 """
 import platform
 import subprocess
@@ -128,9 +128,55 @@ def memory():
     print_table(("all three scales, B = C (T 128, W 64, K 12, S 6, D 256)", "ours, MB", "bytes a pair", "replaced, MB"), rows)
 
 
+def gpu():
+    """The token scale in bf16 on the GPU: forward against the bare product, forward + backward against eager and torch.compile."""
+    def timed(call, rounds=7):
+        call()
+        times = []
+        for _ in range(rounds):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(5):
+                call()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop) / 5)
+        return float(np.median(times))
+
+    def forward_backward(similarity, *leaves):
+        out = similarity(*leaves)
+        target = torch.arange(len(out), device=out.device)
+        torch.autograd.grad(F.cross_entropy(out, target) + F.cross_entropy(out.T, target), leaves)
+
+    def memory_of(call):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - start) / 2**20
+    batch, length, most, dim = 512, 64, 32, 128
+    tokens, words = (torch.randn(batch, n, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (length, most))
+    x, y = tokens.detach().view(-1, dim), words.detach().view(-1, dim)
+    ours = lambda t, w: csrc.token_beat_rhythm(tokens=t, words=w)
+    eager = lambda t, w: torch.einsum("btd,cwd->bctw", t, w).amax(2).float().mean(2)
+    compiled = torch.compile(eager)
+    rows, work = [], 2 * batch * length * batch * most * dim * 1e-9
+    with torch.no_grad():
+        for name, call in (("torch.matmul of the same product", lambda: x @ y.T), ("ours, forward", lambda: ours(tokens, words)),
+                           ("eager, forward", lambda: eager(tokens, words)), ("torch.compile, forward", lambda: compiled(tokens, words))):
+            ms = timed(call)
+            rows.append((name, f"{ms:.2f}", f"{work / ms:,.0f}", f"{memory_of(call):,.0f}"))
+    for name, similarity in (("ours", ours), ("eager", eager), ("torch.compile", compiled)):
+        call = lambda: forward_backward(similarity, tokens, words)
+        rows.append((f"{name}, forward + backward", f"{timed(call):.2f}", "", f"{memory_of(call):,.0f}"))
+    print_table((f"{torch.cuda.get_device_name()}, token scale, B = C = 512, T = 64, W = 32, D = 128, bf16", "ms", "TFLOP/s", "MB"), rows)
+
+
 def main():
     print(f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}, csrc {csrc.build_info()['implementation']}")
     speed()
+    if torch.cuda.is_available():
+        gpu()
     if "--memory" in sys.argv[1:]:
         memory()
 

@@ -92,3 +92,19 @@ def test_similarity_is_that_of_the_cpu(case):
         results.append([x.cpu() for x in (out, *torch.autograd.grad(out.sum(), leaves))])
     for cpu, gpu in zip(*results):
         assert (cpu - gpu).abs().max() < 1e-4 * cpu.abs().max()
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 64, 32, 32), (3, 5, 70, 33, 40), (1, 2, 9, 300, 16), (33, 129, 313, 48, 256), (64, 70, 5, 2, 8)])
+def test_token_similarity_in_bf16(sizes):
+    records, texts, length, most, dim = sizes
+    g = torch.Generator().manual_seed(sum(sizes))
+    leaves = [torch.randn(*shape, generator=g).bfloat16() for shape in ((records, length, dim), (texts, most, dim))]
+    counts = dict(token_count=torch.randint(0, length + 1, (records,), generator=g), word_count=torch.randint(0, most + 1, (texts,), generator=g))
+    seed, results = torch.randn(records, texts, generator=g), []
+    for device in ("cpu", "cuda"):
+        tokens, words = (x.to(device).requires_grad_() for x in leaves)
+        out = csrc.token_beat_rhythm(tokens=tokens, words=words, **{k: v.to(device) for k, v in counts.items()})
+        results.append([x.float().cpu() for x in (out, *torch.autograd.grad(out, (tokens, words), seed.to(device)))])
+    assert (results[0][0] - results[1][0]).abs().max() < 1e-4 * results[0][0].abs().max()
+    for cpu, gpu in zip(results[0][1:], results[1][1:]):
+        assert (cpu - gpu).abs().mean() < 1e-2 * cpu.abs().mean()  # where two tokens are equally good, either may be taken
