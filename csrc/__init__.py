@@ -110,7 +110,7 @@ def start():
     try:
         if chosen == "reference":
             raise RuntimeError("$ECG_CSRC asks for it")
-        library = build.library()
+        library, without_cuda = build.library()
         torch.ops.load_library(str(library))
         info = {"implementation": "compiled", "library": str(library)} | build.recipe_of(library)
     except (RuntimeError, OSError) as error:
@@ -128,7 +128,7 @@ def start():
         torch.library.impl("ecg::segment_beats", "cuda", by_way_of_the_cpu(torch.ops.ecg.segment_beats))
         torch.library.impl("ecg::beat_of_token", "cuda", by_way_of_the_cpu(torch.ops.ecg.beat_of_token))
         if torch.cuda.is_available():
-            warnings.warn("csrc: without nvcc its operators run on the CPU only; GPU tensors go there and back.", stacklevel=3)
+            warnings.warn(f"csrc: the CUDA part is missing: {without_cuda}. GPU tensors go to the CPU and back.", stacklevel=3)
     return info
 
 

@@ -18,8 +18,9 @@ CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "
 CUDA_FLAGS = ["-O3", "--fmad=false"]
 
 
-def recipe():
-    """How the extension is to be built on this machine: a dictionary that says all that shapes the result."""
+def recipe(with_cuda=True):
+    """How the extension is to be built on this machine: a dictionary that says all that shapes the result. with_cuda: where there is
+    nvcc and a GPU."""
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise RuntimeError(f"there is no C++ compiler ({compiler})")
@@ -27,7 +28,7 @@ def recipe():
     flags, chip = [*CFLAGS, *([] if sys.platform == "darwin" else ["-fopenmp"])], ""
     if platform.machine() in ("x86_64", "AMD64") and not makes_clones(compiler):
         flags, chip = [*flags, "-march=native"], processor()
-    cuda = cuda_architecture()
+    cuda = cuda_architecture() if with_cuda else ""
     flags += ["-DWITH_CUDA"] if cuda else []
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return dict(compiler=version, flags=flags, cuda=cuda, cuda_flags=CUDA_FLAGS if cuda else [], torch=torch.__version__, chip=chip,
@@ -65,13 +66,26 @@ def processor():
     return platform.processor()
 
 
+def capability():
+    """Of the GPU at hand, "9.0"; "" without one."""
+    return "%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else ""
+
+
 def cuda_architecture():
-    """Compute capabilities to build for ("9.0", or what $TORCH_CUDA_ARCH_LIST says); "" without a GPU or without nvcc."""
-    from torch.utils.cpp_extension import CUDA_HOME
-    if torch.version.cuda is None or CUDA_HOME is None or not shutil.which(os.path.join(CUDA_HOME, "bin", "nvcc")):
-        return ""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    return listed or ("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "")
+    """Compute capabilities to build for: what $TORCH_CUDA_ARCH_LIST says, or that of the GPU at hand; "" without either or nvcc."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or capability()
+    return wanted if wanted and torch.version.cuda and find_cuda() else ""
+
+
+def find_cuda():
+    """Tell PyTorch where the CUDA toolkit is. It looks beside the nvcc in $PATH, but that may be a script; nvcc itself knows. -> bool"""
+    from torch.utils import cpp_extension
+    home = cpp_extension.CUDA_HOME
+    if home and not Path(home, "include", "cuda_runtime.h").exists() and shutil.which("nvcc"):
+        told = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+        top = re.search(r"TOP=(\S+)", told)
+        home = cpp_extension.CUDA_HOME = str(Path(top[1]).resolve()) if top else home
+    return bool(home) and Path(home, "bin", "nvcc").exists()
 
 
 def sources_in(folder, made):
@@ -89,16 +103,27 @@ def recipe_of(library):
 
 
 def library():
-    """Path of the extension for this machine, built now if it has to be. RuntimeError in one sentence where that fails.
+    """Path of the extension for this machine, built now if it has to be, and what hindered its CUDA part, or "". RuntimeError in one
+    sentence where even the CPU's part fails.
 
     One that setup.py left beside the sources is taken if it was made from these sources and for this machine."""
     ahead = FOLDER / "_ops.so"
     if ahead.exists():
         found = recipe_of(ahead)
         if (found["sources"] == digest_of_sources() and found["torch"] == torch.__version__ and found["chip"] in ("", processor())
-                and (found["cuda"] or not cuda_architecture())):
-            return ahead
+                and (capability() in found["cuda"] or not cuda_architecture())):
+            return ahead, "" if found["cuda"] else "it was built without"
     made = recipe()
+    if not made["cuda"]:
+        return built(made), "there is no nvcc"
+    try:
+        return built(made), ""
+    except RuntimeError as error:
+        return built(recipe(with_cuda=False)), str(error)
+
+
+def built(made):
+    """Path of the extension made by a recipe, from the cache or built now. RuntimeError where that fails."""
     cache = Path(os.environ.get("ECG_CACHE") or Path.home() / ".cache" / "ecg-language")
     folder = cache / "csrc" / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,4 +157,5 @@ def build(made, folder):
         (folder / "build.log").write_text(str(error))
         (folder / "failed.txt").write_text(lines[0].strip())
     else:
-        os.replace(work / "ecg_csrc.so", folder / "ecg_csrc.so")  # a library that is there is whole
+        [made] = work.glob("ecg_csrc*.so")  # a second build in one process has _v1 in its name
+        os.replace(made, folder / "ecg_csrc.so")  # a library that is there is whole

@@ -355,7 +355,7 @@ def test_a_library_built_ahead_is_taken_unless_it_is_stale(tmp_path):
     shutil.copy(INFO["library"], tmp_path / "csrc/_ops.so")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import csrc; print(csrc.build_info())"
     result = python(code, CXX="no-such-compiler", ECG_CACHE=str(tmp_path))
-    assert f"{tmp_path}/csrc/_ops.so" in result.stdout and not result.stderr
+    assert f"{tmp_path}/csrc/_ops.so" in result.stdout and "csrc:" not in result.stderr
     with open(tmp_path / "csrc/beats.h", "a") as file:
         file.write("// changed\n")
     result = python(code, CXX="no-such-compiler", ECG_CACHE=str(tmp_path))
