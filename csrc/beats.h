@@ -1,5 +1,5 @@
 // The rules of segment_beats that the CPU and the CUDA version share; reference.py says what they mean and why.
-// No PyTorch in here: beats.cu must compile without it.
+// No PyTorch in here: beats_cuda.cu must compile without it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -348,7 +348,7 @@ HD int beat_at(const int* peaks, int count, int k, int t, int tokens, int length
     return k;
 }
 
-// ---- what beats.cpp and beats.cu offer ------------------------------------------------------------------------------
+// ---- what beats.cpp and beats_cuda.cu offer ------------------------------------------------------------------------------
 // ecg (records, leads, length) contiguous; peaks (records, max_peaks), -1 where there is none; count (records,);
 // beat (records, tokens).
 

@@ -1,7 +1,7 @@
 """token_beat_rhythm: the similarity of every ECG with every text at three scales, without a tensor of ECG x text x token x word.
 
 The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (similarity.cpp), the token scale in bf16
-for the GPU (similarity.cu); for all else the plain definitions below, block by block. Everywhere: B ECGs and C texts; token_count,
+for the GPU (similarity_cuda.cu); for all else the plain definitions below, block by block. Everywhere: B ECGs and C texts; token_count,
 beat_count (B,) and word_count, sentence_count (C,) say how many rows of the padded tensors are real. A pair of which one side is empty
 has similarity 0 and no gradient.
 """
@@ -85,7 +85,7 @@ def full_precision(x):
 
 
 def suits_kernel(tokens, words, temperature):
-    """Can similarity.cu take them?"""
+    """Can similarity_cuda.cu take them?"""
     half = tokens.dtype == words.dtype == torch.bfloat16
     return KERNELS and tokens.is_cuda and half and temperature is None and tokens.shape[2] % 8 == 0 and tokens.shape[1] < 2**15
 

@@ -1,4 +1,4 @@
-// What similarity.cu offers: the token scale for bf16 on the GPU. No PyTorch in here: nvcc must compile it without.
+// What similarity_cuda.cu offers: the token scale for bf16 on the GPU. No PyTorch in here: nvcc must compile it without.
 // tokens (records, length, dim), words (texts, most, dim) bf16, 16-byte aligned, no size 0, dim a multiple of 8; counts (records,) and
 // (texts,), at most length and most; similarity and grad (records, texts); best (records, texts, most). On the stream, without waiting.
 // They return what failed, or null.

@@ -1,8 +1,8 @@
-// csrc/beats.cu as a library for the host (test_csrc.py), or with -DFUZZ a program: the kernels, and the CPU version, on random input
+// csrc/beats_cuda.cu as a library for the host (test_csrc.py), or with -DFUZZ a program: the kernels, and the CPU version, on random input
 // of every kind, for the sanitizers (sanitize.sh).
 #include "cuda_on_host.h"
 
-#include "../csrc/beats.cu"
+#include "../csrc/beats_cuda.cu"
 
 extern "C" void segment(const void* ecg, int is_float, int records, int leads, int length, double fs, int* peaks, int* count) {
     const beats::Plan plan = beats::make_plan(fs, length);

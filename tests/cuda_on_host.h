@@ -36,7 +36,7 @@ constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
-// ---- a warp, for similarity.cu --------------------------------------------------------------------------------------
+// ---- a warp, for similarity_cuda.cu --------------------------------------------------------------------------------------
 
 struct Exchange { unsigned of_lane[32][6]; };
 static pthread_barrier_t warp_barriers[32];

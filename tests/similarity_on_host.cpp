@@ -1,7 +1,7 @@
-// csrc/similarity.cu as a library for the host (test_similarity.py), or with -DFUZZ a program that runs it for the sanitizers.
+// csrc/similarity_cuda.cu as a library for the host (test_similarity.py), or with -DFUZZ a program that runs it for the sanitizers.
 #include "cuda_on_host.h"
 
-#include "../csrc/similarity.cu"
+#include "../csrc/similarity_cuda.cu"
 
 extern "C" void forward(const void* tokens, const void* words, const int64_t* token_count, const int64_t* word_count, int records, int texts,
                         int length, int most, int dim, float* similarity, int16_t* best) {

@@ -371,7 +371,7 @@ def test_build_info_says_what_runs():
 # ---- CUDA, without a GPU ----------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("source", ["beats.cu", "similarity.cu"])
+@pytest.mark.parametrize("source", ["beats_cuda.cu", "similarity_cuda.cu"])
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_without_spills(tmp_path, architecture, source):
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
@@ -383,7 +383,7 @@ def test_kernels_compile_without_spills(tmp_path, architecture, source):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """segment_beats of csrc/beats.cu, run on the host by tests/cuda_on_host.h."""
+    """segment_beats of csrc/beats_cuda.cu, run on the host by tests/cuda_on_host.h."""
     folder = tmp_path_factory.mktemp("kernels")
     library = folder / "kernels.so"
     subprocess.run(["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas",

@@ -279,7 +279,7 @@ def test_memory_grows_with_pairs_only():
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """csrc/similarity.cu, run on the host by tests/cuda_on_host.h."""
+    """csrc/similarity_cuda.cu, run on the host by tests/cuda_on_host.h."""
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
     subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas",
                     str(ROOT / "tests/similarity_on_host.cpp"), "-o", str(library)], check=True)
