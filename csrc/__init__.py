@@ -1,7 +1,7 @@
 """The compiled operators, one Python function each.
 
 Behind a function stands the C++ (CPU) or the CUDA version or, where nothing could be built, the NumPy reference: one warning, then
-it just works, slower. The extension is built when this package is first imported (a quarter of a minute, once; kept in
+it just works, slower. The extension is built when this package is first imported (half a minute, once; kept in
 ~/.cache/ecg-language or $ECG_CACHE), or ahead of time by python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the
 reference.
 
