@@ -23,8 +23,7 @@ def extension():
         return [], {}
     kind, flags = (CUDAExtension, {"cxx": made["flags"], "nvcc": made["cuda_flags"]}) if made["cuda"] else (CppExtension, made["flags"])
     sources = [Path(s).relative_to(ROOT) if Path(s).is_relative_to(ROOT) else s for s in build.sources_in(tempfile.mkdtemp(), made)]
-    links = [flag for flag in made["flags"] if flag == "-fopenmp"]
-    return [kind("csrc._ops", list(map(str, sources)), extra_compile_args=flags, extra_link_args=links)], \
+    return [kind("csrc._ops", list(map(str, sources)), extra_compile_args=flags, extra_link_args=build.links_of(made))], \
         {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}
 
 

@@ -5,10 +5,7 @@
 // record's peaks. Both run twice, the second time for records with pacing spikes only. Nothing comes back to the host.
 // Kernels use no warp intrinsics: tests/cuda_on_host.h runs them on the host, a thread of the machine for every CUDA thread.
 #include "beats.h"
-
-#ifndef LAUNCH
-#define LAUNCH(kernel, groups, threads, stream, ...) kernel<<<groups, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#endif
+#include "launch.h"
 
 namespace beats {
 
@@ -280,11 +277,6 @@ void segment_on(const void* all, int records, int leads, const Plan& p, int* pea
         case 8: return segment_on<8>(ecg, records, leads, p, peaks, count, w, stream);
         default: return segment_on<16>(ecg, records, leads, p, peaks, count, w, stream);
     }
-}
-
-static const char* what_failed() {
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 size_t workspace_bytes(int records, int leads, const Plan& plan) { return Workspace().carve(nullptr, records, leads, plan); }

@@ -97,6 +97,11 @@ def sources_in(folder, made):
     return [str(FOLDER / name) for name in names] + [str(stamp)]
 
 
+def links_of(made):
+    """Of the flags of a recipe, those that the linker needs, too."""
+    return [flag for flag in made["flags"] if flag == "-fopenmp"]
+
+
 def recipe_of(library):
     """The recipe that a library was built by, read from the file: loading it would register its operators."""
     return json.loads(re.search(rb"recipe (\{.*?\}) end of recipe", Path(library).read_bytes(), re.DOTALL)[1])
@@ -150,7 +155,7 @@ def build(made, folder):
         os.environ["TORCH_CUDA_ARCH_LIST"] = made["cuda"]
     try:
         cpp_extension.load("ecg_csrc", sources_in(work, made), extra_cflags=made["flags"], extra_cuda_cflags=made["cuda_flags"],
-                           extra_ldflags=[flag for flag in made["flags"] if flag == "-fopenmp"], build_directory=str(work),
+                           extra_ldflags=links_of(made), build_directory=str(work),
                            with_cuda=bool(made["cuda"]), is_python_module=False)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         lines = [line for line in str(error).splitlines() if re.search(r"\berror:", line)] or [str(error)]

@@ -28,27 +28,29 @@ static std::vector<int64_t> counts_of(const Tensor& count, int64_t most) {
     return {whole.const_data_ptr<int64_t>(), whole.const_data_ptr<int64_t>() + whole.numel()};
 }
 
-struct Packed {  // rows (N, D) of all texts one behind the other; text c has rows starts[c] to starts[c + 1] - 1
-    Tensor rows;
+struct Rows {  // some rows of a padded tensor (C, most, D), and where they stand in it
+    Tensor place, rows;  // (N,), (N, D)
+
+    Rows() = default;
+    Rows(const Tensor& padded, const std::vector<int64_t>& places)
+        : place(at::tensor(places, at::kLong)), rows(padded.reshape({-1, padded.size(2)}).index_select(0, place)) {}
+    Tensor unpack(const Tensor& packed, const Tensor& padded) const {  // (N, D) -> like padded, zeros where no row stands
+        Tensor whole = at::zeros_like(padded);
+        whole.view({-1, padded.size(2)}).index_copy_(0, place, packed);
+        return whole;
+    }
+};
+
+struct Packed : Rows {  // all texts one behind the other: text c has rows starts[c] to starts[c + 1] - 1
     std::vector<int64_t> starts;
 
     Packed(const Tensor& padded, const std::vector<int64_t>& counts) : starts(counts.size() + 1, 0) {
-        for (size_t c = 0; c < counts.size(); c++) starts[c + 1] = starts[c] + counts[c];
-        const int64_t dim = padded.size(2), bytes = dim * padded.element_size();
-        rows = at::empty({starts.back(), dim}, padded.options());
-        const char* from = static_cast<const char*>(padded.const_data_ptr());
-        char* to = static_cast<char*>(rows.mutable_data_ptr());
-        for (size_t c = 0; c < counts.size(); c++)
-            memcpy(to + starts[c] * bytes, from + c * padded.size(1) * bytes, counts[c] * bytes);
-    }
-    Tensor unpack(const Tensor& packed, int64_t most) const {  // (N, D) -> (C, most, D), zeros behind the last row
-        const int64_t texts = starts.size() - 1, dim = packed.size(1), bytes = dim * packed.element_size();
-        Tensor padded = at::zeros({texts, most, dim}, packed.options());
-        const char* from = static_cast<const char*>(packed.const_data_ptr());
-        char* to = static_cast<char*>(padded.mutable_data_ptr());
-        for (int64_t c = 0; c < texts; c++)
-            memcpy(to + c * most * bytes, from + starts[c] * bytes, (starts[c + 1] - starts[c]) * bytes);
-        return padded;
+        std::vector<int64_t> places;
+        for (size_t c = 0; c < counts.size(); c++) {
+            for (int64_t w = 0; w < counts[c]; w++) places.push_back(c * padded.size(1) + w);
+            starts[c + 1] = places.size();
+        }
+        static_cast<Rows&>(*this) = Rows(padded, places);
     }
     // Texts from .. to - 1 whose rows are at most `rows`, one text at least.
     int64_t block_end(int64_t from, int64_t rows) const {
@@ -406,14 +408,14 @@ static std::tuple<Tensor, Tensor, Tensor> token_backward(const Tensor& grad, con
         }
     }
     of_temperature.fill_(all);
-    return {of_tokens, packed.unpack(of_packed, most), of_temperature};
+    return {of_tokens, packed.unpack(of_packed, words), of_temperature};
 }
 
 // ---- beat scale -----------------------------------------------------------------------------------------------------
 
-template <class T> struct Beats {
-    Tensor beats, gram, rows, norm, place;  // rows (N, D): the sentences by groups; place (N): where they stand in (C, S)
-    std::vector<int64_t> counts, order;     // order: which text is the i-th
+template <class T> struct Beats : Rows {  // rows: the sentences, by groups
+    Tensor beats, gram, norm;
+    std::vector<int64_t> counts, order;  // order: which text is the i-th
     std::vector<Group> groups;
     T temperature, sharpness;
     bool over_sentences, mean;
@@ -433,14 +435,13 @@ template <class T> struct Beats {
             for (int64_t s = 0; s < size; s++)
                 for (int64_t i = 0; i < texts; i++) places.push_back(order[first + i] * most + s);
         }
-        place = at::tensor(places, at::kLong);
-        rows = sentences.reshape({-1, sentences.size(2)}).index_select(0, place);
+        static_cast<Rows&>(*this) = Rows(sentences, places);
         norm = rows.norm(2, 1);
         const Tensor both = temperatures.to(beats.scalar_type()).contiguous();
         temperature = both.const_data_ptr<T>()[0], sharpness = both.const_data_ptr<T>()[1];
     }
 
-    // Calls row(its scores (K, N), ECG, BeatRow) for every ECG that has beats, on all threads; done(scores (ECGs, K, N), first ECG)
+    // Calls row(its scores (K, N), ECG, BeatRow) for every ECG that has beats, on all threads; done(scores (ECGs * K, N), first ECG)
     // after every block of ECGs whose scores fit into a cache.
     template <class Row, class Done> void for_every_ecg(Row row, Done done) const {
         const int64_t records = beats.size(0), most = beats.size(1), n = rows.size(0);
@@ -508,9 +509,7 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
     });
     of_beats.baddbmm_(of_gram, beats);
     of_rows.add_(all.rows * (of_norm.sum(0) / all.norm.clamp_min(SMALLEST)).unsqueeze(1));
-    Tensor of_sentences = at::zeros_like(sentences);
-    of_sentences.view({-1, dim}).index_copy_(0, all.place, of_rows);
-    return {of_beats, of_sentences, of_both.sum(0)};
+    return {of_beats, all.unpack(of_rows, sentences), of_both.sum(0)};
 }
 
 // ---- types ----------------------------------------------------------------------------------------------------------

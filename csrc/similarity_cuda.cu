@@ -7,9 +7,9 @@
 // tests/cuda_on_host.h stands in for the few instructions below and runs the kernels on the host, a thread of the machine for every lane.
 #include "similarity_cuda.h"
 
-#ifndef LAUNCH
-#define LAUNCH(kernel, groups, threads, stream, ...) kernel<<<groups, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#include "launch.h"
 
+#ifdef __CUDACC__
 // c (16 x 8) += a (16 x 16) * b (16 x 8), spread over a warp: lane 4 g + t has of a the rows g and g + 8, columns 2 t, 2 t + 1 and the same
 // plus 8; of b the column g and the same rows; of c the rows g and g + 8, columns 2 t and 2 t + 1.
 static __device__ __forceinline__ void multiply(float* c, const unsigned* a, const unsigned* b) {
@@ -210,11 +210,6 @@ static __global__ void tokens_kernel(Sides s, const float* grad, const int16_t* 
             }
         }
     }
-}
-
-static const char* what_failed() {
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 const char* token_forward_cuda(const void* tokens, const void* words, const int64_t* token_count, const int64_t* word_count, int records,

@@ -185,6 +185,21 @@ def speed(records, others):
     torch.set_num_threads(torch_threads)
 
 
+def gpu_seconds(calls, rounds=7, repeats=5):
+    """seconds() on the GPU, whose clock counts: each call `repeats` times in a row."""
+    def once(call):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / repeats * 1e-3
+    for call in calls:
+        once(call)
+    return np.median([[once(call) for call in calls] for _ in range(rounds)], axis=0)
+
+
 def gpu_speed(records):
     """The same on the GPU, and the share of the rate at which it reads memory: a sum over the same bytes."""
     rows, ecg = [], torch.from_numpy(np.stack([r.ecg for r in records])).cuda()
@@ -192,19 +207,8 @@ def gpu_speed(records):
         for kind, x in (("float32", ecg), ("int16", (1000 * ecg).round().short())):
             x = x.repeat(-(-batch // len(x)), 1, 1)[:batch].contiguous()
             once = x.view(torch.int32).view(-1)
-
-            def timed(call):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                for _ in range(10):
-                    call()
-                stop.record()
-                stop.synchronize()
-                return start.elapsed_time(stop) / 10 * 1e-3
-            run, read = lambda: csrc.segment_beats(x, 500), lambda: once.sum(dtype=torch.int32)
-            timed(run), timed(read)
-            t, floor = np.median([(timed(run), timed(read)) for _ in range(7)], axis=0)
-            rates = (x.nbytes / seconds * 1e-9 for seconds in (t, floor))
+            t, floor = gpu_seconds([lambda: csrc.segment_beats(x, 500), lambda: once.sum(dtype=torch.int32)], repeats=10)
+            rates = (x.nbytes / spent * 1e-9 for spent in (t, floor))
             rows.append((f"{batch} x {kind}", f"{t * 1e3:.3f}", f"{batch / t:,.0f}", *(f"{r:,.0f}" for r in rates),
                          f"{100 * floor / t:.0f} %"))
     print_table((torch.cuda.get_device_name(), "ms", "records/s", "GB/s", "GB/s, sum of the same", "share of it"), rows)

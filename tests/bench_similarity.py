@@ -5,17 +5,15 @@
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import csrc
-from bench_beats import print_table, seconds
+from bench_beats import gpu_seconds, print_table, seconds
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -55,13 +53,15 @@ def all_at_once(tokens, words, counts):
 
 # ---- tables -----------------------------------------------------------------------------------------------------------
 
+def contrast(similarity):
+    """A contrastive loss of (B, B)."""
+    target = torch.arange(len(similarity), device=similarity.device)
+    return F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)
+
+
 def there_and_back(similarity, *leaves):
-    """One forward and backward pass of a contrastive loss."""
-    def run():
-        out = similarity(*leaves)
-        target = torch.arange(len(out))
-        torch.autograd.grad(F.cross_entropy(out, target) + F.cross_entropy(out.T, target), leaves)
-    return run
+    """One forward and backward pass."""
+    return lambda: torch.autograd.grad(contrast(similarity(*leaves)), leaves)
 
 
 def row(name, new, old, bare, rounds):
@@ -109,8 +109,7 @@ def memory_of(kind, batch):
         out = csrc.token_beat_rhythm(*leaves)
     else:
         out = all_at_once(tokens, words, torch.full((batch,), 64)) + text_by_text(beats, sentences, counts) + rhythm @ report.T
-    target = torch.arange(batch)
-    (F.cross_entropy(out, target) + F.cross_entropy(out.T, target)).backward()
+    contrast(out).backward()
     return peak() - start
 
 
@@ -130,24 +129,6 @@ def memory():
 
 def gpu():
     """The token scale in bf16 on the GPU: forward against the bare product, forward + backward against eager and torch.compile."""
-    def timed(call, rounds=7):
-        call()
-        times = []
-        for _ in range(rounds):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(5):
-                call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) / 5)
-        return float(np.median(times))
-
-    def forward_backward(similarity, *leaves):
-        out = similarity(*leaves)
-        target = torch.arange(len(out), device=out.device)
-        torch.autograd.grad(F.cross_entropy(out, target) + F.cross_entropy(out.T, target), leaves)
-
     def memory_of(call):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -164,11 +145,11 @@ def gpu():
     with torch.no_grad():
         for name, call in (("torch.matmul of the same product", lambda: x @ y.T), ("ours, forward", lambda: ours(tokens, words)),
                            ("eager, forward", lambda: eager(tokens, words)), ("torch.compile, forward", lambda: compiled(tokens, words))):
-            ms = timed(call)
+            ms = gpu_seconds([call])[0] * 1e3
             rows.append((name, f"{ms:.2f}", f"{work / ms:,.0f}", f"{memory_of(call):,.0f}"))
     for name, similarity in (("ours", ours), ("eager", eager), ("torch.compile", compiled)):
-        call = lambda: forward_backward(similarity, tokens, words)
-        rows.append((f"{name}, forward + backward", f"{timed(call):.2f}", "", f"{memory_of(call):,.0f}"))
+        call = there_and_back(similarity, tokens, words)
+        rows.append((f"{name}, forward + backward", f"{gpu_seconds([call])[0] * 1e3:.2f}", "", f"{memory_of(call):,.0f}"))
     print_table((f"{torch.cuda.get_device_name()}, token scale, B = C = 512, T = 64, W = 32, D = 128, bf16", "ms", "TFLOP/s", "MB"), rows)
 
 

@@ -381,14 +381,18 @@ def test_kernels_compile_without_spills(tmp_path, architecture, source):
     assert "registers" in result.stderr and result.stderr.count("bytes spill stores") == result.stderr.count(" 0 bytes spill stores")
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """segment_beats of csrc/beats_cuda.cu, run on the host by tests/cuda_on_host.h."""
-    folder = tmp_path_factory.mktemp("kernels")
+def on_host(source, folder):
+    """Library of a file in tests/ that runs kernels on the host by cuda_on_host.h."""
     library = folder / "kernels.so"
     subprocess.run(["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas",
-                    str(ROOT / "tests/beats_on_host.cpp"), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).segment
+                    str(ROOT / "tests" / source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """segment_beats of csrc/beats_cuda.cu, run on the host."""
+    function = on_host("beats_on_host.cpp", tmp_path_factory.mktemp("kernels")).segment
 
     def run(ecg, fs):
         ecg = np.ascontiguousarray(ecg)

@@ -1,6 +1,5 @@
 """csrc.token_beat_rhythm: the definition to the last digits, gradients, ragged and empty sides, PyTorch's checks, the authors' values."""
 import ctypes
-import subprocess
 
 import numpy as np
 import pytest
@@ -8,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import csrc
-from conftest import ROOT, SHARED
+from conftest import SHARED
 from csrc import similarity as plain
-from test_csrc import compiled, compiler, python
+from test_csrc import compiled, compiler, on_host, python
 
 GOLDEN = SHARED / "golden" / "melp_beat_loss.npz"
 OPS = torch.ops.ecg
@@ -266,7 +265,7 @@ def test_without_a_compiler_it_runs_as_well():
 
 @compiled
 def test_memory_grows_with_pairs_only():
-    """Forward and backward hold less than a tenth of the tensor of scores (PyTorch's own account of CPU memory)."""
+    """Forward and backward allocate less than a quarter of the tensor of scores (PyTorch's own account of CPU memory)."""
     x, y = draw(64, 128, 64, dtype=torch.float32), draw(64, 64, 64, dtype=torch.float32)
     whole = 4 * 64 * 64 * 128 * 64                                                           # bytes: 134 MB
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -279,11 +278,8 @@ def test_memory_grows_with_pairs_only():
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """csrc/similarity_cuda.cu, run on the host by tests/cuda_on_host.h."""
-    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas",
-                    str(ROOT / "tests/similarity_on_host.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    """csrc/similarity_cuda.cu, run on the host."""
+    return on_host("similarity_on_host.cpp", tmp_path_factory.mktemp("kernels"))
 
 
 @compiler
