@@ -735,6 +735,28 @@ def report_tags(store, language="english"):
     return list(store.records["statements"] if language == "english" else map(split_statements, store.records["report"]))
 
 
+def corpus(specs, language="english"):
+    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand; of a text file every
+    line. specs: several with commas between. Errors: DataError where one is not there."""
+    texts = []
+    for spec in specs.split(","):
+        source, colon, src = spec.partition(":")
+        if source in ("ptbxl", "mimic", "csv"):
+            src = os.path.abspath(os.path.expanduser(src))
+            for row in SOURCES[source](settings_of(source, src, 100)):
+                texts.append(". ".join(split_statements(row["report"]) if language == "original" else
+                                       row["statements"] if "statements" in row else translate(row["report"])))
+        elif source in ("simulated", "store"):
+            texts += map(". ".join, report_tags(open_data(spec), language))
+        else:
+            try:
+                with open(spec, encoding="utf-8") as file:
+                    texts += file.read().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{spec}: neither a data set nor a readable text file ({error})") from error
+    return sorted({text.strip() for text in texts} - {""})
+
+
 class Findings:
     """The knowledge table in prompts.json: which waveform features the diagnoses of a report suggest.
 

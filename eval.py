@@ -4,9 +4,13 @@ Prints a table per label set, writes results.json and zeroshot_SET.png into the 
 model or a threshold; rows are the official test split (PTB-XL fold 10) unless --folds says otherwise.
 """
 import argparse
+import itertools
 import json
 import os
+import pickle
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,11 +66,226 @@ def embed_records(method, store, rows, device, what="encoding ECGs", batch=256):
 
 
 @torch.no_grad()
-def embed_classes(method, prompts):
-    """prompts: C lists of texts -> (C, dim): mean of the class' normalised text vectors, normalised again."""
+def embed_texts(tower, texts, batch=256):
+    """Mean word of each text: list of R strings -> (R, D) on the CPU."""
+    was = tower.training
+    tower.eval()
+    out = []
+    for start in range(0, len(texts), batch):
+        tokens = tower.tokenise(texts[start:start + batch])
+        out.append(models.masked_mean(tower.run(tokens).last_hidden_state, tokens["words"]).cpu())
+    tower.train(was)
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def score_records(method, store, rows, prompts, scales, device, batch=256):
+    """Zero-shot scores of rows of a store: prompts are C lists of texts, a class' score is the mean over its texts -> (R, C) float32."""
     texts = [text.rstrip(". ") for row in prompts for text in row]  # worded as statements are
-    vectors = method.encode_text(texts).report.float().cpu().split([len(row) for row in prompts])
-    return torch.nn.functional.normalize(torch.stack([v.mean(0) for v in vectors]), dim=1)
+    text, scores = method.encode_text(texts), []
+    for start in tqdm(range(0, len(rows), batch), desc="encoding ECGs", leave=False):
+        ecg = torch.from_numpy(store.ecg(rows[start:start + batch])).to(device)
+        like = method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()           # (B, texts)
+        scores.append(torch.stack([part.mean(1) for part in like.split([len(row) for row in prompts], 1)], 1))
+    return torch.cat(scores).numpy()
+
+
+# ---- published checkpoints -------------------------------------------------------------------------------------
+# --ckpt merl:FILE, melp:FILE, dbeta:FILE. Names in the authors' state dictionaries -> ours; * stands for anything, the same on both sides in order. A name with +0, +1, +2 is a
+# part (query, key, value) of a larger tensor of ours; "-" is what neither training nor zero-shot here has a use for.
+
+MERL_NAMES = """
+*num_batches_tracked                      -
+ecg_encoder.linear.*                      -
+downconv.*                                down.*
+att_pool_head.positional_embedding        pool.positions
+att_pool_head.cls_token                   pool.cls
+att_pool_head.mhsa.*                      pool.attention.*
+att_pool_head.c_proj.*                    pool.out.*
+linear1.weight                            view1.weight
+linear2.weight                            view2.weight
+proj_t.*                                  project_text.*
+proj_e.*                                  project_ecg.*
+lm_model.*                                text.lm.*
+ecg_encoder.pos_embedding                 ecg.positions
+ecg_encoder.to_patch_embedding.*          ecg.patch.*
+ecg_encoder.block*.attn.norm.*            ecg.blocks.*.norm1.*
+ecg_encoder.block*.ff.norm.*              ecg.blocks.*.norm2.*
+ecg_encoder.block*.attn.fn.to_qkv.*       ecg.blocks.*.attention.in_proj_*
+ecg_encoder.block*.attn.fn.to_out.0.*     ecg.blocks.*.attention.out_proj.*
+ecg_encoder.block*.ff.fn.net.0.*          ecg.blocks.*.mlp.0.*
+ecg_encoder.block*.ff.fn.net.3.*          ecg.blocks.*.mlp.2.*
+ecg_encoder.layer*.conv1.*                ecg.layer*.convs.0.*
+ecg_encoder.layer*.conv2.*                ecg.layer*.convs.1.*
+ecg_encoder.layer*.conv3.*                ecg.layer*.convs.2.*
+ecg_encoder.layer*.bn1.*                  ecg.layer*.norms.0.*
+ecg_encoder.layer*.bn2.*                  ecg.layer*.norms.1.*
+ecg_encoder.layer*.bn3.*                  ecg.layer*.norms.2.*
+ecg_encoder.*                             ecg.*
+"""
+W2V_NAMES = """
+ecg_encoder.mask_emb                                      -
+ecg_encoder.quantizer.*                                   -
+ecg_encoder.project_q.*                                   -
+ecg_encoder.final_proj.*                                  -
+ecg_encoder.feature_extractor.conv_layers.0.0.weight      ecg.stem.0.weight
+ecg_encoder.feature_extractor.conv_layers.0.2.*           ecg.stem.1.*
+ecg_encoder.feature_extractor.conv_layers.1.0.weight      ecg.stem.3.weight
+ecg_encoder.feature_extractor.conv_layers.2.0.weight      ecg.stem.5.weight
+ecg_encoder.feature_extractor.conv_layers.3.0.weight      ecg.stem.7.weight
+ecg_encoder.layer_norm.*                                  ecg.norm_stem.*
+ecg_encoder.post_extract_proj.*                           ecg.project.*
+ecg_encoder.conv_pos.pos_conv.0.weight_g                  ecg.place.parametrizations.weight.original0
+ecg_encoder.conv_pos.pos_conv.0.weight_v                  ecg.place.parametrizations.weight.original1
+ecg_encoder.conv_pos.pos_conv.0.*                         ecg.place.*
+ecg_encoder.encoder.layer_norm.*                          ecg.norm.*
+ecg_encoder.encoder.layers.*.self_attn.q_proj.*           ecg.layers.*.self_attn.in_proj_*+0
+ecg_encoder.encoder.layers.*.self_attn.k_proj.*           ecg.layers.*.self_attn.in_proj_*+1
+ecg_encoder.encoder.layers.*.self_attn.v_proj.*           ecg.layers.*.self_attn.in_proj_*+2
+ecg_encoder.encoder.layers.*.self_attn.out_proj.*         ecg.layers.*.self_attn.out_proj.*
+ecg_encoder.encoder.layers.*.self_attn_layer_norm.*       ecg.layers.*.norm1.*
+ecg_encoder.encoder.layers.*.fc1.*                        ecg.layers.*.linear1.*
+ecg_encoder.encoder.layers.*.fc2.*                        ecg.layers.*.linear2.*
+ecg_encoder.encoder.layers.*.final_layer_norm.*           ecg.layers.*.norm2.*
+"""
+OPEN_CLIP_BLOCK = """
+THEIRS.*.ln_1.*             OURS.*.norm1.*
+THEIRS.*.ln_2.*             OURS.*.norm2.*
+THEIRS.*.ln_1_kv.*          OURS.*.norm_context.*
+THEIRS.*.attn.*             OURS.*.attention.*
+THEIRS.*.mlp.c_fc.*         OURS.*.mlp.0.*
+THEIRS.*.mlp.c_proj.*       OURS.*.mlp.2.*
+"""
+OPEN_CLIP_POOL = """
+attn_pool_THEIRS.query          OURS.query
+attn_pool_THEIRS.attn.*         OURS.attention.*
+attn_pool_THEIRS.ln_q.*         OURS.norm_query.*
+attn_pool_THEIRS.ln_k.*         OURS.norm_context.*
+ln_THEIRS.*                     OURS.norm.*
+"""
+BERT_LAYER = """
+THEIRS.*.attention.self.query.*                 OURS.*.self_attn.in_proj_*+0
+THEIRS.*.attention.self.key.*                   OURS.*.self_attn.in_proj_*+1
+THEIRS.*.attention.self.value.*                 OURS.*.self_attn.in_proj_*+2
+THEIRS.*.attention.output.dense.*               OURS.*.self_attn.out_proj.*
+THEIRS.*.attention.output.LayerNorm.*           OURS.*.norm1.*
+THEIRS.*.crossattention.self.query.*            OURS.*.multihead_attn.in_proj_*+0
+THEIRS.*.crossattention.self.key.*              OURS.*.multihead_attn.in_proj_*+1
+THEIRS.*.crossattention.self.value.*            OURS.*.multihead_attn.in_proj_*+2
+THEIRS.*.crossattention.output.dense.*          OURS.*.multihead_attn.out_proj.*
+THEIRS.*.crossattention.output.LayerNorm.*      OURS.*.norm2.*
+THEIRS.*.intermediate.dense.*                   OURS.*.linear1.*
+THEIRS.*.output.dense.*                         OURS.*.linear2.*
+THEIRS.*.output.LayerNorm.*                     OURS.*.norm3.*
+"""
+
+
+def of(table, theirs, ours):
+    """A table of a part, for the part of these names."""
+    return table.replace("THEIRS", theirs).replace("OURS", ours)
+
+
+MELP_NAMES = (W2V_NAMES + of(OPEN_CLIP_POOL, "contrast", "beat_pool") + of(OPEN_CLIP_POOL, "caption", "caption_pool")
+              + of(OPEN_CLIP_BLOCK, "resblocks", "decoder.blocks") + of(OPEN_CLIP_BLOCK, "cross_attn", "decoder.cross") + """
+proj_contrast           project_beats
+logit_scale             log_scale
+bn.*                    -
+ln_final.*              decoder.norm.*
+text_projection         decoder.vocabulary
+lm_model.cls.*          -
+lm_model.bert.*         text.lm.*
+proj_t.*                project_text.*
+sent_proj.*             project_sentences.*
+""")
+DBETA_NAMES = (W2V_NAMES + of(BERT_LAYER, "multi_modal_ecg_layers", "fuse_ecg") + of(BERT_LAYER, "multi_modal_language_layers", "fuse_text")
+               + of(OPEN_CLIP_BLOCK, "mim_head.decoder.resblocks", "rebuild.blocks") + """
+class_embedding                         cls
+language_encoder.*                      text.lm.*
+multi_modal_language_proj.*             project_text.*
+multi_modal_ecg_proj.*                  project_ecg.*
+modality_type_embeddings.*              modality.*
+multi_modal_ecg_pooler.dense.*          pool_fused_ecg.0.*
+multi_modal_language_pooler.dense.*     pool_fused_text.0.*
+unimodal_ecg_pooler.dense.*             pool_ecg.0.*
+unimodal_language_pooler.dense.*        pool_text.0.*
+mlm_head.transform.dense.*              tell_word.0.*
+mlm_head.transform.LayerNorm.*          tell_word.2.*
+mlm_head.decoder.weight                 tell_word.3.weight
+mlm_head.decoder.bias                   -
+mlm_head.bias                           tell_word.3.bias
+mim_head.mask_token                     rebuild.mask
+mim_head.decoder_embed.*                rebuild.embed.*
+mim_head.decoder_pos_embed.pe           -
+mim_head.decoder_norm.*                 rebuild.norm.*
+mim_head.decoder_pred.*                 rebuild.predict.*
+itm_head.fc.*                           match.*
+""")
+# --ckpt NAME:FILE -> (our method, names, what a file may lack)
+PUBLISHED = {"merl": ("merl", MERL_NAMES, ()), "melp": ("melp", MELP_NAMES, ("decoder.", "caption_pool.", "project_sentences.")),
+             "dbeta": ("cmelt", DBETA_NAMES, ())}
+WRAPPER = re.compile(r"^(module|model)\.|^ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)|^\w*decoder\.(?=resblocks|cross_attn|ln_final|text_proj)")
+
+
+def rename(state, names):
+    """The authors' state dictionary -> ours by a table of names. Errors: models.ModelError with the names that are not in it."""
+    rules, parts, unknown = [line.split() for line in names.strip().splitlines() if line], {}, []
+    rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours.split("*")) for theirs, ours in rules]
+    for theirs, value in state.items():
+        match, ours = next(((m, ours) for pattern, ours in rules if (m := pattern.fullmatch(WRAPPER.sub("", theirs)))), (None, None))
+        if match is None:
+            unknown.append(theirs)
+        elif ours != ["-"]:
+            name, _, part = "".join(a + b for a, b in itertools.zip_longest(ours, match.groups(), fillvalue="")).partition("+")
+            parts.setdefault(name, {})[part] = value
+    if unknown:
+        raise models.ModelError(f"{len(unknown)} unexpected names in the checkpoint: {', '.join(unknown[:10])}")
+    return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)]) for name, found in parts.items()}
+
+
+def load_published(method, state, kind):
+    """Fill a method with the authors' weights, kind a key of PUBLISHED. Errors: models.ModelError that names what is missing or misshapen."""
+    _, names, optional = PUBLISHED[kind]
+    given = rename(state, names)
+    ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
+    unused = {k for k in given.keys() - ours.keys() if k.startswith("text.lm.")}  # a pooler or position numbers that this tower drops
+    if unexpected := sorted(given.keys() - ours.keys() - unused):
+        raise models.ModelError(f"this {method.config.method} has no place for {', '.join(unexpected[:10])}")
+    if missing := sorted(k for k in ours.keys() - given.keys() if not k.startswith(optional)):
+        raise models.ModelError(f"the checkpoint lacks {len(missing)} weights, such as {', '.join(missing[:10])}")
+    if misshapen := sorted(k for k in given.keys() & ours.keys() if given[k].numel() != ours[k].numel()):
+        raise models.ModelError("other sizes than this method's: " + ", ".join(
+            f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in misshapen[:5]))
+    method.load_state_dict({k: given[k].reshape(ours[k].shape) for k in given.keys() - unused}, strict=False)
+    return method
+
+
+def open_published(kind, file, text_model="", device="cpu"):
+    """(method in eval mode, its config) of an authors' checkpoint, with the paper's preset; text_model: where the tokenizer and the
+    shape of the text tower are, if not on the hub under the published name. Errors: ModelError, DataError."""
+    from train import Config  # here, since train.py imports this file: the defaults of all settings are its
+    if kind not in PUBLISHED:
+        raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(PUBLISHED)}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError, RuntimeError) as error:
+        raise data.DataError(f"{file}: not a checkpoint of tensors that torch can load safely ({str(error).splitlines()[0]})") from error
+    for key in ("state_dict", "model", "model_state_dict"):  # what surrounds the weights in a training checkpoint
+        state = state.get(key, state) if isinstance(state.get(key, None), dict) else state
+    method, _, _ = PUBLISHED[kind]
+    _, small, paper = models.METHODS[method]
+    config = Config(**{**small, **paper, "method": method, "data": "published"})
+    config.text_model = text_model or config.text_model
+    if any("to_patch_embedding" in name for name in state):
+        config.encoder = "vit_" + {192: "tiny", 384: "small", 512: "middle", 768: "base"}[state_width(state, "to_patch_embedding.weight")]
+    elif kind == "merl":
+        config.encoder = "resnet50" if state_width(state, "downconv.weight", 1) == 2048 else "resnet18"
+    method = models.build_method(config, models.load_text_model(config.text_model))
+    return load_published(method, state, kind).to(device).eval(), config
+
+
+def state_width(state, ending, axis=0):
+    """The size along an axis of the tensor whose name ends so."""
+    return next(value.shape[axis] for name, value in state.items() if name.endswith(ending))
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------
@@ -189,25 +408,30 @@ def find_store(source, config, spec):
     return data.open_data(f"ptbxl:{place}", config.rate)
 
 
-def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds=None, device="cpu"):
-    """Zero-shot classification (METHODS 4.2): score = cosine of the ECG with the class' text -> {set: metrics}."""
-    method, config = load_run(run, checkpoint, device)
-    results, embedded = {}, {}
-    for name in [n for s in sets for n in (PTBXL if s == "ptbxl" else (s,))]:
+def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds=None, scales=None, published=None,
+             device="cpu"):
+    """Zero-shot classification (METHODS 4.2): score = similarity of the ECG with the class' texts -> {set: metrics}.
+
+    scales: of rhythm, beat, token, whose mean is the score; default: the method's. published: (kind, file, text model) of an
+    authors' checkpoint, in place of the run's own method."""
+    method, config = load_run(run, checkpoint, device) if published is None else open_published(*published, device=device)
+    names = [n for s in sets for n in (PTBXL if s == "ptbxl" else (s,))]
+    for name in names:
         data.label_set(name)  # an unknown name ends here
-        source = name.split("_")[0]
-        if source not in embedded:
-            store = find_store(source, config, spec)
-            chosen = store.records["fold"].isin(folds) if folds and source == "ptbxl" else store.records["split"] == "test"
-            rows = np.flatnonzero(chosen)
-            embedded[source] = store.records.iloc[rows], embed_records(method, store, rows, device)
-        records, ecg = embedded[source]
-        classes, positives, keep = data.label_matrix(records, name)
-        if not keep.any():
-            raise data.DataError(f"{store.path}: no record to evaluate has a label of {name}")
-        text = embed_classes(method, class_prompts(name, classes, prompts))
-        results[name] = score_classes(classes, (ecg[keep] @ text.T).numpy(), positives[keep])
-    return results
+    results = {}
+    for source in dict.fromkeys(name.split("_")[0] for name in names):
+        store = find_store(source, config, spec)
+        chosen = store.records["fold"].isin(folds) if folds and source == "ptbxl" else store.records["split"] == "test"
+        rows = np.flatnonzero(chosen)
+        labels = {name: data.label_matrix(store.records.iloc[rows], name) for name in names if name.split("_")[0] == source}
+        texts = {name: class_prompts(name, classes, prompts) for name, (classes, _, _) in labels.items()}
+        scores = score_records(method, store, rows, [text for name in texts for text in texts[name]], scales, device)
+        for name, (classes, positives, keep) in labels.items():
+            if not keep.any():
+                raise data.DataError(f"{store.path}: no record to evaluate has a label of {name}")
+            mine, scores = scores[:, :len(classes)], scores[:, len(classes):]
+            results[name] = score_classes(classes, mine[keep], positives[keep])
+    return {name: results[name] for name in names}
 
 
 def report(run, sets, **options):
@@ -216,11 +440,38 @@ def report(run, sets, **options):
     for name, result in results.items():
         print_table(f"zero-shot {name}", result)
         plot(f"zero-shot {name}", result, Path(run) / f"zeroshot_{name}.png")
+    remember(run, "zeroshot", {n: {"options": {k: str(v) for k, v in options.items()}, **r} for n, r in results.items()})
+    return results
+
+
+def remember(run, key, found):
+    """Add to an entry of a run's results.json."""
     path = Path(run) / "results.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known.setdefault("zeroshot", {}).update({n: {"options": {k: str(v) for k, v in options.items()}, **r} for n, r in results.items()})
+    known.setdefault(key, {}).update(found)
     path.write_text(json.dumps(known, indent=1))
-    return results
+
+
+# ---- language --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def report_language(method, texts, run, batch=64):
+    """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The yardstick is to say the
+    commonest word every time."""
+    method.eval()
+    rng, counts, terms = torch.get_rng_state(), Counter(), []
+    torch.manual_seed(0)
+    for start in range(0, len(texts), batch):
+        part = texts[start:start + batch]
+        loss, right = method.guess(part)
+        terms.append((loss.item(), right, len(part)))
+        counts.update(piece for row in method.tokenizer(part, add_special_tokens=False)["input_ids"] for piece in row)
+    torch.set_rng_state(rng)
+    loss, right = (float(np.average([term[i] for term in terms], weights=[term[2] for term in terms])) for i in (0, 1))
+    found = {"texts": len(texts), "loss": loss, "accuracy": right, "commonest": max(counts.values()) / counts.total()}
+    print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the commonest word: "
+          f"{100 * found['commonest']:.1f} %), loss {loss:.3f}")
+    remember(run, "language", found)
 
 
 def main(argv=None):
@@ -228,14 +479,23 @@ def main(argv=None):
     parser.add_argument("--zeroshot", nargs="+", required=True, metavar="SET",
                         help=f"ptbxl (= {', '.join(PTBXL)}), simulated, or any label set: {', '.join(data.LABEL_SETS)}")
     parser.add_argument("--run", help="run folder [the newest in runs/]")
-    parser.add_argument("--ckpt", help="a .safetensors file; config and tokenizer come from --run or from beside it")
+    parser.add_argument("--ckpt", help="a .safetensors file, with config and tokenizer from --run or from beside it; or merl:FILE, "
+                        "melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
+    parser.add_argument("--text-model", default="", help="of a published checkpoint: folder with its tokenizer [the published name]")
     parser.add_argument("--data", metavar="ptbxl:PATH", help="where the records are")
     parser.add_argument("--prompts", default="descriptive", help="descriptive | plain | a JSON file {code: text or [texts]}")
+    parser.add_argument("--scales", type=lambda text: text.split(","), help="rhythm,beat,token or some of them [the method's own]")
     parser.add_argument("--folds", type=lambda text: [int(f) for f in text.split(",")], help="PTB-XL folds, e.g. 9,10 [10]")
     args = parser.parse_args(argv)
-    run = args.run or (Path(args.ckpt).parent if args.ckpt else newest_run())
+    kind, colon, file = (args.ckpt or "").partition(":")
+    published = (kind, file, args.text_model) if colon and kind in PUBLISHED else None
+    if published:  # its results go to a folder of their own beside the runs
+        run, args.ckpt = Path("runs") / f"published-{kind}-{Path(file).stem}", None
+        run.mkdir(parents=True, exist_ok=True)
+    else:
+        run = args.run or (Path(args.ckpt).parent if args.ckpt else newest_run())
     print(f"run {run}")
-    report(run, args.zeroshot, checkpoint=args.ckpt, spec=args.data, prompts=args.prompts, folds=args.folds,
+    report(run, args.zeroshot, checkpoint=args.ckpt, published=published, spec=args.data, prompts=args.prompts, folds=args.folds, scales=args.scales,
            device="cuda" if torch.cuda.is_available() else "cpu")
 
 

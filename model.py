@@ -4,8 +4,11 @@ Every method has the same three calls (see Method): encode_ecg, encode_text, los
 and put its defaults into METHODS at the end of this file; train.py and eval.py need no change.
 """
 import math
+import os
+import re
 import string
 from collections import Counter
+from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather, all_reduce
 
-from csrc import beat_of_token
+from csrc import beat_of_token, segment_beats, token_beat_rhythm
 
 
 class ModelError(ValueError):
@@ -25,15 +28,18 @@ class ModelError(ValueError):
 class EcgViews(NamedTuple):
     """An ECG at three scales; a method fills in the ones it uses."""
     tokens: Optional[torch.Tensor]  # (B, T, D) encoder time steps
-    beats: Optional[torch.Tensor]   # (B, beats, D)
+    beats: Optional[torch.Tensor]   # (B, K, dim) beats, or patches
     rhythm: torch.Tensor            # (B, dim) whole record, L2-normalised
+    beat_count: Optional[torch.Tensor] = None  # (B,) beats that are real; None: all
 
 
 class TextViews(NamedTuple):
     """A text at three scales; a method fills in the ones it uses."""
-    words: Optional[torch.Tensor]      # (B, W, D)
-    sentences: Optional[torch.Tensor]  # (B, S, D)
+    words: Optional[torch.Tensor]      # (B, W, dim)
+    sentences: Optional[torch.Tensor]  # (B, S, dim)
     report: torch.Tensor               # (B, dim) whole text, L2-normalised
+    word_count: Optional[torch.Tensor] = None      # (B,) words that are real; None: all
+    sentence_count: Optional[torch.Tensor] = None  # (B,)
 
 
 class Batch(NamedTuple):
@@ -75,6 +81,27 @@ def gather_texts(items):
     parts = [None] * world()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def gather_ragged(x):
+    """gather of (B, N, D), where N may differ between processes: padded with zeros to the longest."""
+    if world() == 1:
+        return x
+    longest = torch.tensor(x.shape[1], device=x.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return gather(F.pad(x, (0, 0, 0, int(longest) - x.shape[1])))
+
+
+def gather_views(views):
+    """EcgViews or TextViews of this process -> of all."""
+    return type(views)(*(None if x is None else gather_ragged(x) if x.dim() == 3 else gather(x) for x in views))
+
+
+def mean_over_all(total, count):
+    """Mean over all processes of what each has summed up: total (differentiable) / count, both scalars."""
+    if world() > 1:
+        total, count = all_reduce(total), all_reduce(torch.as_tensor(count, dtype=total.dtype, device=total.device))
+    return total / count
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -179,15 +206,14 @@ class ViT1d(nn.Module):
 
     The final LayerNorm comes AFTER pooling there, so it is left to the head (`norm`). samples and patch set the number of
     learned positions; other lengths interpolate them; a last incomplete patch is dropped."""
-    SIZES = {"tiny": (192, 3), "small": (384, 6), "middle": (512, 8), "base": (768, 12)}
+    SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "middle": (512, 8, 2048), "base": (768, 12, 3072)}
 
     def __init__(self, size="tiny", leads=12, samples=5000, patch=50, depth=12):
         super().__init__()
-        self.dim, heads = self.SIZES[size]
+        self.dim, heads, hidden = self.SIZES[size]
         self.patch = nn.Conv1d(leads, self.dim, patch, stride=patch, bias=False)
         self.positions = nn.Parameter(torch.randn(1, samples // patch, self.dim))
-        self.blocks = nn.ModuleList(ViTBlock(self.dim, heads, {"tiny": 768, "small": 1536, "middle": 2048, "base": 3072}[size])
-                                    for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(self.dim, heads, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(self.dim)
 
     def forward(self, x):
@@ -198,28 +224,113 @@ class ViT1d(nn.Module):
         return x
 
 
-class ViTBlock(nn.Module):
-    def __init__(self, dim, heads, mlp):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp), nn.GELU(), nn.Linear(mlp, dim))
+class Block(nn.Module):
+    """Pre-norm transformer block: attention to itself or to a context, then a perceptron. x (B, T, D), context (B, N, D)."""
 
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def __init__(self, dim, heads, hidden, cross=False, activation=nn.GELU):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_context = nn.LayerNorm(dim) if cross else None
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), activation(), nn.Linear(hidden, dim))
+
+    def forward(self, x, context=None, mask=None):
+        q = self.norm1(x)
+        kv = q if context is None else self.norm_context(context)
+        x = x + self.attention(q, kv, kv, attn_mask=mask, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
 
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class LeadViT(nn.Module):
+    """Vision transformer over lead-time patches (METHODS 1.5: FG-CLEP v2, its authors' later code): each patch is a window of
+    one lead, with a learned embedding of its lead and of its time. Tokens (B, leads * windows, dim), lead by lead."""
+
+    def __init__(self, size="tiny", leads=12, samples=1000, patch=100, depth=12):
+        super().__init__()
+        self.dim, heads, hidden = ViT1d.SIZES[size]
+        self.patch = patch
+        self.embed = nn.Sequential(nn.LayerNorm(patch), nn.Linear(patch, self.dim), nn.LayerNorm(self.dim))
+        self.lead = nn.Parameter(0.02 * torch.randn(leads, 1, self.dim))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, samples // patch, self.dim))
+        self.blocks = nn.ModuleList(Block(self.dim, heads, hidden) for _ in range(depth))
+        self.norm = nn.LayerNorm(self.dim)
+
+    def forward(self, x):
+        x = self.embed(x.unfold(2, self.patch, self.patch))                       # (B, L, windows, dim)
+        x = (x + self.lead + at_length(self.positions, x.shape[2])).flatten(1, 2)  # (B, L * windows, dim)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class ConvTransformer(nn.Module):
+    """wav2vec 2.0 tower of MELP and D-BETA (METHODS 1.3, 1.4): four convolutions of width and stride 2, 16 samples a frame, a
+    convolution that says where a frame is, post-norm transformer layers. embed and encode are apart, so that frames can be dropped
+    in between."""
+    SIZES = {"tiny": (64, 128, 4, 4, 31, 0.1), "small": (128, 256, 6, 8, 63, 0.1), "base": (256, 768, 8, 12, 128, 0.1)}
+
+    def __init__(self, size="base", leads=12):
+        super().__init__()
+        channels, self.dim, depth, heads, reach, dropout = self.SIZES[size]
+        first = [nn.Conv1d(leads, channels, 2, stride=2, bias=False), nn.GroupNorm(channels, channels), nn.GELU()]
+        others = [m for _ in range(3) for m in (nn.Conv1d(channels, channels, 2, stride=2, bias=False), nn.GELU())]
+        self.stem = nn.Sequential(*first, *others)
+        self.norm_stem, self.project = nn.LayerNorm(channels), nn.Linear(channels, self.dim)
+        place = nn.Conv1d(self.dim, self.dim, reach, padding=reach // 2, groups=16)
+        nn.init.normal_(place.weight, std=2 / math.sqrt(reach * self.dim))
+        self.place = nn.utils.parametrizations.weight_norm(place, dim=2)
+        self.norm, self.dropout = nn.LayerNorm(self.dim), nn.Dropout(dropout)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(self.dim, heads, 4 * self.dim, dropout, "gelu", batch_first=True)
+                                    for _ in range(depth))
+
+    def embed(self, x):
+        """(B, leads, N) -> frames (B, N // 16, dim) with their places."""
+        x = self.dropout(self.project(self.norm_stem(self.stem(x).transpose(1, 2))))
+        place = self.place(x.transpose(1, 2))[:, :, :x.shape[1]]  # an even width gives one too many
+        return x + F.gelu(place).transpose(1, 2)
+
+    def encode(self, frames):
+        x = self.dropout(self.norm(frames))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def forward(self, x):
+        return self.encode(self.embed(x))
+
+
 def build_encoder(name, leads, samples, width=1.0, patch=50):
-    """ECG encoder by name: resnet18|34|50|101 or vit_tiny|small|middle|base."""
+    """ECG encoder by name: resnet18|34|50|101, vit_ or leadvit_tiny|small|middle|base, w2v_tiny|small|base."""
     kind, _, size = name.partition("_")
     if kind == "vit" and size in ViT1d.SIZES:
         return ViT1d(size, leads, samples, patch)
+    if kind == "leadvit" and size in ViT1d.SIZES:
+        return LeadViT(size, leads, samples, patch)
+    if kind == "w2v" and size in ConvTransformer.SIZES:
+        return ConvTransformer(size, leads)
     if name.startswith("resnet") and name[6:].isdigit() and int(name[6:]) in ResNet1d.BLOCKS:
         return ResNet1d(int(name[6:]), leads, width)
-    raise ModelError(f"unknown ECG encoder {name!r}: use resnet18, 34, 50, 101 or vit_tiny, small, middle, base")
+    raise ModelError(f"unknown ECG encoder {name!r}: use resnet18, 34, 50, 101, "
+                     "vit_ or leadvit_ tiny, small, middle, base, or w2v_ tiny, small, base")
+
+
+class QueryPool(nn.Module):
+    """CoCa's attention pooling (METHODS 1.4): n learned queries ask all tokens. (B, T, tokens) -> (B, n, dim), normalised."""
+
+    def __init__(self, n, dim, tokens, heads=8):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(n, dim))
+        self.attention = nn.MultiheadAttention(dim, heads, kdim=tokens, vdim=tokens, batch_first=True)
+        self.norm_query, self.norm_context, self.norm = nn.LayerNorm(dim), nn.LayerNorm(tokens), nn.LayerNorm(dim)
+
+    def forward(self, x):
+        x, q = self.norm_context(x), self.norm_query(self.query).expand(len(x), -1, -1)
+        return self.norm(self.attention(q, x, x, need_weights=False)[0])
 
 
 class AttentionPool(nn.Module):
@@ -247,14 +358,14 @@ class TextTower(nn.Module):
     """Any Hugging Face encoder as a text tower: list of B strings -> (B, dim).
 
     trainable_layers: -1 all, 0 frozen (no gradient, no dropout), n the last n layers (embeddings stay frozen).
-    pooling: mean (over words, without [CLS] and [SEP]), cls, or pooler (the model's own). Equal texts are encoded once; padding
-    goes only to the longest text of the batch."""
+    pooling: mean (over words, without [CLS] and [SEP]), cls (the first piece), or pooler (the model's own). mask=False lets the
+    padding be attended to, as D-BETA does. Equal texts are encoded once; padding goes only to the longest text of the batch."""
 
-    def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="mean", max_length=256):
+    def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="mean", max_length=256, mask=True):
         super().__init__()
         if pooling not in ("mean", "cls", "pooler"):
             raise ModelError(f"unknown text pooling {pooling!r}: use mean, cls or pooler")
-        self.lm, self.tokenizer, self.pooling = lm, tokenizer, pooling
+        self.lm, self.tokenizer, self.pooling, self.mask = lm, tokenizer, pooling, mask
         self.max_length = min(max_length, getattr(lm.config, "max_position_embeddings", max_length))
         self.dim, self.frozen = lm.config.hidden_size, trainable_layers == 0
         if trainable_layers >= 0:
@@ -270,43 +381,166 @@ class TextTower(nn.Module):
     def train(self, mode=True):
         return super().train(mode and not self.frozen)
 
-    def forward(self, texts):
-        unique = list(dict.fromkeys(texts))
-        device = next(self.lm.parameters()).device
-        tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=self.max_length,
-                                return_special_tokens_mask=True, return_tensors="pt").to(device)
-        special = tokens.pop("special_tokens_mask")
+    def tokenise(self, texts, **options):
+        """B strings -> the tokenizer's tensors (B, W), with which of them are words (not [CLS], [SEP], padding) as "words"."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length,
+                                return_special_tokens_mask=True, return_tensors="pt", **options).to(next(self.lm.parameters()).device)
+        tokens["words"] = tokens.pop("special_tokens_mask") == 0
+        return tokens
+
+    def run(self, tokens, **options):
+        """The language model's output for tokenise's tensors; options: other inputs of it."""
+        seen = {"attention_mask": tokens["attention_mask"]} if self.mask else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            out = self.lm(**tokens)
-        if self.pooling == "mean":
-            words = (1 - special)[:, :, None]  # of a two-word statement, half would be special tokens, the same in all
-            pooled = (out.last_hidden_state * words).sum(1) / words.sum(1).clamp(min=1)
+            return self.lm(input_ids=tokens["input_ids"], **seen, **options)
+
+    def encode(self, texts):
+        """U different strings -> (states (U, W, D), which are words (U, W) bool, pooled (U, D))."""
+        tokens = self.tokenise(texts)
+        out, words = self.run(tokens), tokens["words"]
+        if self.pooling == "mean":  # of a two-word statement, half would be special tokens, the same in all
+            pooled = masked_mean(out.last_hidden_state, words)
         else:
             pooled = out.pooler_output if self.pooling == "pooler" else out.last_hidden_state[:, 0]
-        row = {text: i for i, text in enumerate(unique)}
-        return pooled[torch.tensor([row[text] for text in texts], device=device)]  # (B, dim)
+        return out.last_hidden_state, words, pooled
+
+    def forward(self, texts):
+        unique, rows = distinct(texts)
+        return self.encode(unique)[2][rows]  # (B, dim)
 
 
-def load_text_model(name):
-    """(encoder, tokenizer) of a Hugging Face name or folder. Errors: ModelError where there is none."""
-    from transformers import AutoModel, AutoTokenizer
+class CausalText(NamedTuple):
+    """What CausalTower gives: U different texts of up to W pieces."""
+    ids: torch.Tensor        # (U, W)
+    mask: torch.Tensor       # (U, W) 1 where not padding
+    states: torch.Tensor     # (U, W, D), each of what stands before and at it
+    report: torch.Tensor     # (U, D) the whole text
+    sentences: torch.Tensor  # (U, S, D) mean over the pieces of a sentence
+    sentence_count: torch.Tensor  # (U,)
+
+
+class CausalTower(TextTower):
+    """MELP's text tower (METHODS 1.4): a BERT that sees only what stands before, as its caption decoder must; a [CLS] at the very
+    end (its position: max_length) sees the whole text. Errors: ModelError where the model cannot be made causal."""
+
+    def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="cls", max_length=128, mask=True):
+        super().__init__(lm, tokenizer, trainable_layers, "cls", max_length, mask)
+        self.max_length = min(self.max_length, getattr(lm.config, "max_position_embeddings", max_length + 1) - 1)
+        lm.config.is_decoder, lm.config.use_cache = True, False
+        for module in lm.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = True
+        probe = torch.tensor([[0, 1, 2], [0, 1, 3]], device=next(lm.parameters()).device)
+        was = lm.training
+        with torch.no_grad():
+            states = lm.eval()(input_ids=probe).last_hidden_state
+        lm.train(was)
+        if not torch.allclose(states[0, :2], states[1, :2], atol=1e-5):
+            raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, which MELP needs: use a BERT")
+
+    def run(self, tokens):
+        """ids, mask (U, W) -> (states (U, W, D), report (U, D))."""
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        ids = F.pad(ids, (0, 1), value=self.tokenizer.cls_token_id)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).clone()
+        positions[:, -1] = self.max_length  # wherever the padding of this batch ends
+        out = super().run({"input_ids": ids, "attention_mask": F.pad(mask, (0, 1), value=1)}, position_ids=positions).last_hidden_state
+        return out[:, :-1], out[:, -1]
+
+    def encode(self, texts):
+        """U different strings -> CausalText."""
+        tokens = self.tokenise(texts, return_offsets_mapping=True)
+        states, report = self.run(tokens)
+        sentence = sentence_of_piece(texts, tokens["offset_mapping"], tokens["words"])
+        return CausalText(tokens["input_ids"], tokens["attention_mask"], states, report, *sentence_means(states, sentence))
+
+    def forward(self, texts):
+        """B strings -> CausalText of B rows."""
+        unique, rows = distinct(texts)
+        return CausalText(*(part[rows] for part in self.encode(unique)))
+
+
+def distinct(texts):
+    """B strings -> (the U different ones, list of B rows in them)."""
+    row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return list(row), [row[text] for text in texts]
+
+
+def masked_mean(x, real):
+    """x (B, N, D), real (B, N) bool -> mean over the real ones (B, D), 0 where there is none."""
+    return (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
+def sentence_of_piece(texts, offsets, words):
+    """The number of the sentence that a word piece is in, -1 for special ones. offsets (U, W, 2): its first and last character.
+
+    A sentence ends with a full stop and a space, as join puts them: "0.5" is not split, and a text without a full stop is one."""
+    ends = [[m.end() for m in re.finditer(r"\. ", text)] for text in texts]
+    rows = [np.searchsorted(end, start, "right") for end, start in zip(ends, offsets[:, :, 0].cpu().numpy())]
+    return torch.where(words, torch.from_numpy(np.stack(rows)).to(words.device), -1)  # (U, W)
+
+
+def sentence_means(states, sentence):
+    """states (U, W, D), sentence (U, W), -1 for none -> mean of each sentence's states (U, S, D) and their number (U,)."""
+    count = sentence.amax(1) + 1
+    mine = sentence[:, None] == torch.arange(max(1, int(count.max())), device=sentence.device)[:, None]  # (U, S, W)
+    return (mine / mine.sum(2, keepdim=True).clamp(min=1)).to(states.dtype) @ states, count
+
+
+def first_rows(x, real):
+    """Move the real rows of x (B, N, D) to the front: (B, longest, D), zeros behind, and their number (B,)."""
+    count = real.sum(1)
+    order = (~real).int().argsort(1, stable=True)[:, :int(count.max())]
+    kept = x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
+    return kept * real.gather(1, order)[:, :, None], count
+
+
+def mask_words(ids, words, tokenizer, share):
+    """Hide a share of the words (Devlin et al. 2019: of these 80 % behind the mask, 10 % behind a random piece, 10 % left).
+
+    ids (B, W), words (B, W) bool -> (masked ids, labels with -100 where nothing is to be told). A T5 has no mask: its first sentinel."""
+    mask = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    chosen = (torch.rand(ids.shape, device=ids.device) < share) & words
+    kind = torch.rand(ids.shape, device=ids.device)
+    other = torch.randint(len(tokenizer), ids.shape, device=ids.device)
+    masked = torch.where(chosen & (kind < 0.8), mask, torch.where(chosen & (kind >= 0.9), other, ids))
+    return masked, ids.masked_fill(~chosen, -100)
+
+
+def load_text_model(name, head="AutoModel"):
+    """(encoder, tokenizer) of a Hugging Face name or folder, or of a run of --method cardiolm; of a T5 the encoder half.
+
+    head: the transformers class that loads it. Errors: ModelError where there is none."""
+    import transformers
+    inner = os.path.join(name, "language_model")
+    name = inner if os.path.isdir(inner) else name
     try:
-        return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        if transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
+            head = "AutoModelForTextEncoding"
+        return getattr(transformers, head).from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise ModelError(f"text model {name!r} is neither a folder with a model nor to be had from the Hugging Face hub: "
                          + str(error).splitlines()[0]) from error
 
 
-def rebuild_text_model(folder):
+def rebuild_text_model(folder, head="AutoModel"):
     """(encoder with random weights, tokenizer) as save_text_model wrote them: a run brings its own weights."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-    return AutoModel.from_config(AutoConfig.from_pretrained(folder)), AutoTokenizer.from_pretrained(folder)
+    import transformers
+    config = transformers.AutoConfig.from_pretrained(folder)
+    head = "AutoModelForTextEncoding" if config.model_type in ("t5", "mt5", "umt5") else head
+    return getattr(transformers, head).from_config(config), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def save_text_model(lm, tokenizer, folder):
     """Write the tokenizer and the architecture (not the weights) of a text model."""
     tokenizer.save_pretrained(folder)
     lm.config.save_pretrained(folder)
+
+
+def save_language_model(method, folder):
+    """Write a CardioLM as a Hugging Face folder, which any --text-model takes."""
+    method.lm.save_pretrained(folder)
+    method.tokenizer.save_pretrained(folder)
 
 
 def word_tokenizer(texts, size=3000):
@@ -329,27 +563,55 @@ def small_text_model(texts, seed=0, steps=150, batch=32, dim=128, layers=2, voca
     (METHODS 2.3, masked-language modelling, 15 % of the tokens) at small scale.
 
     texts: list of strings, equal ones count. steps: masked-language-model updates. Returns (encoder, tokenizer)."""
-    from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling
-    tokenizer = word_tokenizer(texts, vocab)
-    torch.manual_seed(seed)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=4,
-                        intermediate_size=4 * dim, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id)
-    lm = BertForMaskedLM(config).to(device).train()
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    lm, tokenizer = new_bert(texts, seed, dim, layers, vocab)
+    method = CardioLM(SimpleNamespace(text_max_length=64, word_mask=0.15), (lm.to(device), tokenizer)).train()
     optimiser = torch.optim.AdamW(lm.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=max(2, steps), pct_start=0.1)
     rng = np.random.default_rng(seed)
     for _ in (bar or iter)(range(steps)):
-        chosen = [texts[i] for i in rng.integers(0, len(texts), batch)]
-        tokens = tokenizer(chosen, truncation=True, max_length=64)["input_ids"]
-        inputs = collate([{"input_ids": t} for t in tokens]).to(device)
-        loss = lm(**inputs).loss
+        loss, _ = method.guess([texts[i] for i in rng.integers(0, len(texts), batch)])
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimiser.step()
         schedule.step()
     return lm.bert, tokenizer
+
+
+def new_bert(texts, seed=0, dim=128, layers=2, vocab=3000):
+    """A small BERT with a masked-language head, weights by seed, and a WordPiece tokenizer made from `texts`."""
+    from transformers import BertConfig, BertForMaskedLM
+    tokenizer = word_tokenizer(texts, vocab)
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=4,
+                        intermediate_size=4 * dim, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id)
+    return BertForMaskedLM(config), tokenizer
+
+
+class CardioLM(nn.Module):
+    """Cardiology language model, MELP's first stage (METHODS 2.3): a masked-language model on texts alone.
+
+    text: (masked-language model of transformers, tokenizer)."""
+    weights = {}
+
+    def __init__(self, config, text):
+        super().__init__()
+        self.config = config
+        self.lm, self.tokenizer = text
+
+    def guess(self, texts):
+        """(cross entropy of the hidden words, share of them guessed right)."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.text_max_length,
+                                return_special_tokens_mask=True, return_tensors="pt").to(self.lm.device)
+        ids, labels = mask_words(tokens["input_ids"], tokens["special_tokens_mask"] == 0, self.tokenizer, self.config.word_mask)
+        logits = self.lm(input_ids=ids, attention_mask=tokens["attention_mask"]).logits.float()
+        hidden = labels >= 0
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+        right = ((logits.argmax(2) == labels) & hidden).sum()
+        return mean_over_all(loss, hidden.sum().clamp(min=1)), (right / hidden.sum().clamp(min=1)).item()
+
+    def forward(self, batch):
+        return {"mlm": self.guess(batch.texts)[0]}
 
 
 # ---- beats -------------------------------------------------------------------------------------------------------
@@ -384,8 +646,12 @@ def info_nce(x, y, scale, sides=2):
 
     L = -1/B sum_i log( exp(s x_i.y_i) / sum_j exp(s x_i.y_j) ); sides=2: the mean with its transpose (CLIP, ETP 2.1).
     scale s = 1 / temperature, a number (fixed) or a tensor (learned). x, y: L2-normalised. MERL's form is twice the mean."""
-    logits = scale * cosine(x, y)  # (B, B)
-    target = torch.arange(len(x), device=x.device)
+    return matched(scale * cosine(x, y), sides)
+
+
+def matched(logits, sides=2):
+    """Cross entropy of logits (B, B) whose pairs stand on the diagonal, by rows, or the mean of by rows and by columns."""
+    target = torch.arange(len(logits), device=logits.device)
     loss = F.cross_entropy(logits, target)
     return loss if sides == 1 else (loss + F.cross_entropy(logits.T, target)) / 2
 
@@ -395,9 +661,25 @@ def soft_sigmoid(logits, target):
     return F.binary_cross_entropy_with_logits(logits, target)
 
 
-def l1_similarity(x, y, target):
-    """L = 1/B sum_kl | x_k.y_l - S_kl |: the other published form of false-negative mitigation (METHODS 2.5)."""
-    return (cosine(x, y) - target).abs().sum() / len(x)
+def l1_similarity(like, target):
+    """L = 1/B sum_kl | cos(x_k, y_l) - S_kl |: the other published form of false-negative mitigation (METHODS 2.5). Both (B, C)."""
+    return (like - target).abs().sum() / len(like)
+
+
+def ets_loss(x, y, aligned):
+    """ECG-text sigmoid loss of D-BETA (METHODS 2.4): mean_ij softplus(-s_ij x_i.y_j), x and y (B, D) not normalised, s_ij = 1 on the
+    diagonal where the pair is aligned (B,), -1 elsewhere."""
+    sign = 2 * torch.diag(aligned.float()) - 1
+    with torch.autocast(x.device.type, enabled=False):
+        return F.softplus(-sign * (x.float() @ y.float().T)).mean()
+
+
+def frames_of(ecg, size=16):
+    """What a masked ECG is to be rebuilt as (METHODS 2.4): each lead with mean 0 and variance 1 over the whole record, cut into
+    frames. (B, L, N) -> (B, N // size, L * size), lead by lead."""
+    ecg = ecg[:, :, :ecg.shape[2] // size * size]
+    ecg = (ecg - ecg.mean(2, keepdim=True)) / torch.sqrt(ecg.var(2, keepdim=True) + 1e-6)
+    return ecg.unflatten(2, (-1, size)).transpose(1, 2).flatten(2)
 
 
 # ---- methods -----------------------------------------------------------------------------------------------------
@@ -406,16 +688,19 @@ class Method(nn.Module):
     """Two towers. `config` (train.py's Config) says which; `text` is a (language model, tokenizer) pair.
 
     A method gives encode_ecg, encode_text and loss; train.py calls it as a module, so that DDP sees every gradient."""
+    tower = TextTower
+
+    weights = {}        # of the loss terms, where not 1
+    contrast_sides = 1  # loss term "contrast" is this many times ln(batch size) when nothing is learned
+    scales = ("rhythm",)  # at which its views can be compared: rhythm, beat, token; zero-shot uses all unless told
+    beat_options = {}   # of token_beat_rhythm, for the beat scale of zero-shot
 
     def __init__(self, config, text):
         super().__init__()
         self.config = config
         self.samples = round(config.rate * config.seconds)
         self.ecg = build_encoder(config.encoder, 12, self.samples, config.width, config.patch)
-        self.text = TextTower(*text, config.text_trainable_layers, config.text_pooling, config.text_max_length)
-
-    weights = {}        # of the loss terms, where not 1
-    contrast_sides = 1  # loss term "contrast" is this many times ln(batch size) when nothing is learned
+        self.text = self.tower(*text, config.text_trainable_layers, config.text_pooling, config.text_max_length, config.text_mask)
 
     def forward(self, batch):
         return self.loss(batch)
@@ -426,6 +711,17 @@ class Method(nn.Module):
     def learned_scale(self):
         """exp of the learned log-scale, clamped at 100 as CLIP does."""
         return self.log_scale.exp().clamp(max=100)
+
+    def similarity(self, ecg, text, scales=None):
+        """How well each text suits each ECG: the mean over `scales` (default: the method's). EcgViews, TextViews -> (B, C)."""
+        scales = scales or self.scales
+        if missing := [scale for scale in scales if scale not in self.scales]:
+            raise ModelError(f"this {self.config.method} run has no {' or '.join(missing)} scale, only {', '.join(self.scales)}")
+        views = {"rhythm": dict(rhythm=ecg.rhythm, report=text.report),
+                 "token": dict(tokens=ecg.tokens, words=text.words, word_count=text.word_count),
+                 "beat": dict(beats=ecg.beats, sentences=text.sentences, beat_count=ecg.beat_count, sentence_count=text.sentence_count,
+                              **self.beat_options)}
+        return token_beat_rhythm(**{k: v for scale in scales for k, v in views[scale].items()}, weights=[1 / len(scales)] * 3)
 
 
 class ETP(Method):
@@ -492,39 +788,327 @@ class MERL(Method):
                 "uma": 2 * info_nce(gather(views[0]), gather(views[1]), scale)}
 
 
+class CaptionDecoder(nn.Module):
+    """CoCa's multimodal decoder (METHODS 1.4): causal blocks, each followed by one that asks the ECG."""
+
+    def __init__(self, dim, vocabulary, depth, heads=8):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim) for _ in range(depth))
+        self.cross = nn.ModuleList(Block(dim, heads, 4 * dim, cross=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.vocabulary = nn.Parameter(torch.randn(dim, vocabulary) * dim ** -0.5)
+
+    def forward(self, x, ecg):
+        """States of the causal text tower x (B, W, D), ecg (B, M, D) -> logits of the next piece (B, W, vocabulary)."""
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        for block, cross in zip(self.blocks, self.cross):
+            x = cross(block(x, mask=later), ecg)
+        return self.norm(x) @ self.vocabulary
+
+
+class MELP(Method):
+    """MELP (Wang et al. 2025; METHODS 1.4, 2.3): contrast of whole records (rhythm), GLoRIA's attention of sentences over beats
+    (beat), and the report written from the ECG (token, as in CoCa).
+
+    beats: learned queries, as published, or the mean over real R-R intervals (--beats rpeak)."""
+    tower = CausalTower
+    scales = ("rhythm", "beat")
+    beat_options = dict(beat_temperatures=(4.0, 5.0, 0.2), beat_mean=True)  # a soft maximum of cosines
+
+    def __init__(self, config, text):
+        super().__init__(config, text)
+        if config.beats not in ("query", "rpeak"):
+            raise ModelError(f"unknown --beats {config.beats!r}: use query (learned) or rpeak (real R-R intervals)")
+        dim, width = config.dim, self.text.dim
+        self.beat_pool = QueryPool(config.beat_queries, dim, self.ecg.dim) if config.beats == "query" else \
+            nn.Sequential(nn.Linear(self.ecg.dim, dim), nn.LayerNorm(dim))
+        self.project_beats = nn.Parameter(torch.randn(dim, dim) * dim ** -0.5)
+        self.caption_pool = QueryPool(config.caption_queries, width, self.ecg.dim)
+        self.decoder = CaptionDecoder(width, self.text.lm.config.vocab_size, config.decoder_layers)
+        self.project_text = nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.project_sentences = nn.Linear(width, dim)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.weights = {"caption": config.caption_weight, "beat": config.beat_weight}
+
+    def pool(self, tokens, ecg, peaks=None):
+        """Encoder tokens of raw ecg -> beat vectors before their projection (B, K, dim), number of beats (B,) or None: all."""
+        if self.config.beats == "query":
+            return self.beat_pool(tokens), None
+        peaks = segment_beats(ecg, self.config.rate)[0] if peaks is None else peaks
+        beats, count = pool_beats(tokens, peaks, ecg.shape[2])
+        whole = torch.where(count[:, None] > 0, beats[:, 0], tokens.mean(1))  # a record without a beat is one beat
+        return self.beat_pool(torch.cat([whole[:, None], beats[:, 1:]], 1)), count.clamp(min=1)
+
+    def views(self, tokens, ecg, peaks=None):
+        beats, count = self.pool(tokens, ecg, peaks)
+        beats = beats @ self.project_beats
+        real = torch.ones(beats.shape[:2], dtype=torch.bool, device=beats.device) if count is None else \
+            torch.arange(beats.shape[1], device=beats.device) < count[:, None]
+        return EcgViews(tokens, beats, F.normalize(masked_mean(beats, real), dim=1), real.sum(1))
+
+    def encode_ecg(self, ecg):
+        return self.views(self.encode_tokens(ecg), ecg)
+
+    def text_views(self, text):
+        return TextViews(None, self.project_sentences(text.sentences), F.normalize(self.project_text(text.report), dim=1),
+                         None, text.sentence_count)
+
+    def encode_text(self, texts):
+        return self.text_views(self.text(texts))
+
+    def loss(self, batch):
+        tokens, text = self.encode_tokens(batch.ecg), self.text(batch.texts)
+        e = gather_views(self.views(tokens, batch.ecg, batch.peaks)._replace(tokens=None))
+        t = gather_views(self.text_views(text))
+        beat = token_beat_rhythm(beats=e.beats, sentences=t.sentences, beat_count=e.beat_count, sentence_count=t.sentence_count,
+                                 beat_mean=self.config.beat_mean)
+        return {"contrast": info_nce(e.rhythm, t.report, self.learned_scale()), "beat": matched(beat),
+                "caption": self.caption_loss(text, self.caption_pool(tokens))}
+
+    def caption_loss(self, text, ecg):
+        """Cross entropy of each next piece of the reports (CausalText of B), given the ECG's caption tokens (B, M, D)."""
+        logits = self.decoder(text.states[:, :-1], ecg)
+        labels = text.ids[:, 1:].masked_fill(text.mask[:, 1:] == 0, -100)
+        total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+        return mean_over_all(total, (labels >= 0).sum())
+
+    @torch.no_grad()
+    def generate(self, ecg, beams=1, longest=64):
+        """Write the reports of ecg (B, 12, N) mV -> B strings: greedy, or the best of a search with several beams."""
+        writer = caption_writer(self).to(ecg.device).eval()
+        start = torch.full((len(ecg), 1), self.text.tokenizer.cls_token_id, device=ecg.device)
+        ids = writer.generate(start, attention_mask=torch.ones_like(start), ecg=self.caption_pool(self.encode_tokens(ecg)),
+                              num_beams=beams, do_sample=False, max_length=min(longest, self.text.max_length), use_cache=False)
+        return self.text.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def caption_writer(melp):
+    """A MELP as a causal language model of transformers, whose generate() has greedy and beam search."""
+    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutput
+
+    class CaptionWriter(PreTrainedModel, GenerationMixin):
+        config_class = PretrainedConfig
+
+        def __init__(self, tokenizer):
+            super().__init__(PretrainedConfig(vocab_size=len(tokenizer), is_decoder=True))
+            self.place = nn.Buffer(torch.zeros(()))  # says on which device it is
+            self.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.sep_token_id)
+
+        def prepare_inputs_for_generation(self, input_ids, ecg, **_):
+            return {"input_ids": input_ids, "ecg": ecg}
+
+        def forward(self, input_ids, ecg, **_):  # ecg (B, M, D): generate repeats it for every beam
+            states, _ = melp.text.run({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
+            return CausalLMOutput(logits=melp.decoder(states, ecg).float())
+
+    return CaptionWriter(melp.text.tokenizer)
+
+
+class CMELT(Method):
+    """C-MELT, released as D-BETA (Pham et al. 2025; METHODS 1.3, 2.4): masked language (mlm) and masked ECG modelling (mem) with fused
+    towers, ECG-text matching (etm), sigmoid loss on the towers' own vectors (ets), and replaced texts as certain negatives (N3S).
+
+    Frames are dropped before the encoder, so it takes a w2v encoder. negatives: far, the paper's; lost, as the public collator has
+    it: the pair is called wrong, but its own text reaches the model; none."""
+
+    def __init__(self, config, text):
+        super().__init__(config, text)
+        if not isinstance(self.ecg, ConvTransformer):
+            raise ModelError(f"cmelt drops frames before its transformer: use --encoder w2v_tiny, small or base, not {config.encoder}")
+        if config.negatives not in ("far", "lost", "none"):
+            raise ModelError(f"unknown --negatives {config.negatives!r}: use far, lost or none")
+        d, heads = config.dim, max(1, config.dim // 64)
+        self.cls = nn.Parameter(0.02 * torch.randn(self.ecg.dim))
+        self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
+        self.pool_ecg, self.pool_text, self.pool_fused_ecg, self.pool_fused_text = (FirstPool(d) for _ in range(4))
+        self.modality = nn.Embedding(2, d)  # 0 text, 1 ECG
+        layer = lambda: nn.TransformerDecoderLayer(d, heads, 4 * d, 0.1, "gelu", batch_first=True)
+        self.fuse_ecg, self.fuse_text = (nn.ModuleList(layer() for _ in range(config.fusion_layers)) for _ in range(2))
+        self.tell_word = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d), nn.Linear(d, self.text.lm.config.vocab_size))
+        self.rebuild = FrameDecoder(d, self.samples // 16, max(1, d // 128))
+        self.match = nn.Linear(2 * d, 2)
+
+    def fuse(self, text, text_mask, ecg):
+        """Both streams through the fusion layers: text (B, W, d), ecg (B, 1 + T, d) -> both, and the ECG's state half-way."""
+        text, ecg, padding = text + self.modality.weight[0], ecg + self.modality.weight[1], text_mask == 0
+        for i, (of_text, of_ecg) in enumerate(zip(self.fuse_text, self.fuse_ecg)):
+            text, ecg = (of_text(text, ecg, tgt_key_padding_mask=padding), of_ecg(ecg, text, memory_key_padding_mask=padding))
+            if i + 1 == max(1, len(self.fuse_ecg) // 2):
+                half = ecg
+        return text, ecg, half
+
+    def ecg_states(self, frames):
+        """Frames (B, T, D) -> projected states with the class token first (B, 1 + T, d)."""
+        return self.project_ecg(self.ecg.encode(torch.cat([self.cls.expand(len(frames), 1, -1), frames], 1)))
+
+    def encode_ecg(self, ecg):
+        states = self.ecg_states(self.ecg.embed(normalise(ecg, self.config.normalise)))
+        return EcgViews(states[:, 1:], None, F.normalize(self.pool_ecg(states), dim=1))
+
+    def encode_text(self, texts):
+        unique, rows = distinct(texts)
+        states = self.project_text(self.text.encode(unique)[0])
+        return TextViews(None, None, F.normalize(self.pool_text(states), dim=1)[rows])
+
+    def loss(self, batch):
+        ecg = normalise(batch.ecg, self.config.normalise)
+        seen = ecg * (torch.rand(ecg.shape[:2], device=ecg.device) >= self.config.lead_mask)[:, :, None]
+        frames = self.ecg.embed(seen)                                                     # (B, T, D)
+        keep = max(1, int(frames.shape[1] * (1 - self.config.frame_drop)))
+        order = torch.rand(frames.shape[:2], device=frames.device).argsort(1)
+        kept = order[:, :keep]                                                            # (B, keep)
+        states = self.ecg_states(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
+
+        texts, aligned = self.with_negatives(batch)
+        tokens = self.text.tokenise(texts)
+        ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.text.tokenizer, self.config.word_mask)
+        words = self.project_text(self.text.run({**tokens, "input_ids": ids}).last_hidden_state)
+        fused_text, fused_ecg, half = self.fuse(words, tokens["attention_mask"], states)
+
+        mlm = F.cross_entropy(self.tell_word(fused_text).float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+        wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
+        hidden = torch.ones(order.shape, device=order.device).scatter(1, kept, 0)         # 1: dropped
+        mem = ((self.rebuild(half, order.argsort(1)) - wanted).square().mean(2) * hidden).sum()
+        etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
+        return {"mlm": mean_over_all(mlm, (labels >= 0).sum().clamp(min=1)), "mem": mean_over_all(mem, hidden.sum()),
+                "etm": mean_over_all(F.cross_entropy(etm.float(), aligned.long(), reduction="sum"), len(etm)),
+                "ets": ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), gather(aligned))}
+
+    def with_negatives(self, batch):
+        """The batch's texts, about half of them replaced by far ones, and which are still their record's (B,) bool."""
+        texts, aligned = batch.texts, torch.ones(len(batch.ids), dtype=torch.bool)
+        if self.config.negatives != "none":
+            number = min(len(texts), round(0.5 * len(texts) + torch.rand(()).item()))
+            rows = torch.randperm(len(texts))[:number]
+            aligned[rows] = False
+            if self.config.negatives == "far":
+                for row, text in zip(rows.tolist(), self.far.draw([join(batch.tags[row]) for row in rows])):
+                    texts[row] = text
+        return texts, aligned.to(batch.ecg.device)
+
+
+class FirstPool(nn.Sequential):
+    """Linear and tanh of the first state: (B, T, d) -> (B, d). Small at the start: D-BETA's logits are products of such vectors."""
+
+    def __init__(self, d):
+        super().__init__(nn.Linear(d, d), nn.Tanh())
+
+    def forward(self, x):
+        return super().forward(x[:, 0])
+
+
+class FrameDecoder(nn.Module):
+    """Masked-autoencoder decoder of D-BETA (METHODS 1.3): kept states, mask tokens for the others, fixed positions, four blocks."""
+
+    def __init__(self, d, frames, heads, leads=12):
+        super().__init__()
+        dim = d // 2
+        self.embed, self.mask = nn.Linear(d, dim), nn.Parameter(0.02 * torch.randn(dim))
+        angle = torch.arange(frames + 1)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10000) / dim))
+        self.register_buffer("positions", torch.stack([angle.sin(), angle.cos()], 2).flatten(1), persistent=False)  # (1 + T, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim, activation=QuickGELU) for _ in range(4))
+        self.norm, self.predict = nn.LayerNorm(dim), nn.Linear(dim, 16 * leads)
+
+    def forward(self, states, place):
+        """states (B, 1 + kept, d), class token first; place (B, T): where frame t stands among the kept, then the dropped ones.
+        Returns (B, T, leads * 16)."""
+        x = self.embed(states)
+        dropped = self.mask.to(x.dtype).expand(len(x), place.shape[1] + 1 - x.shape[1], -1)
+        frames = torch.cat([x[:, 1:], dropped], 1).gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], frames], 1) + self.positions[:place.shape[1] + 1]
+        for block in self.blocks:
+            x = block(x)
+        return self.predict(self.norm(x))[:, 1:]
+
+
+class FarTexts:
+    """N3S (METHODS 2.4): for a report, one of the 64 reports that are least like it. One matrix product in place of an index.
+
+    texts: U different reports; vectors (U, d): what they are compared by."""
+
+    def __init__(self, texts, vectors, nearest=64):
+        self.texts, self.row = texts, {text: i for i, text in enumerate(texts)}
+        self.vectors, self.nearest = F.normalize(vectors.float(), dim=1).to(vectors.dtype), min(nearest, len(texts))
+
+    def draw(self, texts):
+        """n reports, all among the U -> n far ones."""
+        if not texts:
+            return []
+        like = self.vectors[[self.row[text] for text in texts]] @ self.vectors.T  # (n, U)
+        far = like.topk(self.nearest, largest=False).indices.cpu()
+        return [self.texts[i] for i in far[torch.arange(len(texts)), torch.randint(self.nearest, (len(texts),))]]
+
+
 class FGCLEP(Method):
-    """FG-CLEP v1 (METHODS 1.5, 2.5): sigmoid loss with a semantic-similarity matrix as soft targets; trained coarse on the
-    reports, then fine on reports enriched by recovered waveform features that the coarse model finds plausible."""
+    """FG-CLEP (METHODS 1.5, 2.5): sigmoid loss with a semantic-similarity matrix as soft targets; trained coarse on the
+    reports, then fine on reports enriched by recovered waveform features that the coarse model finds plausible.
+
+    align: rhythm, the whole record (v1); tag, besides, every tag with its own view of the ECG by cross-attention over the encoder's
+    tokens (v2; lead-time patches with --encoder leadvit_*); word, besides, each word with its best token (FILIP)."""
     stages = ("coarse", "fine")
+    ALIGN = {"rhythm": ("rhythm",), "tag": ("rhythm", "beat"), "word": ("rhythm", "token")}
 
     def __init__(self, config, text):
         if config.text_unit == "tags" and (config.similarity != "tags" or config.fn_mode == "none"):
             raise ModelError("--similarity half or cos and --fn-mode none pair each record with one text: add --text-unit report")
+        if config.align not in self.ALIGN:
+            raise ModelError(f"unknown --align {config.align!r}: use rhythm, tag or word")
         super().__init__(config, text)
+        self.scales = self.ALIGN[config.align]
         self.project_ecg = nn.Linear(self.ecg.dim * (1 + config.max_pool), config.dim)
         self.project_text = nn.Linear(self.text.dim, config.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
+        if config.align != "rhythm":
+            self.project_tokens = nn.Linear(self.ecg.dim, config.dim)
+        if config.align == "tag":
+            self.log_attention = nn.Parameter(torch.tensor(math.log(10.0)))
 
-    encode_ecg, encode_text = ETP.encode_ecg, ETP.encode_text
+    @property
+    def beat_options(self):
+        """One softmax, over the patches; then the cosine of a single sentence, the tag."""
+        return dict(over_sentences=False, beat_temperatures=(self.log_attention.exp().clamp(max=100), 1.0, 1.0))
+
+    def encode_ecg(self, ecg):
+        views = ETP.encode_ecg(self, ecg)
+        if self.config.align == "rhythm":
+            return views
+        tokens = F.normalize(self.project_tokens(views.tokens), dim=2)
+        return EcgViews(tokens, tokens, views.rhythm)
+
+    def encode_text(self, texts):
+        if self.config.align != "word":
+            report = ETP.encode_text(self, texts).report
+            return TextViews(None, report[:, None], report)
+        unique, rows = distinct(texts)
+        states, real, pooled = self.text.encode(unique)
+        words, count = first_rows(F.normalize(self.project_text(states), dim=2), real)
+        return TextViews(words[rows], None, F.normalize(self.project_text(pooled), dim=1)[rows], count[rows])
 
     def loss(self, batch):
-        e = gather(self.encode_ecg(batch.ecg).rhythm)  # (B, dim)
+        ecg = gather_views(self.encode_ecg(batch.ecg))
         tags, chosen = gather_texts(batch.tags), gather_texts(batch.chosen)
         if self.config.text_unit == "tags":  # every distinct tag of the batch, against every record
             chosen = [[tag] for tag in dict.fromkeys(tag for row in tags for tag in row)]
-            t = self.encode_text([join(row) for row in chosen]).report  # the same in all processes
+            text = self.encode_text([join(row) for row in chosen])  # the same in all processes
         else:
-            t = gather(self.encode_text(batch.texts).report)
-        target = self.similarity(t, chosen, tags)  # (B, C)
-        if self.config.fn_mode == "l1":
-            return {"l1": l1_similarity(e, t, target)}
-        logits = self.learned_scale() * cosine(e, t)
-        if self.config.prior:  # how frequent a text is, the cosine need not say: only which records it is true of
-            logits = logits + torch.logit(target.mean(0), eps=0.5 / len(e))
-        return {"sigmoid": soft_sigmoid(logits, target)}
+            text = gather_views(self.encode_text(batch.texts))
+        target = self.targets(text.report, chosen, tags)  # (B, C)
+        terms = {}
+        for scale in self.scales:
+            like = self.similarity(ecg, text, [scale])
+            name = "" if scale == "rhythm" else "_" + self.config.align
+            if self.config.fn_mode == "l1":
+                terms["l1" + name] = l1_similarity(like, target)
+                continue
+            logits = self.learned_scale() * like
+            if self.config.prior:  # how frequent a text is, the cosine need not say: only which records it is true of
+                logits = logits + torch.logit(target.mean(0), eps=0.5 / len(like))
+            terms["sigmoid" + name] = soft_sigmoid(logits, target)
+        return terms
 
     @torch.no_grad()
-    def similarity(self, t, chosen, tags):
+    def targets(self, t, chosen, tags):
         """Soft targets S (B, C): how far text l (column) is true of record k (row). config.similarity:
 
         tags: share of the text that the record's own report contains (tag_containment);
@@ -570,18 +1154,27 @@ def indicator(rows, columns):
 # written there as recalled or missing is marked in the README.
 
 METHODS = {
-    "etp": (ETP, dict(text_trainable_layers=0, batch_size=64), dict(
-        width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", text_max_length=256,
+    "etp": (ETP, dict(text_trainable_layers=0, text_unit="tag", batch_size=64), dict(
+        width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", text_max_length=256, text_unit="report",
         batch_size=128, epochs=50, lr=2e-3, weight_decay=1e-5, lead_drop=0.0, shift=0.0)),
-    "merl": (MERL, dict(batch_size=64, lr=1e-3), dict(
+    "merl": (MERL, dict(text_unit="subset", batch_size=64, lr=1e-3), dict(
         rate=500, normalise="record", width=1.0, patch=50, dim=256, text_model="ncbi/MedCPT-Query-Encoder",
-        text_trainable_layers=0, text_pooling="pooler", text_max_length=256, batch_size=1024, epochs=20, lr=1e-3,
+        text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", batch_size=1024, epochs=20, lr=1e-3,
         weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
+    "cmelt": (CMELT, dict(encoder="w2v_tiny", batch_size=64, lead_drop=0.0, epochs=60), dict(
+        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", text_max_length=256,
+        batch_size=128, epochs=49, lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
+    "melp": (MELP, dict(text_unit="subset", batch_size=64), dict(
+        rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6, text_model="fuyingw/heart_bert",
+        text_trainable_layers=6, text_unit="report", batch_size=256, epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5,
+        shift=0.0)),
     "fgclep": (FGCLEP, dict(text_unit="tags", max_pool=True, epochs=14, fine_epochs=4), dict(
         normalise="lead", encoder="resnet50", width=1.0, dim=512, text_model="emilyalsentzer/Bio_ClinicalBERT",
         text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half", prior=False, max_pool=False,
         keep_share=1e9, keep_threshold=0.95, batch_size=800, epochs=10, fine_epochs=3, lr=2e-5, weight_decay=1e-4,
         lead_drop=0.0, shift=0.0)),
+    "cardiolm": (CardioLM, dict(word_mask=0.15, batch_size=32, lr=1e-3, weight_decay=0.01, epochs=8), dict(
+        text_model="ncbi/MedCPT-Query-Encoder", text_max_length=512, epochs=1, lr=5e-5, warmup=0.06)),
 }
 
 

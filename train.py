@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,9 @@ import model as models
 @dataclass
 class Config:
     """The small default, made for two CPU cores. A method's own defaults and --preset paper stand in model.METHODS."""
-    method: str = "fgclep"            # etp | merl | fgclep
+    method: str = "fgclep"            # etp | merl | cmelt | melp | fgclep, or cardiolm (a language model for --text-model)
     preset: str = "small"             # small: the defaults here; paper: the method's published recipe
-    data: str = "simulated"           # simulated[:N] | ptbxl:PATH | mimic:PATH | csv:FILE | store:PATH
+    data: str = "simulated"           # simulated[:N] | ptbxl:PATH | mimic:PATH | csv:FILE | store:PATH; cardiolm: also text files, with commas
     name: str = ""                    # name of the run folder; default: method, data and time
     seed: int = 0                     # everything random follows from it
     # signal
@@ -47,22 +48,37 @@ class Config:
     lead_drop: float = 0.2            # chance that a lead is zeroed in a training step
     shift: float = 1.0                # seconds; a training record is moved in time by at most this much
     # ECG encoder
-    encoder: str = "resnet18"         # resnet18|34|50|101 | vit_tiny|small|middle|base
+    encoder: str = "resnet18"         # resnet18|34|50|101 | vit_tiny|small|middle|base | leadvit_(the same) | w2v_tiny|small|base
     width: float = 0.25               # channels of a ResNet, as a factor
-    patch: int = 10                   # samples of a ViT patch
+    patch: int = 10                   # samples of a patch of vit or leadvit
     dim: int = 128                    # dimension of the shared space
     max_pool: bool = False            # etp, fgclep: the maximum over time beside the mean
     # text tower
-    text_model: str = ""              # Hugging Face name or folder; default: a small BERT made from the training reports
+    text_model: str = ""              # Hugging Face name, folder or cardiolm run; default: a small BERT made from the training reports
     text_trainable_layers: int = -1   # -1 all, 0 frozen, n the last n layers
     text_pooling: str = "mean"        # mean | cls | pooler
     text_max_length: int = 128        # tokens
+    text_mask: bool = True            # False: padding is attended to (D-BETA's published code)
     mlm_steps: int = 150              # masked-language-model updates of the small BERT
     text_unit: str = "report"         # what is said of a record in a step: report | subset | tag | fgclep: tags (every one)
     report_language: str = "english"  # english | original
     # loss
     temperature: float = 0.07         # etp, merl: fixed softmax temperature
     uma_dropout: float = 0.1          # merl: dropout of the two ECG views
+    beats: str = "query"              # melp: query (learned, published) | rpeak (mean over each R-R interval)
+    beat_queries: int = 12            # melp: learned beats
+    beat_mean: bool = True            # melp: False rewards long reports (published code)
+    beat_weight: float = 0.2          # melp: of the beat loss
+    caption_queries: int = 32         # melp: ECG tokens that the caption decoder sees
+    caption_weight: float = 2.0       # melp: of the caption loss
+    decoder_layers: int = 2           # melp: of the caption decoder
+    fusion_layers: int = 2            # cmelt: of each stream
+    frame_drop: float = 0.75          # cmelt: share of frames hidden from the encoder
+    lead_mask: float = 0.5            # cmelt: chance that the encoder does not see a lead
+    word_mask: float = 0.25           # cmelt, cardiolm: share of hidden words
+    mem_target: str = "record"        # cmelt: record: hidden leads are rebuilt too | input: they are to be zero (published code)
+    negatives: str = "far"            # cmelt: N3S far (paper) | lost (published code) | none
+    align: str = "rhythm"             # fgclep: rhythm (v1) | tag (v2: tags over patches) | word (words over tokens)
     fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
     similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.similarity
     prior: bool = True                # fgclep: logits start from each text's frequency in the batch: model.FGCLEP.loss
@@ -129,6 +145,18 @@ class Records(torch.utils.data.Dataset):
                             torch.from_numpy(peaks))
 
 
+class Texts(torch.utils.data.Dataset):
+    """Like Records, of texts alone."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __getitem__(self, key):
+        _, _, rows = key
+        tags = [[self.texts[row]] for row in rows]
+        return models.Batch(torch.zeros(len(rows), 0), tags, tags, [f"text {row}" for row in rows], torch.zeros(len(rows), 0))
+
+
 def padded(lists):
     """Lists of positions -> (R, K) int32, -1 behind the last of each, K one at least."""
     out = np.full((len(lists), max(1, *map(len, lists))), -1, np.int32)
@@ -181,13 +209,29 @@ def make_text(config, run, texts, device, main):
 
     Process 0 makes it and keeps tokenizer and architecture in run/tokenizer; the others, and a resumed run, build it from
     there: their weights come from process 0 (DDP) or from the checkpoint."""
-    folder, made = run / "tokenizer", None
+    folder, made, head = run / "tokenizer", None, "AutoModelForMaskedLM" if config.method == "cardiolm" else "AutoModel"
     if main and not (run / "checkpoint.pt").exists():
-        made = models.load_text_model(config.text_model) if config.text_model else models.small_text_model(
-            texts, config.seed, config.mlm_steps, device=device, bar=lambda steps: tqdm(steps, desc="language model"))
+        if config.text_model:
+            made = models.load_text_model(config.text_model, head)
+        elif config.method == "cardiolm":
+            made = models.new_bert(texts, config.seed)
+        else:
+            made = models.small_text_model(texts, config.seed, config.mlm_steps, device=device,
+                                           bar=lambda steps: tqdm(steps, desc="language model"))
         models.save_text_model(*made, folder)
     agree(None)  # the others wait here
-    return made or models.rebuild_text_model(folder)
+    return made or models.rebuild_text_model(folder, head)
+
+
+def far_texts(method, texts, run, main):
+    """C-MELT's source of certain negatives: the different reports, compared by the mean word of the untrained text tower. Kept in
+    run/negatives.pt, since a resumed run has another tower."""
+    unique, path = sorted(set(texts)), run / "negatives.pt"
+    if main and not path.exists():
+        vectors = evaluation.embed_texts(method.text, unique).half()
+        write_atomic(path, lambda path: torch.save(vectors, path))
+    agree(None)  # the others wait here
+    return models.FarTexts(unique, torch.load(path, map_location=next(method.parameters()).device, weights_only=True))
 
 
 def make_optimiser(method, config):
@@ -409,14 +453,23 @@ class Log:
 
 def train(config, run, device, main):
     """Train to the end, or continue a run folder to its end. Returns the source of its data, None if stopped by a signal."""
-    store = data.open_data(config.data, config.rate)
-    tags = data.report_tags(store, config.report_language)
-    rows = [row for row in np.flatnonzero(store.records["split"] == "train") if tags[row]]
+    if language := config.method == "cardiolm":
+        texts = data.corpus(config.data, config.report_language)
+        rows = [row for row, text in enumerate(texts) if not held_out(text)]
+        source, records = "texts", Texts(texts)
+    else:
+        store = data.open_data(config.data, config.rate)
+        tags = data.report_tags(store, config.report_language)
+        rows = [row for row in np.flatnonzero(store.records["split"] == "train") if tags[row]]
+        source, records = store.records["source"].iloc[0], Records(store, tags, config)
+        texts = [models.join(tag) for tag in tags]
     if config.batch_size % models.world() or len(rows) < config.batch_size:
         raise data.DataError(f"batch size {config.batch_size} must divide by {models.world()} processes and not exceed the "
                              f"{len(rows)} training records with a report")
-    text = make_text(config, run, [models.join(tags[row]) for row in rows], device, main)
+    text = make_text(config, run, [texts[row] for row in rows], device, main)
     method = models.build_method(config, text).to(device)
+    if config.method == "cmelt" and config.negatives == "far":
+        method.far = far_texts(method, [texts[row] for row in rows], run, main)
     torch.manual_seed(config.seed)
     optimiser = make_optimiser(method, config)
     update = load_checkpoint(run, method, optimiser, device) if (run / "checkpoint.pt").exists() else 0
@@ -434,19 +487,32 @@ def train(config, run, device, main):
         if update >= end:
             continue
         if name == "fine":
-            tags = enrich(method, store, rows, tags, config, run, device, main)
+            records = Records(store, enrich(method, store, rows, tags, config, run, device, main), config)
         keys = [key for epoch in range(epochs) for key in batch_keys(rows, config, number, epoch)]
         batches = torch.utils.data.DataLoader(
-            Records(store, tags, config), sampler=keys[(update - start) * config.accumulate:], batch_size=None,
+            records, sampler=keys[(update - start) * config.accumulate:], batch_size=None,
             num_workers=config.workers, collate_fn=as_it_is, pin_memory=device.type == "cuda",
             generator=torch.Generator())  # its own: a loader must not move the random state that a resumed run continues
         update = train_stage(name, parallel, optimiser, batches, Updates(start, update, end), config, run, device, log, stop)
         if update < end:
             return None
     if main:
-        write_atomic(run / "model.safetensors", lambda path: save_file(method.state_dict(), path))
+        write_atomic(run / "model.safetensors", lambda path: save_file(contiguous(method.state_dict()), path))
         log.plot()
-    return store.records["source"].iloc[0]
+        if language:
+            models.save_language_model(method, run / "language_model")
+            evaluation.report_language(method, [text for text in texts if held_out(text)], run)
+    return source
+
+
+def held_out(text):
+    """One text in twenty, by its own hash, is kept from the language model's training."""
+    return zlib.crc32(text.encode()) % 20 == 0
+
+
+def contiguous(state):
+    """A state dictionary that safetensors takes: tied tensors are written twice."""
+    return {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
 
 def as_it_is(batch):
@@ -491,9 +557,10 @@ def train_stage(name, parallel, optimiser, batches, updates, config, run, device
                 lr=rate, grad_norm=norm)
         bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
         bar.update()
-        watch = watch or Watch(batch, method, config)
-        watch.note(terms)
-        if update % 50 == 0:
+        if config.method != "cardiolm":
+            watch = watch or Watch(batch, method, config)
+            watch.note(terms)
+        if watch and update % 50 == 0:
             warning = watch.look()
             if warning:
                 log.add(update=update, warning=warning)
@@ -520,7 +587,8 @@ def check_finite(loss, batch, update):
 def absolute(spec):
     """A data spec whose path does not depend on where the program is started."""
     kind, colon, path = spec.partition(":")
-    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if colon and kind != "simulated" else spec
+    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if colon and kind != "simulated" else spec if kind == "simulated" else \
+        os.path.abspath(os.path.expanduser(spec))
 
 
 def main(argv=None):
@@ -531,14 +599,14 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if run is None and config.name and (Path("runs") / config.name / "config.json").exists():
         raise data.DataError(f"runs/{config.name} exists: continue it with --resume runs/{config.name}, or choose another --name")
-    config.data = absolute(config.data)
+    config.data = ",".join(map(absolute, config.data.split(",")))
     name = config.name or f"{config.method}-{config.data.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = agree(run or Path("runs") / name)
     if first and not (run / "config.json").exists():
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     source = train(config, run, device, first)
-    if source and first:
+    if source and source != "texts" and first:
         evaluation.report(run, ["ptbxl" if source == "ptbxl" else "simulated"], device=device)
 
 
