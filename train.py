@@ -412,17 +412,16 @@ class Log:
         figure.savefig(self.path.with_name("curves.png"), dpi=120)
 
 
-def training_facts(method, records, lines, config, device):
-    """What training took -> dict for training.json. lines: those of log.jsonl, so that each update counts once, however often
+def training_facts(method, records, seconds, config, device):
+    """What training took -> dict for training.json. seconds: of each update in log.jsonl, where it stands once, however often
     the run was stopped; device, processes, threads and memory (process 0's) are those of the session that ended it.
 
     records_per_second is that of the median update: a busy machine makes some slow."""
-    seconds = [line["seconds"] for line in lines if "seconds" in line]  # warnings have none, nor have runs of older versions
     cuda = device.type == "cuda"
     return {"parameters": sum(p.numel() for p in method.parameters()),
             "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
             "records": records, "seconds": sum(seconds),
-            "records_per_second": config.batch_size * config.accumulate / statistics.median(seconds) if seconds else None,
+            "records_per_second": config.batch_size * config.accumulate / statistics.median(seconds),
             "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None,
             "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
             "processes": models.world(), "threads": torch.get_num_threads()}
@@ -465,8 +464,9 @@ def train(config, run, device, main):
         if update < end:
             return None
     if main:
-        if not (run / "training.json").exists():  # a finished run that is resumed trains nothing
-            facts = training_facts(method, len(rows), log.read(), config, device)
+        lines = [line for line in log.read() if "seconds" in line]  # warnings have none, nor has a run of an older version
+        if lines and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
+            facts = training_facts(method, len(rows), [line["seconds"] for line in lines], config, device)
             write_atomic(run / "training.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
         write_atomic(run / "model.safetensors", lambda path: save_file(method.state_dict(), path))
         log.plot()
