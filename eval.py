@@ -1,7 +1,8 @@
 """Zero-shot evaluation: python eval.py --zeroshot ptbxl   (newest run; or --run runs/NAME, or --ckpt FILE)
 
-Prints a table per label set, writes results.json and zeroshot_SET.png into the run. Nothing here is ever used to choose a
-model or a threshold; rows are the official test split (PTB-XL fold 10) unless --folds says otherwise.
+Prints a table per label set, writes results.json and zeroshot_SET.png into the run. With --compare runs/* it prints one
+table over runs and seeds, and writes comparison.json and comparison.png into the folder that holds the first run. Nothing here
+is ever used to choose a model or a threshold; rows are the official test split (PTB-XL fold 10) unless --folds says otherwise.
 """
 import argparse
 import itertools
@@ -10,6 +11,7 @@ import os
 import pickle
 import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ import model as models
 
 PTBXL = ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm")  # "ptbxl": the four published sets
 RESAMPLES = 1000  # of the bootstrap
+NO_MATTER = ("name", "seed", "threads", "workers", "save_every", "compile")  # config fields in which repetitions may differ
 ENOUGH = 10       # positives a class needs for the second mean: fewer make macro AUROC a lottery (METHODS 0.4)
 
 
@@ -439,9 +442,16 @@ def report(run, sets, **options):
     results = zeroshot(run, sets, **options)
     for name, result in results.items():
         print_table(f"zero-shot {name}", result)
-        plot(f"zero-shot {name}", result, Path(run) / f"zeroshot_{name}.png")
-    remember(run, "zeroshot", {n: {"options": {k: str(v) for k, v in options.items()}, **r} for n, r in results.items()})
+    save_results(run, results, options)
     return results
+
+
+def save_results(run, results, options):
+    """results.json and zeroshot_SET.png of a run; what is known of other label sets stays."""
+    for name, result in results.items():
+        plot(f"zero-shot {name}", result, Path(run) / f"zeroshot_{name}.png")
+    given = {k: str(v) for k, v in options.items()}
+    remember(run, "zeroshot", {n: {"options": given, **r} for n, r in results.items()})
 
 
 def remember(run, key, found):
@@ -474,11 +484,121 @@ def report_language(method, texts, run, batch=64):
     remember(run, "language", found)
 
 
+
+# ---- many runs -------------------------------------------------------------------------------------------------------
+
+def group_runs(configs):
+    """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order of appearance. A title is the
+    method and what sets the group apart from the method's others; each field's most common value goes without saying (among
+    equally common ones the first). A field that an older version did not have is None."""
+    fields = [f for f in dict.fromkeys(f for config in configs for f in config) if f not in NO_MATTER]
+    groups, titled = {}, {}
+    for place, config in enumerate(configs):
+        groups.setdefault(tuple(config.get(f) for f in fields), []).append(place)
+    for values, places in groups.items():
+        method = configs[places[0]]["method"]
+        peers = [v for v, p in groups.items() if configs[p[0]]["method"] == method]
+        usual = [Counter(column).most_common(1)[0][0] for column in zip(*peers)]
+        titled[" ".join([method] + [f"{f}={v}" for f, v, u in zip(fields, values, usual) if v != u])] = places
+    return titled
+
+
+def summarise(runs):
+    """runs of a group: [{"run", "config", "training" (None for runs of older versions), "results": {set: metrics}}] -> dict.
+    Over runs: AUROCs are macro AUROCs; each end of the interval, speed and parameters are means."""
+    sets = {}
+    for name in runs[0]["results"]:
+        macros = [r["results"][name]["macro"] for r in runs]
+        values = [m["auroc"] for m in macros]
+        sets[name] = {"auroc": values, "mean": float(np.mean(values)), "lowest": min(values), "highest": max(values),
+                      "interval": np.mean([m["interval"] for m in macros], 0).tolist()}
+    known = [r["training"] for r in runs if r["training"]]
+    means = {k: float(np.mean([t[k] for t in known])) if known else None for k in ("records_per_second", "parameters")}
+    return {"runs": [r["run"] for r in runs], "seeds": [r["config"]["seed"] for r in runs],
+            "config": {k: v for k, v in runs[0]["config"].items() if k not in NO_MATTER},
+            "sets": sets, **means, "training": [r["training"] for r in runs]}
+
+
+def markdown(groups):
+    """{title: summary} -> table. A cell: mean (lowest - highest) [interval]."""
+    sets = list(next(iter(groups.values()))["sets"])
+    lines = ["| method | seeds | " + " | ".join(n.removeprefix("ptbxl_") for n in sets) + " | records/s | parameters |",
+             "|---" * (len(sets) + 4) + "|"]
+    for title, group in groups.items():
+        cells = []
+        for s in group["sets"].values():
+            spread = f" ({s['lowest']:.3f} - {s['highest']:.3f})" if len(s["auroc"]) > 1 else ""
+            cells.append(f"{s['mean']:.3f}{spread} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}]")
+        cost = [f"{group['records_per_second']:.0f}", f"{group['parameters'] / 1e6:.2f} M"] if group["parameters"] else ["-", "-"]
+        lines.append("| " + " | ".join([title, str(len(group["runs"])), *cells, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def plot_comparison(groups, path):
+    """A panel for each label set, a line for each group: a dot for each run, the mean as a stroke, the interval as a bar."""
+    from matplotlib.figure import Figure
+    sets = list(next(iter(groups.values()))["sets"])
+    labels = [textwrap.fill(title, 32) for title in groups]
+    methods = list(dict.fromkeys(group["config"]["method"] for group in groups.values()))
+    height = sum(0.3 + 0.14 * label.count("\n") for label in labels)
+    figure = Figure(figsize=(2.2 + 2.3 * len(sets), 1.2 + height), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets):
+        for y, group in enumerate(groups.values()):
+            s, colour = group["sets"][name], f"C{methods.index(group['config']['method']) % 10}"
+            axes.plot(s["interval"], [y, y], color=colour, alpha=0.25, lw=8, solid_capstyle="butt", zorder=1)
+            axes.plot([s["mean"]] * 2, [y - 0.3, y + 0.3], color=colour, lw=1.5, zorder=2)
+            axes.plot(s["auroc"], [y] * len(s["auroc"]), "o", color=colour, mec="white", mew=0.6, ms=5.5, zorder=3)
+        axes.set_title(name, fontsize=10)
+        axes.set_yticks(range(len(labels)), labels, fontsize=8)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.locator_params(axis="x", nbins=5)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.supxlabel("macro AUROC of each run, their mean, and the 95 % bootstrap interval", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def compare(runs, sets, **options):
+    """Evaluate finished runs, put repetitions together (group_runs), print one table, and write it to comparison.json and
+    comparison.png in the parent folder of the first run. Plain files among `runs` are passed over, so that runs/* will do.
+    Errors: DataError for a folder that is not a finished run, and where runs were asked about different numbers of records."""
+    runs = list(dict.fromkeys(run for run in map(Path, runs) if not run.is_file()))
+    if not runs:
+        raise data.DataError("no run folder to compare")
+    configs = [read_config(run) for run in runs]
+    for run in runs:  # before hours of evaluation
+        if not (run / "model.safetensors").exists():
+            raise data.DataError(f"{run} is not a finished run: continue it with python train.py --resume {run}, or leave it out")
+    found = []
+    for run, config in zip(tqdm(runs, desc="runs"), configs):
+        results = zeroshot(run, sets, **options)
+        save_results(run, results, options)
+        training = run / "training.json"
+        found.append({"run": str(run), "config": config, "results": results,
+                      "training": json.loads(training.read_text()) if training.exists() else None})
+        for name, first in found[0]["results"].items():
+            if results[name]["records"] != first["records"]:
+                raise data.DataError(f"{name} has {results[name]['records']} records for {run}, but {first['records']} for "
+                                     f"{runs[0]}: name the same for all with --data")
+    groups = {title: summarise([found[i] for i in places]) for title, places in group_runs(configs).items()}
+    print("macro AUROC: mean over seeds (lowest - highest) [95 % bootstrap interval, mean of its ends over seeds]\n")
+    print(markdown(groups))
+    path = runs[0].parent / "comparison.json"
+    path.write_text(json.dumps({"options": {k: str(v) for k, v in options.items()}, "groups": groups}, indent=1))
+    plot_comparison(groups, path.with_suffix(".png"))
+    print(f"\nwritten to {path} and {path.with_suffix('.png')}")
+    return groups
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zeroshot", nargs="+", required=True, metavar="SET",
                         help=f"ptbxl (= {', '.join(PTBXL)}), simulated, or any label set: {', '.join(data.LABEL_SETS)}")
     parser.add_argument("--run", help="run folder [the newest in runs/]")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="finished run folders: one table over all")
     parser.add_argument("--ckpt", help="a .safetensors file, with config and tokenizer from --run or from beside it; or merl:FILE, "
                         "melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
     parser.add_argument("--text-model", default="", help="of a published checkpoint: folder with its tokenizer [the published name]")
@@ -487,16 +607,23 @@ def main(argv=None):
     parser.add_argument("--scales", type=lambda text: text.split(","), help="rhythm,beat,token or some of them [the method's own]")
     parser.add_argument("--folds", type=lambda text: [int(f) for f in text.split(",")], help="PTB-XL folds, e.g. 9,10 [10]")
     args = parser.parse_args(argv)
+    options = dict(spec=args.data, prompts=args.prompts, folds=args.folds, scales=args.scales,
+                   device="cuda" if torch.cuda.is_available() else "cpu")
+    if args.compare:
+        if args.run or args.ckpt:
+            parser.error("--compare names its own runs: drop --run and --ckpt")
+        compare(args.compare, args.zeroshot, **options)
+        return
     kind, colon, file = (args.ckpt or "").partition(":")
-    published = (kind, file, args.text_model) if colon and kind in PUBLISHED else None
-    if published:  # its results go to a folder of their own beside the runs
-        run, args.ckpt = Path("runs") / f"published-{kind}-{Path(file).stem}", None
+    if colon and kind in PUBLISHED:  # its results go to a folder of their own beside the runs
+        run = Path("runs") / f"published-{kind}-{Path(file).stem}"
         run.mkdir(parents=True, exist_ok=True)
+        options["published"] = kind, file, args.text_model
     else:
         run = args.run or (Path(args.ckpt).parent if args.ckpt else newest_run())
+        options["checkpoint"] = args.ckpt
     print(f"run {run}")
-    report(run, args.zeroshot, checkpoint=args.ckpt, published=published, spec=args.data, prompts=args.prompts, folds=args.folds, scales=args.scales,
-           device="cuda" if torch.cuda.is_available() else "cpu")
+    report(run, args.zeroshot, **options)
 
 
 if __name__ == "__main__":

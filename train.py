@@ -1,7 +1,7 @@
 """Train an ECG-language method: python train.py --method fgclep   (every flag: python train.py --help)
 
-A run is a folder runs/NAME with config.json, tokenizer/, log.jsonl, curves.png, checkpoint.pt, model.safetensors and
-results.json. Kill it at any moment and continue with python train.py --resume runs/NAME.
+A run is a folder runs/NAME with config.json, tokenizer/, log.jsonl, curves.png, checkpoint.pt, training.json,
+model.safetensors and results.json. Kill it at any moment and continue with python train.py --resume runs/NAME.
 """
 import argparse
 import contextlib
@@ -11,8 +11,10 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
 import signal
+import statistics
 import sys
 import time
 import zlib
@@ -417,7 +419,10 @@ class Stop:
 
 
 class Log:
-    """log.jsonl of a run, one line an update; on resuming, lines past the checkpoint are cut off. Then curves.png."""
+    """log.jsonl of a run, one line an update; on resuming, lines past the checkpoint are cut off. Then curves.png.
+
+    A line's `seconds` are the wall time of that update, from asking for its batch to the optimiser's step; checkpoints and the
+    watch are not in it. All else in a line is the same in every repetition of a run."""
 
     def __init__(self, run, update, main):
         self.path, self.file = run / "log.jsonl", None
@@ -449,6 +454,21 @@ class Log:
         right.plot(x, [line["lr"] for line in lines], color="C1")
         right.set(xlabel="update", ylabel="learning rate")
         figure.savefig(self.path.with_name("curves.png"), dpi=120)
+
+
+def training_facts(method, records, seconds, config, device):
+    """What training took -> dict for training.json. seconds: of each update in log.jsonl, where it stands once, however often
+    the run was stopped; device, processes, threads and memory (process 0's) are those of the session that ended it.
+
+    records_per_second is that of the median update: a busy machine makes some slow."""
+    cuda = device.type == "cuda"
+    return {"parameters": sum(p.numel() for p in method.parameters()),
+            "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
+            "records": records, "seconds": sum(seconds),
+            "records_per_second": config.batch_size * config.accumulate / statistics.median(seconds),
+            "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None,
+            "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+            "processes": models.world(), "threads": torch.get_num_threads()}
 
 
 def train(config, run, device, main):
@@ -497,11 +517,15 @@ def train(config, run, device, main):
         if update < end:
             return None
     if main:
-        write_atomic(run / "model.safetensors", lambda path: save_file(contiguous(method.state_dict()), path))
-        log.plot()
+        lines = [line for line in log.read() if "seconds" in line]  # warnings have none, nor has a run of an older version
+        if lines and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
+            facts = training_facts(method, len(rows), [line["seconds"] for line in lines], config, device)
+            write_atomic(run / "training.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
         if language:
             models.save_language_model(method, run / "language_model")
             evaluation.report_language(method, [text for text in texts if held_out(text)], run)
+        write_atomic(run / "model.safetensors", lambda path: save_file(contiguous(method.state_dict()), path))
+        log.plot()
     return source
 
 
@@ -533,6 +557,7 @@ def train_stage(name, parallel, optimiser, batches, updates, config, run, device
     bar = tqdm(total=updates.end - updates.first, initial=update - updates.first, desc=name, disable=log.file is None,
                unit="rec", unit_scale=config.batch_size * config.accumulate)
     while update < updates.end:
+        began = time.perf_counter()
         rate = rate_at(update - updates.first, updates.end - updates.first, config)
         for group in optimiser.param_groups:
             group["lr"] = rate
@@ -554,7 +579,7 @@ def train_stage(name, parallel, optimiser, batches, updates, config, run, device
         optimiser.zero_grad(set_to_none=True)
         update += 1
         log.add(update=update, stage=name, loss=sum(method.weights.get(k, 1.0) * v for k, v in terms.items()), terms=terms,
-                lr=rate, grad_norm=norm)
+                lr=rate, grad_norm=norm, seconds=round(time.perf_counter() - began, 6))
         bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
         bar.update()
         if config.method != "cardiolm":

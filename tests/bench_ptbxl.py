@@ -1,7 +1,8 @@
-"""The README's tables: train on PTB-XL folds 1-8, zero-shot on folds 9+10. Finished runs are kept: call it again to go on.
+"""The README's tables: train on PTB-XL folds 1-8, compare zero-shot on folds 9+10. Finished runs are kept, others continued: call
+it again to go on.
 
     python tests/bench_ptbxl.py ../shared/data/ptbxl              methods x seeds
-    python tests/bench_ptbxl.py ../shared/data/ptbxl --ablation   parts of FG-CLEP, one seed
+    python tests/bench_ptbxl.py ../shared/data/ptbxl --ablation   parts of FG-CLEP x seeds
 """
 import argparse
 import subprocess
@@ -9,13 +10,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import eval as evaluation
+import model as models
 
-METHODS = {"etp": ["--method", "etp"], "merl": ["--method", "merl"], "fgclep": ["--method", "fgclep"]}
+METHODS = [name for name in models.METHODS if name != "cardiolm"]
 ABLATION = {
     "default": [],
     "whole reports, hard targets": ["--text-unit", "report", "--fn-mode", "none"],
@@ -27,52 +29,38 @@ ABLATION = {
 }
 
 
-def train(name, args, threads):
-    """Train run `name`, unless it is there. Returns its seconds, from config.json to model.safetensors."""
+def train(name, flags):
+    """Train run `name` to its end, unless it is there."""
     run = ROOT / "runs" / name
     if not (run / "model.safetensors").exists():
-        start = ["--resume", str(run)] if (run / "checkpoint.pt").exists() else ["--name", name, "--threads", str(threads), *args]
-        subprocess.run([sys.executable, "train.py", *start], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return (run / "model.safetensors").stat().st_mtime - (run / "config.json").stat().st_mtime
-
-
-def macro(name, prompts="descriptive"):
-    """{label set: macro AUROC of folds 9+10}"""
-    results = evaluation.zeroshot(ROOT / "runs" / name, ["ptbxl"], folds=[9, 10], prompts=prompts)
-    return {s: r["macro"]["auroc"] for s, r in results.items()}
+        start = ["--resume", str(run)] if (run / "config.json").exists() else ["--name", name, *flags]
+        subprocess.run([sys.executable, "train.py", *start], cwd=ROOT, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ptbxl")
-    parser.add_argument("--ablation", action="store_true")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--methods", default=",".join(METHODS), help="%(default)s")
+    what.add_argument("--ablation", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run")
     args = parser.parse_args()
-    data = ["--data", f"ptbxl:{Path(args.ptbxl).resolve()}"]
+    plan = {name: ["--method", name] for name in args.methods.split(",")}
+    if not plan.keys() <= models.METHODS.keys():
+        parser.error(f"unknown method in {args.methods}; methods: {', '.join(models.METHODS)}")
     if args.ablation:
-        names = {title: "fgclep" if title == "default" else title.replace(", ", "-").replace(" ", "-") for title in ABLATION}
-        plan = {title: [(f"bench-{names[title]}-0", [*flags, "--method", "fgclep", "--seed", "0", *data])] for title, flags in ABLATION.items()}
-    else:
-        plan = {title: [(f"bench-{title}-{s}", [*flags, "--seed", str(s), *data]) for s in range(args.seeds)]
-                for title, flags in METHODS.items()}
+        plan = {"fgclep" if title == "default" else title.replace(", ", "-").replace(" ", "-"): ["--method", "fgclep", *flags]
+                for title, flags in ABLATION.items()}
+    common = ["--data", f"ptbxl:{Path(args.ptbxl).resolve()}", "--threads", str(args.threads)]
+    runs = {f"bench-{name}-{seed}": [*flags, "--seed", str(seed), *common]
+            for name, flags in plan.items() for seed in range(args.seeds)}
     with ThreadPoolExecutor(args.jobs) as pool:
-        seconds = dict(zip([name for runs in plan.values() for name, _ in runs],
-                           pool.map(lambda run: train(*run, args.threads), [run for runs in plan.values() for run in runs])))
-    print(f"| folds 9+10, macro AUROC, mean of {1 if args.ablation else args.seeds} seed(s) (lowest - highest) | "
-          + " | ".join(s.removeprefix("ptbxl_") for s in evaluation.PTBXL) + " | minutes |")
-    print("|---" * (len(evaluation.PTBXL) + 2) + "|")
-    rows = {title: ([name for name, _ in runs], "descriptive") for title, runs in plan.items()}
-    if args.ablation:
-        rows["default, plain class names as prompts"] = rows["default"][0], "plain"
-    for title, (names, prompts) in rows.items():
-        scores = [macro(name, prompts) for name in names]
-        cells = []
-        for s in evaluation.PTBXL:
-            values = [score[s] for score in scores]
-            cells.append(f"{np.mean(values):.3f}" + (f" ({min(values):.3f} - {max(values):.3f})" if len(values) > 1 else ""))
-        print(f"| {title} | " + " | ".join(cells) + f" | {np.mean([seconds[n] for n in names]) / 60:.1f} |")
+        list(pool.map(train, runs, runs.values()))
+    evaluation.compare([ROOT / "runs" / name for name in runs], ["ptbxl"], folds=[9, 10],
+                       device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,13 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, how):
     a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in ("whole", "part"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     logs = [[json.loads(line) for line in (tmp_path / f"runs/{name}/log.jsonl").read_text().splitlines()] for name in ("whole", "part")]
+    for name, log in zip(("whole", "part"), logs):
+        seconds = [line.pop("seconds") for line in log if "terms" in line]  # the only thing that may differ
+        facts = json.loads((tmp_path / f"runs/{name}/training.json").read_text())
+        assert min(seconds) > 0 and facts["seconds"] == pytest.approx(sum(seconds))
+        assert facts["records_per_second"] == pytest.approx(16 / np.median(seconds))
+        assert facts["parameters"] == facts["trained_parameters"] > 1e4 and facts["records"] > 48
+        assert (facts["processes"], facts["threads"]) == (1, 1) and (facts["peak_memory_gb"] is None) == (not torch.cuda.is_available())
     assert logs[0] == logs[1] and [line["update"] for line in logs[0] if "terms" in line] == list(range(1, len(logs[0]) + 1))
     for name in ("config.json", "curves.png", "results.json", "recovered.jsonl", "tokenizer"):
         assert (tmp_path / "runs/part" / name).exists(), name
