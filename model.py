@@ -966,12 +966,13 @@ class CMELT(Method):
         words = self.project_text(self.text.run({**tokens, "input_ids": ids}).last_hidden_state)
         fused_text, fused_ecg, half = self.fuse(words, tokens["attention_mask"], states)
 
-        mlm = F.cross_entropy(self.tell_word(fused_text).float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+        told = labels >= 0  # only these need the vocabulary
+        mlm = F.cross_entropy(self.tell_word(fused_text[told]).float(), labels[told], reduction="sum")
         wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
         hidden = torch.ones(order.shape, device=order.device).scatter(1, kept, 0)         # 1: dropped
         mem = ((self.rebuild(half, order.argsort(1)) - wanted).square().mean(2) * hidden).sum()
         etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
-        return {"mlm": mean_over_all(mlm, (labels >= 0).sum().clamp(min=1)), "mem": mean_over_all(mem, hidden.sum()),
+        return {"mlm": mean_over_all(mlm, told.sum().clamp(min=1)), "mem": mean_over_all(mem, hidden.sum()),
                 "etm": mean_over_all(F.cross_entropy(etm.float(), aligned.long(), reduction="sum"), len(etm)),
                 "ets": ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), gather(aligned))}
 

@@ -1,5 +1,6 @@
 """eval.py: metrics against scikit-learn, classes without positives, prompts, clear errors."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,13 +76,16 @@ def test_every_class_of_every_set_has_prompts(name):
             assert texts and all(t == t.lower().strip() and t for t in texts)
 
 
-def test_class_vectors_are_the_mean_of_their_prompts():
+def test_a_class_scores_the_mean_over_its_prompts():
     method = models.build_method(small_config("etp", width=0.125, dim=16),
                                  models.small_text_model(["sinus rhythm.", "normal ecg."] * 4, steps=1, dim=32, layers=1)).eval()
-    vectors = evaluation.embed_classes(method, [["sinus rhythm", "normal ecg"], ["normal ecg"]])
-    one = torch.cat([evaluation.embed_classes(method, [[t]]) for t in ("sinus rhythm", "normal ecg")])
-    assert torch.allclose(vectors[0], torch.nn.functional.normalize(one.mean(0), dim=0), atol=1e-6)
-    assert torch.allclose(vectors[1], one[1], atol=1e-6)
+    store = SimpleNamespace(ecg=lambda rows: np.random.default_rng(0).normal(size=(5, 12, 1000)).astype(np.float32)[rows])
+    score = lambda prompts, batch: evaluation.score_records(method, store, np.arange(5), prompts, None, "cpu", batch)
+    both = score([["sinus rhythm", "normal ecg."], ["normal ecg"]], 2)
+    one = score([["sinus rhythm"], ["normal ecg"]], 5)
+    assert both.shape == (5, 2) and np.allclose(both[:, 0], one.mean(1), atol=1e-6) and np.allclose(both[:, 1], one[:, 1], atol=1e-6)
+    with pytest.raises(models.ModelError, match="no beat scale, only rhythm"):
+        evaluation.score_records(method, store, np.arange(5), [["normal ecg"]], ["beat"], "cpu")
 
 
 def test_clear_errors(tmp_path, monkeypatch):
