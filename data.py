@@ -758,31 +758,35 @@ def corpus(specs, language="english"):
 
 
 class Findings:
-    """The knowledge table in prompts.json: which waveform features the diagnoses of a report suggest.
+    """The knowledge table in prompts.json: what findings the statements of a report name, and which waveform features these suggest.
 
-    Findings are recognised by their name and other wordings, longest first; a statement that negates suggests nothing."""
+    Findings are recognised by their name and other wordings, longest first; a statement that negates names nothing."""
 
     def __init__(self):
-        table = knowledge()
-        self.features = {tuple(wording.split()): finding["features"]
-                         for finding in (*table["findings"].values(), *table["more_findings"].values())
-                         for wording in (finding["name"], *finding["also"])}
-        self.longest = max(map(len, self.features))
-        self.known = {}  # statement -> features: there are far fewer statements than reports
+        table = {**knowledge()["findings"], **knowledge()["more_findings"]}
+        self.features = {code: finding["features"] for code, finding in table.items()}
+        self.codes = {tuple(wording.split()): code for code, finding in table.items() for wording in (finding["name"], *finding["also"])}
+        self.longest = max(map(len, self.codes))
+        self.known = {}  # statement -> codes: there are far fewer statements than reports
+
+    def named(self, statements):
+        """SCP codes (or names of further findings) that the statements name, each once."""
+        for statement in set(statements) - self.known.keys():
+            self.known[statement] = self.read(statement)
+        return list(dict.fromkeys(code for statement in statements for code in self.known[statement]))
 
     def candidates(self, statements):
         """Features that the statements of one report suggest, each once."""
-        for statement in set(statements) - self.known.keys():
-            self.known[statement] = self.read(statement)
-        return list(dict.fromkeys(feature for statement in statements for feature in self.known[statement]))
+        return list(dict.fromkeys(feature for code in self.named(statements) for feature in self.features[code]))
 
     def read(self, statement):
         words, found = re.findall(r"[^\s,.;:()]+", statement.lower()), []
         if {"no", "not", "without"} & set(words) and "excluded" not in words:
             return []
         while words:
-            size = next((n for n in range(min(self.longest, len(words)), 0, -1) if tuple(words[:n]) in self.features), 1)
-            found += self.features.get(tuple(words[:size]), [])
+            size = next((n for n in range(min(self.longest, len(words)), 0, -1) if tuple(words[:n]) in self.codes), 1)
+            if code := self.codes.get(tuple(words[:size])):
+                found.append(code)
             words = words[size:]
         return found
 

@@ -462,6 +462,49 @@ def remember(run, key, found):
     path.write_text(json.dumps(known, indent=1))
 
 
+# ---- reports written from the ECG --------------------------------------------------------------------------------------
+
+def overlap(written, truth):
+    """Micro precision, recall and F1 of sets: both lists of R sets."""
+    hits, said, true = sum(len(a & b) for a, b in zip(written, truth)), sum(map(len, written)), sum(map(len, truth))
+    return {"precision": hits / max(1, said), "recall": hits / max(1, true), "f1": 2 * hits / max(1, said + true)}
+
+
+def generate(run, checkpoint=None, spec=None, folds=None, beams=1, device="cpu", batch=64):
+    """Let a run write the reports of its test records; prints how far they agree with the doctors', writes reports.jsonl.
+
+    Compared as sets: whole statements, and findings (codes that data.Findings reads in them). The yardstick is to give every record
+    the commonest training report. Errors: ModelError where the method does not write."""
+    method, config = load_run(run, checkpoint, device)
+    if not hasattr(method, "generate"):
+        raise models.ModelError(f"a {config.method} run writes no reports; --method melp does")
+    store = data.open_data(spec or config.data, config.rate)
+    tags, read = data.report_tags(store, config.report_language), data.Findings()
+    split = store.records["split"].to_numpy()
+    chosen = store.records["fold"].isin(folds) if folds else split == "test"
+    rows = [row for row in np.flatnonzero(chosen) if tags[row]]
+    if not rows:
+        raise data.DataError(f"{store.path}: none of the records asked for has a report")
+    texts = []
+    for start in tqdm(range(0, len(rows), batch), desc="writing", leave=False):
+        texts += method.generate(torch.from_numpy(store.ecg(rows[start:start + batch])).to(device), beams)
+    written = [[s.strip(" .") for s in text.split(". ") if s.strip(" .")] for text in texts]
+    common = Counter(tuple(tags[row]) for row in np.flatnonzero(split == "train") if tags[row]).most_common(1)[0][0]
+    found, truth = {}, [tags[row] for row in rows]
+    for name, said in (("written", written), ("commonest report", [list(common)] * len(rows))):
+        found[name] = {"statements": overlap(list(map(set, said)), list(map(set, truth))),
+                       "findings": overlap([set(read.named(s)) for s in said], [set(read.named(s)) for s in truth])}
+    with open(Path(run) / "reports.jsonl", "w") as file:
+        for row, true, said in zip(rows, truth, written):
+            file.write(json.dumps({"id": str(store.records["id"].iloc[row]), "report": true, "written": said}) + "\n")
+    print(f"\nreports of {len(rows)} records, {len(set(texts))} different ones, {beams} beam(s)\n{'':<18} "
+          + "".join(f"{kind + ' ' + m:>22}" for kind in ("statements", "findings") for m in ("precision", "recall", "F1")))
+    for name, r in found.items():
+        print(f"{name:<18} " + "".join(f"{r[kind][m]:22.3f}" for kind in ("statements", "findings") for m in ("precision", "recall", "f1")))
+    remember(run, "reports", {f"{beams} beam(s)": {"records": len(rows), "different": len(set(texts)), **found}})
+    return found
+
+
 # ---- language --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -595,18 +638,22 @@ def compare(runs, sets, **options):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zeroshot", nargs="+", required=True, metavar="SET",
+    parser.add_argument("--zeroshot", nargs="+", metavar="SET",
                         help=f"ptbxl (= {', '.join(PTBXL)}), simulated, or any label set: {', '.join(data.LABEL_SETS)}")
     parser.add_argument("--run", help="run folder [the newest in runs/]")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="finished run folders: one table over all")
     parser.add_argument("--ckpt", help="a .safetensors file, with config and tokenizer from --run or from beside it; or merl:FILE, "
                         "melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
     parser.add_argument("--text-model", default="", help="of a published checkpoint: folder with its tokenizer [the published name]")
+    parser.add_argument("--generate", action="store_true", help="write the test records' reports (melp)")
+    parser.add_argument("--beams", type=int, default=1, help="of --generate; 1: greedy")
     parser.add_argument("--data", metavar="ptbxl:PATH", help="where the records are")
     parser.add_argument("--prompts", default="descriptive", help="descriptive | plain | a JSON file {code: text or [texts]}")
     parser.add_argument("--scales", type=lambda text: text.split(","), help="rhythm,beat,token or some of them [the method's own]")
     parser.add_argument("--folds", type=lambda text: [int(f) for f in text.split(",")], help="PTB-XL folds, e.g. 9,10 [10]")
     args = parser.parse_args(argv)
+    if not (args.zeroshot or args.generate):
+        parser.error("say what to do: --zeroshot SET or --generate")
     options = dict(spec=args.data, prompts=args.prompts, folds=args.folds, scales=args.scales,
                    device="cuda" if torch.cuda.is_available() else "cpu")
     if args.compare:
@@ -623,7 +670,10 @@ def main(argv=None):
         run = args.run or (Path(args.ckpt).parent if args.ckpt else newest_run())
         options["checkpoint"] = args.ckpt
     print(f"run {run}")
-    report(run, args.zeroshot, **options)
+    if args.zeroshot:
+        report(run, args.zeroshot, **options)
+    if args.generate:
+        generate(run, args.ckpt, args.data, args.folds, args.beams, options["device"])
 
 
 if __name__ == "__main__":

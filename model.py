@@ -717,11 +717,17 @@ class Method(nn.Module):
         scales = scales or self.scales
         if missing := [scale for scale in scales if scale not in self.scales]:
             raise ModelError(f"this {self.config.method} run has no {' or '.join(missing)} scale, only {', '.join(self.scales)}")
-        views = {"rhythm": dict(rhythm=ecg.rhythm, report=text.report),
-                 "token": dict(tokens=ecg.tokens, words=text.words, word_count=text.word_count),
-                 "beat": dict(beats=ecg.beats, sentences=text.sentences, beat_count=ecg.beat_count, sentence_count=text.sentence_count,
-                              **self.beat_options)}
-        return token_beat_rhythm(**{k: v for scale in scales for k, v in views[scale].items()}, weights=[1 / len(scales)] * 3)
+        operands = {k: v for scale in scales for k, v in self.operands(scale, ecg, text).items()}
+        return token_beat_rhythm(**operands, weights=[1 / len(scales)] * 3)
+
+    def operands(self, scale, ecg, text):
+        """What token_beat_rhythm takes of the views at a scale."""
+        if scale == "rhythm":
+            return dict(rhythm=ecg.rhythm, report=text.report)
+        if scale == "token":
+            return dict(tokens=ecg.tokens, words=text.words, word_count=text.word_count)
+        return dict(beats=ecg.beats, sentences=text.sentences, beat_count=ecg.beat_count, sentence_count=text.sentence_count,
+                    **self.beat_options)
 
 
 class ETP(Method):
@@ -798,12 +804,12 @@ class CaptionDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.vocabulary = nn.Parameter(torch.randn(dim, vocabulary) * dim ** -0.5)
 
-    def forward(self, x, ecg):
-        """States of the causal text tower x (B, W, D), ecg (B, M, D) -> logits of the next piece (B, W, vocabulary)."""
+    def forward(self, x, ecg, last=False):
+        """States of the causal text tower x (B, W, D), ecg (B, M, D) -> logits of the next piece (B, W or 1 if `last`, vocabulary)."""
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         for block, cross in zip(self.blocks, self.cross):
             x = cross(block(x, mask=later), ecg)
-        return self.norm(x) @ self.vocabulary
+        return self.norm(x[:, -1:] if last else x) @ self.vocabulary
 
 
 class MELP(Method):
@@ -857,13 +863,15 @@ class MELP(Method):
         return self.text_views(self.text(texts))
 
     def loss(self, batch):
-        tokens, text = self.encode_tokens(batch.ecg), self.text(batch.texts)
+        tokens, number = self.encode_tokens(batch.ecg), len(batch.texts)
+        both = self.text(batch.texts + [join(tags) for tags in batch.tags])  # what is compared; what is to be written: the whole report
+        text, report = (CausalText(*(part[rows] for part in both)) for rows in (slice(number), slice(number, None)))
         e = gather_views(self.views(tokens, batch.ecg, batch.peaks)._replace(tokens=None))
         t = gather_views(self.text_views(text))
         beat = token_beat_rhythm(beats=e.beats, sentences=t.sentences, beat_count=e.beat_count, sentence_count=t.sentence_count,
                                  beat_mean=self.config.beat_mean)
         return {"contrast": info_nce(e.rhythm, t.report, self.learned_scale()), "beat": matched(beat),
-                "caption": self.caption_loss(text, self.caption_pool(tokens))}
+                "caption": self.caption_loss(report, self.caption_pool(tokens))}
 
     def caption_loss(self, text, ecg):
         """Cross entropy of each next piece of the reports (CausalText of B), given the ECG's caption tokens (B, M, D)."""
@@ -877,7 +885,7 @@ class MELP(Method):
         """Write the reports of ecg (B, 12, N) mV -> B strings: greedy, or the best of a search with several beams."""
         writer = caption_writer(self).to(ecg.device).eval()
         start = torch.full((len(ecg), 1), self.text.tokenizer.cls_token_id, device=ecg.device)
-        ids = writer.generate(start, attention_mask=torch.ones_like(start), ecg=self.caption_pool(self.encode_tokens(ecg)),
+        ids = writer.generate(start, ecg=self.caption_pool(self.encode_tokens(ecg)),
                               num_beams=beams, do_sample=False, max_length=min(longest, self.text.max_length), use_cache=False)
         return self.text.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
@@ -892,7 +900,7 @@ def caption_writer(melp):
 
         def __init__(self, tokenizer):
             super().__init__(PretrainedConfig(vocab_size=len(tokenizer), is_decoder=True))
-            self.place = nn.Buffer(torch.zeros(()))  # says on which device it is
+            self.place = nn.Parameter(torch.zeros(()))  # says on which device it is
             self.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.sep_token_id)
 
         def prepare_inputs_for_generation(self, input_ids, ecg, **_):
@@ -900,7 +908,7 @@ def caption_writer(melp):
 
         def forward(self, input_ids, ecg, **_):  # ecg (B, M, D): generate repeats it for every beam
             states, _ = melp.text.run({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
-            return CausalLMOutput(logits=melp.decoder(states, ecg).float())
+            return CausalLMOutput(logits=melp.decoder(states, ecg, last=True).float())
 
     return CaptionWriter(melp.text.tokenizer)
 
@@ -972,7 +980,7 @@ class CMELT(Method):
         hidden = torch.ones(order.shape, device=order.device).scatter(1, kept, 0)         # 1: dropped
         mem = ((self.rebuild(half, order.argsort(1)) - wanted).square().mean(2) * hidden).sum()
         etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
-        return {"mlm": mean_over_all(mlm, told.sum().clamp(min=1)), "mem": mean_over_all(mem, hidden.sum()),
+        return {"mlm": mean_over_all(mlm, told.sum().clamp(min=1)), "mem": mean_over_all(mem, hidden.sum().clamp(min=1)),
                 "etm": mean_over_all(F.cross_entropy(etm.float(), aligned.long(), reduction="sum"), len(etm)),
                 "ets": ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), gather(aligned))}
 
