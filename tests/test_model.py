@@ -115,7 +115,7 @@ def test_soft_sigmoid_and_l1_by_hand():
     p = torch.sigmoid(logits)
     assert torch.allclose(models.soft_sigmoid(logits, target), -(target * p.log() + (1 - target) * (1 - p).log()).mean(), atol=1e-6)
     x = F.normalize(torch.randn(3, 8), dim=1)
-    assert torch.allclose(models.l1_similarity(x, x, torch.eye(3)), ((x @ x.T) - torch.eye(3)).abs().sum() / 3)
+    assert torch.allclose(models.l1_similarity(x @ x.T, torch.eye(3)), ((x @ x.T) - torch.eye(3)).abs().sum() / 3)
 
 
 def test_tag_containment():
@@ -198,6 +198,57 @@ def test_text_tower_of_any_folder(tmp_path):
     assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_hidden_words():
+    _, tokenizer = models.small_text_model(TEXTS, steps=1)
+    tokens = tokenizer(TEXTS * 20, padding=True, return_special_tokens_mask=True, return_tensors="pt")
+    ids, words = tokens["input_ids"], tokens["special_tokens_mask"] == 0
+    torch.manual_seed(0)
+    masked, labels = models.mask_words(ids, words, tokenizer, 0.25)
+    chosen = labels >= 0
+    assert not (chosen & ~words).any() and torch.equal(labels[chosen], ids[chosen]) and torch.equal(masked[~chosen], ids[~chosen])
+    assert abs(chosen.sum() / words.sum() - 0.25) < 0.02
+    shares = [(masked[chosen] == tokenizer.mask_token_id).float().mean(), (masked[chosen] == ids[chosen]).float().mean()]
+    assert abs(shares[0] - 0.8) < 0.03 and abs(shares[1] - 0.1) < 0.03
+
+
+def causal_tower():
+    return models.CausalTower(*models.small_text_model(TEXTS, steps=1, dim=32, layers=1), max_length=32).eval()
+
+
+def test_a_causal_tower_sees_only_what_stands_before():
+    tower = causal_tower()
+    a, b = tower(["sinus rhythm. normal ecg"]), tower(["sinus rhythm. left axis deviation"])
+    assert torch.allclose(a.states[:, :4], b.states[:, :4], atol=1e-6) and not torch.allclose(a.states[:, 4], b.states[:, 4], atol=1e-3)
+    assert not torch.allclose(a.report, b.report, atol=1e-3)
+    longer = tower(["sinus rhythm. normal ecg", "atrial fibrillation. left axis deviation. sinus rhythm. normal ecg. normal ecg"])
+    assert torch.allclose(a.report[0], longer.report[0], atol=1e-5)  # however far the batch is padded
+    assert torch.allclose(a.sentences[0, :2], longer.sentences[0, :2], atol=1e-5) and longer.sentence_count.tolist() == [2, 5]
+
+
+def test_a_model_that_cannot_be_causal_is_refused():
+    from transformers import DistilBertConfig, DistilBertModel
+    lm = DistilBertModel(DistilBertConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, hidden_dim=32))
+    with pytest.raises(models.ModelError, match="distilbert.* cannot be run as a causal one"):
+        models.CausalTower(lm, None)
+
+
+def test_sentences_are_split_at_full_stops_that_end_one():
+    tower = causal_tower()
+    texts = ["sinus rhythm. normal ecg", "st depression of 0.5 mv in v1", "sinus rhythm. left axis deviation.", "atrial fibrillation. "]
+    tokens = tower.tokenise(texts, return_offsets_mapping=True)
+    sentence = models.sentence_of_piece(texts, tokens["offset_mapping"], tokens["words"])
+    means, count = models.sentence_means(torch.eye(sentence.shape[1]).expand(4, -1, -1), sentence)
+    assert count.tolist() == [2, 1, 2, 1]  # nothing vanishes without a full stop, nothing behind the last one is dropped, 0.5 is whole
+    assert torch.allclose(means[0, 0, 1:4], torch.full((3,), 1 / 3)) and torch.allclose(means[0, 1, 4:6], torch.full((2,), 1 / 2))
+    assert torch.allclose(means[1, 0].sum(), torch.tensor(1.0)) and not means[1, 1].any()
+
+
+def test_words_move_to_the_front():
+    x, real = torch.randn(2, 4, 3), torch.tensor([[False, True, False, True], [False, False, False, True]])
+    rows, count = models.first_rows(x, real)
+    assert count.tolist() == [2, 1] and torch.equal(rows[0], x[0, [1, 3]]) and torch.equal(rows[1, 0], x[1, 3]) and not rows[1, 1].any()
+
+
 # ---- beats -----------------------------------------------------------------------------------------------------------
 
 def test_tokens_are_pooled_into_beats():
@@ -273,6 +324,81 @@ def test_settings_that_need_one_text_a_record_say_so():
     for options in ({"similarity": "half"}, {"fn_mode": "none"}):
         with pytest.raises(models.ModelError, match="add --text-unit report"):
             toy_method("fgclep", **options)
+
+
+def test_a_method_says_which_of_its_settings_is_wrong():
+    for name, options, words in (("melp", {"beats": "fixed"}, "unknown --beats"), ("cmelt", {"encoder": "resnet18"}, "use --encoder w2v_tiny"),
+                                 ("cmelt", {"negatives": "near"}, "unknown --negatives"), ("fgclep", {"align": "beat"}, "unknown --align")):
+        with pytest.raises(models.ModelError, match=words):
+            toy_method(name, **options)
+
+
+def test_melp_learns_to_write_the_reports_of_a_batch():
+    """Three kinds of ECG, three reports: after some updates the ECG decides what is written, greedily and with beams."""
+    method = toy_method("melp", caption_queries=4, decoder_layers=1)
+    kinds = torch.eye(3).repeat_interleave(4, 1)[torch.arange(9) % 3][:, :, None] * torch.randn(1, 12, 200, generator=torch.Generator().manual_seed(1))
+    tags = [TEXTS_AS_TAGS[i % 3].split(". ") for i in range(9)]
+    batch = models.Batch(kinds, tags, tags, list("abcdefghi"), torch.tensor([[20, 90, 160]] * 9, dtype=torch.int32))
+    optimiser = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = method(batch)["caption"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    method.eval()
+    for beams in (1, 3):
+        assert method.generate(kinds[:3], beams) == TEXTS_AS_TAGS[:3], beams
+
+
+def test_beats_of_a_record_without_a_beat_are_the_whole_record():
+    method = toy_method("melp", beats="rpeak").eval()
+    tokens = torch.randn(2, 13, method.ecg.dim)
+    beats, count = method.pool(tokens, torch.zeros(2, 12, 200), torch.tensor([[-1, -1], [50, 150]], dtype=torch.int32))
+    assert count.tolist() == [1, 2] and torch.allclose(beats[0, 0], method.beat_pool(tokens[0].mean(0)), atol=1e-6)
+    views = method.encode_ecg(torch.zeros(2, 12, 200))  # no peaks at hand: they are looked for
+    assert views.beat_count.tolist() == [1, 1] and views.rhythm.isfinite().all()
+
+
+def test_negatives_are_far_and_reach_the_model():
+    texts = [f"text {i}" for i in range(100)]
+    angle = torch.arange(100) / 100 * np.pi
+    far = models.FarTexts(texts, torch.stack([angle.cos(), angle.sin()], 1), nearest=10)
+    assert set(far.draw(["text 0"] * 200)) == {f"text {i}" for i in range(90, 100)}  # the ten that point away
+    method, batch = toy_method("cmelt"), toy_batch()
+    texts, aligned = method.with_negatives(batch)
+    assert aligned.sum() in (3, 4) and all((text == own) == bool(a) for text, own, a in zip(texts, batch.texts, aligned))
+    lost, aligned = toy_method("cmelt", negatives="lost").with_negatives(batch)
+    assert lost == batch.texts and aligned.sum() in (3, 4)  # the published code's defect, on request
+
+
+def test_masked_frames_are_rebuilt_from_the_whole_record():
+    ecg = torch.randn(2, 3, 83) * torch.tensor([1.0, 5.0, 0.1])[:, None] + 2
+    frames = models.frames_of(ecg)
+    assert frames.shape == (2, 5, 48)
+    lead = frames.unflatten(2, (3, 16)).transpose(1, 2).flatten(2)  # (B, L, 80)
+    assert torch.allclose(lead.mean(2), torch.zeros(2, 3), atol=1e-5) and torch.allclose(lead.var(2), torch.ones(2, 3), atol=1e-3)
+
+
+def test_scales_mix_and_unknown_ones_are_named():
+    method, batch = toy_method("melp").eval(), toy_batch()
+    with torch.no_grad():
+        ecg, text = method.encode_ecg(batch.ecg), method.encode_text(batch.texts[:3])
+        rhythm, beat, both = (method.similarity(ecg, text, scales) for scales in (["rhythm"], ["beat"], ["rhythm", "beat"]))
+    assert both.shape == (8, 3) and torch.allclose(both, (rhythm + beat) / 2, atol=1e-5)
+    assert torch.allclose(rhythm, ecg.rhythm @ text.report.T, atol=1e-6) and beat.abs().max() <= 1
+    with pytest.raises(models.ModelError, match="no token scale, only rhythm, beat"):
+        method.similarity(ecg, text, ["token"])
+
+
+def test_tags_ask_the_patches():
+    """FG-CLEP v2: softmax over the patches of 10 x cosine, the patches' mean by it, its cosine with the tag."""
+    method, batch = toy_method("fgclep", align="tag").eval(), toy_batch()
+    with torch.no_grad():
+        ecg, text = method.encode_ecg(batch.ecg), method.encode_text(["sinus rhythm", "normal ecg"])
+        like = method.similarity(ecg, text, ["beat"])
+        x = torch.einsum("bkd,cd->bkc", ecg.beats, text.report)
+        seen = torch.einsum("bkc,bkd->bcd", (10 * x).softmax(1), ecg.beats)
+    assert torch.allclose(like, torch.cosine_similarity(seen, text.report[None], dim=2), atol=1e-5)
 
 
 # ---- two processes against one ---------------------------------------------------------------------------------------

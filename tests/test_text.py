@@ -82,3 +82,13 @@ def test_every_code_has_features_and_prompts():
         assert finding["features"] and finding["prompts"] and finding["name"], code
         vocabulary |= set(finding["features"])
     assert 40 < len(vocabulary) < 120
+
+
+def test_a_corpus_of_reports_and_lines(tmp_path):
+    """Reports count whether or not their waveform is there; equal texts count once."""
+    (tmp_path / "own.csv").write_text("record,report\nmissing/a,Sinus rhythm. Normal ECG\nmissing/b,Sinus rhythm. Normal ECG\n")
+    (tmp_path / "lines.txt").write_text("atrial fibrillation is irregular\n\n atrial flutter is not \n")
+    spec = f"csv:{tmp_path / 'own.csv'},{tmp_path / 'lines.txt'}"
+    assert data.corpus(spec) == ["atrial fibrillation is irregular", "atrial flutter is not", "sinus rhythm. normal ecg"]
+    with pytest.raises(data.DataError, match="nowhere.txt: neither a data set nor a readable text file"):
+        data.corpus(str(tmp_path / "nowhere.txt"))
