@@ -430,10 +430,11 @@ class CausalTower(TextTower):
         for module in lm.modules():
             if hasattr(module, "is_causal"):
                 module.is_causal = True
-        probe = torch.tensor([[0, 1, 2], [0, 1, 3]], device=next(lm.parameters()).device)
+        probe = torch.tensor([[0, 1, 2, 0], [0, 1, 3, 0]], device=next(lm.parameters()).device)
+        seen = torch.tensor([[1, 1, 1, 0]] * 2, device=probe.device)  # some models are causal only where nothing is padded
         was = lm.training
         with torch.no_grad():
-            change = torch.diff(lm.eval()(input_ids=probe).last_hidden_state, dim=0)[0].norm(dim=1)  # of each state, by the last piece
+            change = torch.diff(lm.eval()(input_ids=probe, attention_mask=seen).last_hidden_state, dim=0)[0].norm(dim=1)  # of each state, by the last piece
         lm.train(was)
         if change[:2].max() > 1e-5 * change[2]:
             raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, which MELP needs: use a BERT")
