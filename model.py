@@ -606,9 +606,8 @@ class CardioLM(nn.Module):
         ids, labels = mask_words(tokens["input_ids"], tokens["special_tokens_mask"] == 0, self.tokenizer, self.config.word_mask)
         logits = self.lm(input_ids=ids, attention_mask=tokens["attention_mask"]).logits.float()
         hidden = labels >= 0
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
         right = ((logits.argmax(2) == labels) & hidden).sum()
-        return mean_over_all(loss, hidden.sum().clamp(min=1)), (right / hidden.sum().clamp(min=1)).item()
+        return told(logits, labels), (right / hidden.sum().clamp(min=1)).item()
 
     def forward(self, batch):
         return {"mlm": self.guess(batch.texts)[0]}
@@ -656,6 +655,12 @@ def matched(logits, sides=2):
     return loss if sides == 1 else (loss + F.cross_entropy(logits.T, target)) / 2
 
 
+def told(logits, labels):
+    """Cross entropy of logits (..., V) with labels (...), -100 where nothing is to be told; mean over all processes."""
+    total = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=-100)
+    return mean_over_all(total, (labels >= 0).sum().clamp(min=1))
+
+
 def soft_sigmoid(logits, target):
     """L = mean_kl [ S_kl softplus(-x_kl) + (1 - S_kl) softplus(x_kl) ], FG-CLEP's loss (METHODS 2.5). logits x, target S: (B, C)."""
     return F.binary_cross_entropy_with_logits(logits, target)
@@ -680,6 +685,11 @@ def frames_of(ecg, size=16):
     ecg = ecg[:, :, :ecg.shape[2] // size * size]
     ecg = (ecg - ecg.mean(2, keepdim=True)) / torch.sqrt(ecg.var(2, keepdim=True) + 1e-6)
     return ecg.unflatten(2, (-1, size)).transpose(1, 2).flatten(2)
+
+
+def rebuilt_loss(rebuilt, wanted, hidden):
+    """Squared error of the hidden frames: rebuilt and wanted (B, T, D), hidden (B, T) 0 or 1; mean over all processes."""
+    return mean_over_all(((rebuilt - wanted).square().mean(2) * hidden).sum(), hidden.sum())
 
 
 # ---- methods -----------------------------------------------------------------------------------------------------
@@ -868,9 +878,7 @@ class MELP(Method):
     def caption_loss(self, text, ecg):
         """Cross entropy of each next piece of the reports (CausalText of B), given the ECG's caption tokens (B, M, D)."""
         logits = self.decoder(text.states[:, :-1], ecg)
-        labels = text.ids[:, 1:].masked_fill(text.mask[:, 1:] == 0, -100)
-        total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
-        return mean_over_all(total, (labels >= 0).sum())
+        return told(logits, text.ids[:, 1:].masked_fill(text.mask[:, 1:] == 0, -100))
 
     @torch.no_grad()
     def generate(self, ecg, beams=1, longest=64):
@@ -923,9 +931,11 @@ class CMELT(Method):
         self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
         self.pool_ecg, self.pool_text, self.pool_fused_ecg, self.pool_fused_text = (FirstPool(d) for _ in range(4))
         self.modality = nn.Embedding(2, d)  # 0 text, 1 ECG
-        layer = lambda: nn.TransformerDecoderLayer(d, heads, 4 * d, 0.1, "gelu", batch_first=True)
+        # BERT's parts, with BERT's 1e-12: behind a GELU the usual 1e-5 shows
+        layer = lambda: nn.TransformerDecoderLayer(d, heads, 4 * d, 0.1, "gelu", layer_norm_eps=1e-12, batch_first=True)
         self.fuse_ecg, self.fuse_text = (nn.ModuleList(layer() for _ in range(config.fusion_layers)) for _ in range(2))
-        self.tell_word = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d), nn.Linear(d, self.text.lm.config.vocab_size))
+        self.tell_word = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-12),
+                                       nn.Linear(d, self.text.lm.config.vocab_size))
         self.rebuild = FrameDecoder(d, self.samples // 16, max(1, d // 128))
         self.match = nn.Linear(2 * d, 2)
 
@@ -938,9 +948,18 @@ class CMELT(Method):
                 half = ecg
         return text, ecg, half
 
+    def with_class(self, frames):
+        return torch.cat([self.cls.expand(len(frames), 1, -1), frames], 1)
+
     def ecg_states(self, frames):
         """Frames (B, T, D) -> projected states with the class token first (B, 1 + T, d)."""
-        return self.project_ecg(self.ecg.encode(torch.cat([self.cls.expand(len(frames), 1, -1), frames], 1)))
+        return self.project_ecg(self.ecg.encode(self.with_class(frames)))
+
+    def masked_states(self, frames, order):
+        """ecg_states of the frames that come first in order (B, T), and which are hidden (B, T): 1, not 0."""
+        kept = order[:, :max(1, int(frames.shape[1] * (1 - self.config.frame_drop)))]
+        states = self.ecg_states(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
+        return states, torch.ones(order.shape, device=order.device).scatter(1, kept, 0)
 
     def encode_ecg(self, ecg):
         states = self.ecg_states(self.ecg.embed(normalise(ecg, self.config.normalise)))
@@ -955,10 +974,8 @@ class CMELT(Method):
         ecg = normalise(batch.ecg, self.config.normalise)
         seen = ecg * (torch.rand(ecg.shape[:2], device=ecg.device) >= self.config.lead_mask)[:, :, None]
         frames = self.ecg.embed(seen)                                                     # (B, T, D)
-        keep = max(1, int(frames.shape[1] * (1 - self.config.frame_drop)))
         order = torch.rand(frames.shape[:2], device=frames.device).argsort(1)
-        kept = order[:, :keep]                                                            # (B, keep)
-        states = self.ecg_states(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
+        states, hidden = self.masked_states(frames, order)
 
         texts, aligned = self.with_negatives(batch)
         tokens = self.text.tokenise(texts)
@@ -966,13 +983,10 @@ class CMELT(Method):
         words = self.project_text(self.text.run({**tokens, "input_ids": ids}).last_hidden_state)
         fused_text, fused_ecg, half = self.fuse(words, tokens["attention_mask"], states)
 
-        mlm = F.cross_entropy(self.tell_word(fused_text).float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
         wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
-        hidden = torch.ones(order.shape, device=order.device).scatter(1, kept, 0)         # 1: dropped
-        mem = ((self.rebuild(half, order.argsort(1)) - wanted).square().mean(2) * hidden).sum()
         etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
-        return {"mlm": mean_over_all(mlm, (labels >= 0).sum().clamp(min=1)), "mem": mean_over_all(mem, hidden.sum()),
-                "etm": mean_over_all(F.cross_entropy(etm.float(), aligned.long(), reduction="sum"), len(etm)),
+        return {"mlm": told(self.tell_word(fused_text), labels),
+                "mem": rebuilt_loss(self.rebuild(half, order.argsort(1)), wanted, hidden), "etm": told(etm, aligned.long()),
                 "ets": ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), gather(aligned))}
 
     def with_negatives(self, batch):
