@@ -438,6 +438,12 @@ class CausalTower(TextTower):
         if not torch.allclose(states[0, :2], states[1, :2], atol=1e-5):
             raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, which MELP needs: use a BERT")
 
+    @property
+    def first(self):
+        """The piece that a text begins with: [CLS], or the [BOS] that the authors' tokenizer has besides."""
+        tokenizer = self.tokenizer
+        return tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
     def run(self, tokens):
         """ids, mask (U, W) -> (states (U, W, D), report (U, D))."""
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
@@ -450,6 +456,7 @@ class CausalTower(TextTower):
     def encode(self, texts):
         """U different strings -> CausalText."""
         tokens = self.tokenise(texts, return_offsets_mapping=True)
+        tokens["input_ids"][:, 0] = self.first
         states, report = self.run(tokens)
         sentence = sentence_of_piece(texts, tokens["offset_mapping"], tokens["words"])
         return CausalText(tokens["input_ids"], tokens["attention_mask"], states, report, *sentence_means(states, sentence))
@@ -515,20 +522,23 @@ def load_text_model(name, head="AutoModel"):
     inner = os.path.join(name, "language_model")
     name = inner if os.path.isdir(inner) else name
     try:
-        if transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
-            head = "AutoModelForTextEncoding"
+        head = head_for(transformers.AutoConfig.from_pretrained(name), head)
         return getattr(transformers, head).from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise ModelError(f"text model {name!r} is neither a folder with a model nor to be had from the Hugging Face hub: "
                          + str(error).splitlines()[0]) from error
 
 
+def head_for(config, head):
+    """The transformers class for a language model: of a T5 the encoder half. (A saved half says that it is no encoder-decoder.)"""
+    return "AutoModelForTextEncoding" if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5") else head
+
+
 def rebuild_text_model(folder, head="AutoModel"):
     """(encoder with random weights, tokenizer) as save_text_model wrote them: a run brings its own weights."""
     import transformers
     config = transformers.AutoConfig.from_pretrained(folder)
-    head = "AutoModelForTextEncoding" if config.model_type in ("t5", "mt5", "umt5") else head
-    return getattr(transformers, head).from_config(config), transformers.AutoTokenizer.from_pretrained(folder)
+    return getattr(transformers, head_for(config, head)).from_config(config), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def save_text_model(lm, tokenizer, folder):
@@ -884,7 +894,7 @@ class MELP(Method):
     def generate(self, ecg, beams=1, longest=64):
         """Write the reports of ecg (B, 12, N) mV -> B strings: greedy, or the best of a search with several beams."""
         writer = caption_writer(self).to(ecg.device).eval()
-        start = torch.full((len(ecg), 1), self.text.tokenizer.cls_token_id, device=ecg.device)
+        start = torch.full((len(ecg), 1), self.text.first, device=ecg.device)
         ids = writer.generate(start, attention_mask=torch.ones_like(start), ecg=self.caption_pool(self.encode_tokens(ecg)),
                               num_beams=beams, do_sample=False, max_length=min(longest, self.text.max_length), use_cache=False)
         return self.text.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -1180,8 +1190,8 @@ METHODS = {
         batch_size=128, epochs=49, lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
     "melp": (MELP, dict(text_unit="subset", batch_size=64), dict(
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6, text_model="fuyingw/heart_bert",
-        text_trainable_layers=6, text_unit="report", batch_size=256, epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5,
-        shift=0.0)),
+        text_trainable_layers=6, text_max_length=127, text_unit="report", batch_size=256, epochs=100, lr=2e-4,
+        weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),
     "fgclep": (FGCLEP, dict(text_unit="tags", max_pool=True, epochs=14, fine_epochs=4), dict(
         normalise="lead", encoder="resnet50", width=1.0, dim=512, text_model="emilyalsentzer/Bio_ClinicalBERT",
         text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half", prior=False, max_pool=False,
