@@ -1,5 +1,6 @@
 """Our modules, filled through eval.py's tables of names, against numbers that the authors' code gave (shared/golden/README.md)."""
 import json
+import shutil
 import zlib
 from types import SimpleNamespace
 
@@ -285,3 +286,82 @@ def test_dbeta_losses():
                 grad_mlm_logits=inputs["mlm_logits"].grad, grad_etm_logits=inputs["etm_logits"].grad,
                 grad_uni_modal_ecg_feats=inputs["uni_ecg"].grad, grad_uni_modal_text_feats=inputs["uni_text"].grad)
     agree(golden, **{"norm_" + name: a.detach() for name, a in ours.items()})
+
+
+# ---- checkpoints as the authors published them -----------------------------------------------------------------------
+
+TEXTS = ["sinus rhythm. normal ecg", "sinus rhythm", "atrial fibrillation. abnormal ecg. old"]
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """A folder with the stand-in for the text model (other weights than the checkpoint's) and a tokenizer, made once for each."""
+    made = {}
+
+    def folder(lm):
+        if lm not in made:
+            made[lm] = tmp_path_factory.mktemp("text")
+            lm().save_pretrained(made[lm])
+            models.word_tokenizer(TEXTS * 2, 200).save_pretrained(made[lm])
+        return str(made[lm])
+    yield folder
+    for place in made.values():
+        shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("kind, lm, parts", [
+    ("merl", bert, ["merl_resnet18"]), ("melp", bert, ["melp_ecg_tower", "melp_text_tower"]), ("dbeta", t5, ["dbeta_ecg"])])
+@torch.no_grad()
+def test_published_checkpoint(kind, lm, parts, tmp_path, text_folder):
+    state = filled(*parts)
+    tower = filled("melp_ecg_tower") if kind == "melp" else {}  # stands inside the whole model
+    whole = {"module.model." + ("ecg_encoder." * (name in tower and name != "logit_scale")) + name: a for name, a in state.items()}
+    torch.save({"state_dict": whole, "epoch": 3}, tmp_path / "best.pt")
+    opened, config = evaluation.open_published(kind, tmp_path / "best.pt", text_folder(lm))
+    (tmp_path / "best.pt").unlink()  # up to a gigabyte
+    direct = evaluation.load_published(models.build_method(config, (lm(), opened.text.tokenizer)), state, kind).eval()
+    views = opened.encode_ecg(ecgs(1)), opened.encode_text(TEXTS)
+    for ours, theirs in zip(views, (direct.encode_ecg(ecgs(1)), direct.encode_text(TEXTS))):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs) if a is not None)
+    assert opened.similarity(*views).shape == (1, 3) and not opened.training
+    if kind == "melp":
+        tokenizer = opened.text.tokenizer
+        assert opened.text.first == tokenizer.convert_tokens_to_ids("[BOS]") != tokenizer.cls_token_id
+    if kind == "dbeta":  # the authors' T5 sees no mask: one text at a time, as ours does in a batch
+        opened.text.mask = False
+        assert torch.allclose(opened.encode_text(TEXTS[1:2]).report[0], views[1].report[1], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def merl_resnet18():
+    return filled("merl_resnet18")
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda state: {"module." + name: a for name, a in state.items()}, "safetensors"])
+def test_published_file_formats(merl_resnet18, wrap, tmp_path, text_folder):
+    from safetensors.torch import save_file
+    file = tmp_path / ("best.safetensors" if wrap == "safetensors" else "best.pth")
+    save_file(merl_resnet18, file) if wrap == "safetensors" else torch.save(wrap(merl_resnet18), file)
+    method, config = evaluation.open_published("merl", file, text_folder(bert))
+    assert config.encoder == "resnet18" and torch.equal(method.down.weight, merl_resnet18["downconv.weight"])
+
+
+def test_published_vision_transformer(tmp_path, text_folder):
+    torch.save(filled("merl_vit_tiny"), tmp_path / "best.pth")
+    assert evaluation.open_published("merl", tmp_path / "best.pth", text_folder(bert))[1].encoder == "vit_tiny"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("downconv.weight"), r"lacks 1 weights, such as down\.weight"),
+    (lambda s: s.update({"surprise.weight": s["downconv.bias"]}), r"1 unexpected names in the checkpoint: surprise\.weight"),
+    (lambda s: s.update({"lm_model.encoder.layer.2.output.dense.bias": s["downconv.bias"]}),
+     r"no place for text\.lm\.encoder\.layer\.2\.output\.dense\.bias"),
+    (lambda s: s.update({"linear1.weight": s["linear1.weight"][:, 1:]}), r"sizes .*: view1\.weight \(256, 255\) for \(256, 256\)"),
+    (lambda s: s.update({"proj_t.0.weight": s["proj_t.0.weight"].T}), r"project_text\.0\.weight \(768, 256\) for \(256, 768\)"),
+])
+def test_published_checkpoint_that_does_not_fit(merl_resnet18, change, message, tmp_path, text_folder):
+    state = dict(merl_resnet18)
+    change(state)
+    torch.save(state, tmp_path / "best.pth")
+    with pytest.raises(models.ModelError, match=message):
+        evaluation.open_published("merl", tmp_path / "best.pth", text_folder(bert))
