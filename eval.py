@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tqdm import tqdm
@@ -94,8 +95,9 @@ def score_records(method, store, rows, prompts, scales, device, batch=256):
 
 
 # ---- published checkpoints -------------------------------------------------------------------------------------
-# --ckpt merl:FILE, melp:FILE, dbeta:FILE. Names in the authors' state dictionaries -> ours; * stands for anything, the same on both sides in order. A name with +0, +1, +2 is a
-# part (query, key, value) of a larger tensor of ours; "-" is what neither training nor zero-shot here has a use for.
+# --ckpt merl:FILE, melp:FILE, dbeta:FILE. Names in the authors' state dictionaries -> ours; * stands for anything, the same on both
+# sides in order. A name with +0, +1, +2 is a part (query, key, value) of a larger tensor of ours; "-" is what neither training nor
+# zero-shot here has a use for.
 
 MERL_NAMES = """
 *num_batches_tracked                      -
@@ -192,6 +194,7 @@ MELP_NAMES = (W2V_NAMES + of(OPEN_CLIP_POOL, "contrast", "beat_pool") + of(OPEN_
               + of(OPEN_CLIP_BLOCK, "resblocks", "decoder.blocks") + of(OPEN_CLIP_BLOCK, "cross_attn", "decoder.cross") + """
 proj_contrast           project_beats
 logit_scale             log_scale
+ecg_encoder.logit_scale -
 bn.*                    -
 ln_final.*              decoder.norm.*
 text_projection         decoder.vocabulary
@@ -200,7 +203,8 @@ lm_model.bert.*         text.lm.*
 proj_t.*                project_text.*
 sent_proj.*             project_sentences.*
 """)
-DBETA_NAMES = (W2V_NAMES + of(BERT_LAYER, "multi_modal_ecg_layers", "fuse_ecg") + of(BERT_LAYER, "multi_modal_language_layers", "fuse_text")
+DBETA_NAMES = (W2V_NAMES + of(BERT_LAYER, "multi_modal_ecg_layers", "fuse_ecg")
+               + of(BERT_LAYER, "multi_modal_language_layers", "fuse_text")
                + of(OPEN_CLIP_BLOCK, "mim_head.decoder.resblocks", "rebuild.blocks") + """
 class_embedding                         cls
 language_encoder.*                      text.lm.*
@@ -223,10 +227,13 @@ mim_head.decoder_norm.*                 rebuild.norm.*
 mim_head.decoder_pred.*                 rebuild.predict.*
 itm_head.fc.*                           match.*
 """)
-# --ckpt NAME:FILE -> (our method, names, what a file may lack)
+# --ckpt NAME:FILE -> (our method, names, what a file may lack). D-BETA's T5 sees no attention mask, but one text at a time has no
+# padding: that is our tower with its mask, in any batch.
 PUBLISHED = {"merl": ("merl", MERL_NAMES, ()), "melp": ("melp", MELP_NAMES, ("decoder.", "caption_pool.", "project_sentences.")),
              "dbeta": ("cmelt", DBETA_NAMES, ())}
-WRAPPER = re.compile(r"^(module|model)\.|^ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)|^\w*decoder\.(?=resblocks|cross_attn|ln_final|text_proj)")
+WRAPPER = re.compile(r"^((module|model)\.)*(ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)"
+                     r"|\w*decoder\.(?=resblocks|cross_attn|ln_final|text_proj))?")
+DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # parts of a language model that a tower may do without
 
 
 def rename(state, names):
@@ -234,7 +241,8 @@ def rename(state, names):
     rules, parts, unknown = [line.split() for line in names.strip().splitlines() if line], {}, []
     rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours.split("*")) for theirs, ours in rules]
     for theirs, value in state.items():
-        match, ours = next(((m, ours) for pattern, ours in rules if (m := pattern.fullmatch(WRAPPER.sub("", theirs)))), (None, None))
+        bare = WRAPPER.sub("", theirs)
+        match, ours = next(((m, ours) for pattern, ours in rules if (m := pattern.fullmatch(bare))), (None, None))
         if match is None:
             unknown.append(theirs)
         elif ours != ["-"]:
@@ -242,24 +250,31 @@ def rename(state, names):
             parts.setdefault(name, {})[part] = value
     if unknown:
         raise models.ModelError(f"{len(unknown)} unexpected names in the checkpoint: {', '.join(unknown[:10])}")
-    return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)]) for name, found in parts.items()}
+    return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)]) for name, found in parts.items()
+            if "" in found or len(found) == 3}  # else it counts as missing
 
 
 def load_published(method, state, kind):
-    """Fill a method with the authors' weights, kind a key of PUBLISHED. Errors: models.ModelError that names what is missing or misshapen."""
+    """Fill a method with the authors' weights, kind a key of PUBLISHED. Errors: models.ModelError that names what is missing,
+    unknown or misshapen."""
     _, names, optional = PUBLISHED[kind]
     given = rename(state, names)
     ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
-    unused = {k for k in given.keys() - ours.keys() if k.startswith("text.lm.")}  # a pooler or position numbers that this tower drops
+    unused = {k for k in given.keys() - ours.keys() if k.startswith(DROPPED)}
     if unexpected := sorted(given.keys() - ours.keys() - unused):
         raise models.ModelError(f"this {method.config.method} has no place for {', '.join(unexpected[:10])}")
     if missing := sorted(k for k in ours.keys() - given.keys() if not k.startswith(optional)):
         raise models.ModelError(f"the checkpoint lacks {len(missing)} weights, such as {', '.join(missing[:10])}")
-    if misshapen := sorted(k for k in given.keys() & ours.keys() if given[k].numel() != ours[k].numel()):
+    if misshapen := sorted(k for k in given.keys() & ours.keys() if extent(given[k]) != extent(ours[k])):
         raise models.ModelError("other sizes than this method's: " + ", ".join(
             f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in misshapen[:5]))
     method.load_state_dict({k: given[k].reshape(ours[k].shape) for k in given.keys() - unused}, strict=False)
     return method
+
+
+def extent(x):
+    """Shape without the axes of length 1, of which the authors have more."""
+    return [n for n in x.shape if n > 1]
 
 
 def open_published(kind, file, text_model="", device="cpu"):
@@ -268,27 +283,43 @@ def open_published(kind, file, text_model="", device="cpu"):
     from train import Config  # here, since train.py imports this file: the defaults of all settings are its
     if kind not in PUBLISHED:
         raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(PUBLISHED)}")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError) as error:
-        raise data.DataError(f"{file}: not a checkpoint of tensors that torch can load safely ({str(error).splitlines()[0]})") from error
-    for key in ("state_dict", "model", "model_state_dict"):  # what surrounds the weights in a training checkpoint
-        state = state.get(key, state) if isinstance(state.get(key, None), dict) else state
+    state = read_tensors(file)
     method, _, _ = PUBLISHED[kind]
     _, small, paper = models.METHODS[method]
     config = Config(**{**small, **paper, "method": method, "data": "published"})
     config.text_model = text_model or config.text_model
-    if any("to_patch_embedding" in name for name in state):
-        config.encoder = "vit_" + {192: "tiny", 384: "small", 512: "middle", 768: "base"}[state_width(state, "to_patch_embedding.weight")]
-    elif kind == "merl":
-        config.encoder = "resnet50" if state_width(state, "downconv.weight", 1) == 2048 else "resnet18"
-    method = models.build_method(config, models.load_text_model(config.text_model))
-    return load_published(method, state, kind).to(device).eval(), config
+    if kind == "merl":
+        vits = {width: name for name, (width, _, _) in models.ViT1d.SIZES.items()}
+        vit, down = state_width(state, "to_patch_embedding.weight"), state_width(state, "downconv.weight", 1)
+        config.encoder = f"vit_{vits.get(vit, 'tiny')}" if vit else "resnet50" if down == 2048 else "resnet18"
+    lm, tokenizer = models.load_text_model(config.text_model)
+    if kind == "melp":
+        config.beat_queries = state_width(state, "attn_pool_contrast.query") or config.beat_queries
+        tokenizer.add_special_tokens({"bos_token": "[BOS]"})  # in place of [CLS], which goes to the end
+        if len(tokenizer) > lm.config.vocab_size:
+            lm.resize_token_embeddings(len(tokenizer))
+    return load_published(models.build_method(config, (lm, tokenizer)), state, kind).to(device).eval(), config
+
+
+def read_tensors(file):
+    """The state dictionary in a file of torch or safetensors; nothing but tensors is unpickled. Errors: data.DataError."""
+    try:
+        if str(file).endswith(".safetensors"):
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, SafetensorError) as error:
+        raise data.DataError(f"{file}: not a checkpoint of tensors that can be loaded safely ({type(error).__name__})") from error
+    for key in ("state_dict", "model", "model_state_dict"):  # what surrounds the weights in a training checkpoint
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise data.DataError(f"{file}: holds other things than named tensors")
+    return state
 
 
 def state_width(state, ending, axis=0):
-    """The size along an axis of the tensor whose name ends so."""
-    return next(value.shape[axis] for name, value in state.items() if name.endswith(ending))
+    """The size along an axis of the tensor whose name ends so, 0 where there is none."""
+    return next((value.shape[axis] for name, value in state.items() if name.endswith(ending)), 0)
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------

@@ -98,10 +98,11 @@ def gather_views(views):
 
 
 def mean_over_all(total, count):
-    """Mean over all processes of what each has summed up: total (differentiable) / count, both scalars."""
+    """Mean over all processes of what each has summed up: total (differentiable) / count, both scalars; 0 where nothing was counted."""
+    count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
     if world() > 1:
-        total, count = all_reduce(total), all_reduce(torch.as_tensor(count, dtype=total.dtype, device=total.device))
-    return total / count
+        total, count = all_reduce(total), all_reduce(count)
+    return total / count.clamp(min=1)
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -434,10 +435,17 @@ class CausalTower(TextTower):
         seen = torch.tensor([[1, 1, 1, 0]] * 2, device=probe.device)  # some models are causal only where nothing is padded
         was = lm.training
         with torch.no_grad():
-            change = torch.diff(lm.eval()(input_ids=probe, attention_mask=seen).last_hidden_state, dim=0)[0].norm(dim=1)  # of each state, by the last piece
+            states = lm.eval()(input_ids=probe, attention_mask=seen).last_hidden_state
         lm.train(was)
+        change = (states[1] - states[0]).norm(dim=1)  # of each state, by the third piece
         if change[:2].max() > 1e-5 * change[2]:
             raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, which MELP needs: use a BERT")
+
+    @property
+    def first(self):
+        """The piece that a text begins with: [CLS], or the [BOS] that the authors' tokenizer has besides."""
+        tokenizer = self.tokenizer
+        return tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def run(self, tokens):
         """ids, mask (U, W) -> (states (U, W, D), report (U, D))."""
@@ -451,6 +459,7 @@ class CausalTower(TextTower):
     def encode(self, texts):
         """U different strings -> CausalText."""
         tokens = self.tokenise(texts, return_offsets_mapping=True)
+        tokens["input_ids"][:, 0] = self.first
         states, report = self.run(tokens)
         sentence = sentence_of_piece(texts, tokens["offset_mapping"], tokens["words"])
         return CausalText(tokens["input_ids"], tokens["attention_mask"], states, report, *sentence_means(states, sentence))
@@ -516,20 +525,23 @@ def load_text_model(name, head="AutoModel"):
     inner = os.path.join(name, "language_model")
     name = inner if os.path.isdir(inner) else name
     try:
-        if transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
-            head = "AutoModelForTextEncoding"
+        head = head_for(transformers.AutoConfig.from_pretrained(name), head)
         return getattr(transformers, head).from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise ModelError(f"text model {name!r} is neither a folder with a model nor to be had from the Hugging Face hub: "
                          + str(error).splitlines()[0]) from error
 
 
+def head_for(config, head):
+    """The transformers class for a language model: of a T5 the encoder half. (A saved half says that it is no encoder-decoder.)"""
+    return "AutoModelForTextEncoding" if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5") else head
+
+
 def rebuild_text_model(folder, head="AutoModel"):
     """(encoder with random weights, tokenizer) as save_text_model wrote them: a run brings its own weights."""
     import transformers
     config = transformers.AutoConfig.from_pretrained(folder)
-    head = "AutoModelForTextEncoding" if config.model_type in ("t5", "mt5", "umt5") else head
-    return getattr(transformers, head).from_config(config), transformers.AutoTokenizer.from_pretrained(folder)
+    return getattr(transformers, head_for(config, head)).from_config(config), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def save_text_model(lm, tokenizer, folder):
@@ -607,9 +619,8 @@ class CardioLM(nn.Module):
         ids, labels = mask_words(tokens["input_ids"], tokens["special_tokens_mask"] == 0, self.tokenizer, self.config.word_mask)
         logits = self.lm(input_ids=ids, attention_mask=tokens["attention_mask"]).logits.float()
         hidden = labels >= 0
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
         right = ((logits.argmax(2) == labels) & hidden).sum()
-        return mean_over_all(loss, hidden.sum().clamp(min=1)), (right / hidden.sum().clamp(min=1)).item()
+        return told(logits, labels), (right / hidden.sum().clamp(min=1)).item()
 
     def forward(self, batch):
         return {"mlm": self.guess(batch.texts)[0]}
@@ -657,6 +668,12 @@ def matched(logits, sides=2):
     return loss if sides == 1 else (loss + F.cross_entropy(logits.T, target)) / 2
 
 
+def told(logits, labels):
+    """Cross entropy of logits (..., V) with labels (...), -100 where nothing is to be told; mean over all processes."""
+    total = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=-100)
+    return mean_over_all(total, (labels >= 0).sum())
+
+
 def soft_sigmoid(logits, target):
     """L = mean_kl [ S_kl softplus(-x_kl) + (1 - S_kl) softplus(x_kl) ], FG-CLEP's loss (METHODS 2.5). logits x, target S: (B, C)."""
     return F.binary_cross_entropy_with_logits(logits, target)
@@ -681,6 +698,11 @@ def frames_of(ecg, size=16):
     ecg = ecg[:, :, :ecg.shape[2] // size * size]
     ecg = (ecg - ecg.mean(2, keepdim=True)) / torch.sqrt(ecg.var(2, keepdim=True) + 1e-6)
     return ecg.unflatten(2, (-1, size)).transpose(1, 2).flatten(2)
+
+
+def rebuilt_loss(rebuilt, wanted, hidden):
+    """Squared error of the hidden frames: rebuilt and wanted (B, T, D), hidden (B, T) 0 or 1; mean over all processes."""
+    return mean_over_all(((rebuilt - wanted).square().mean(2) * hidden).sum(), hidden.sum())
 
 
 # ---- methods -----------------------------------------------------------------------------------------------------
@@ -877,15 +899,13 @@ class MELP(Method):
     def caption_loss(self, text, ecg):
         """Cross entropy of each next piece of the reports (CausalText of B), given the ECG's caption tokens (B, M, D)."""
         logits = self.decoder(text.states[:, :-1], ecg)
-        labels = text.ids[:, 1:].masked_fill(text.mask[:, 1:] == 0, -100)
-        total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
-        return mean_over_all(total, (labels >= 0).sum())
+        return told(logits, text.ids[:, 1:].masked_fill(text.mask[:, 1:] == 0, -100))
 
     @torch.no_grad()
     def generate(self, ecg, beams=1, longest=64):
         """Write the reports of ecg (B, 12, N) mV -> B strings: greedy, or the best of a search with several beams."""
         writer = caption_writer(self).to(ecg.device).eval()
-        start = torch.full((len(ecg), 1), self.text.tokenizer.cls_token_id, device=ecg.device)
+        start = torch.full((len(ecg), 1), self.text.first, device=ecg.device)
         ids = writer.generate(start, ecg=self.caption_pool(self.encode_tokens(ecg)),
                               num_beams=beams, do_sample=False, max_length=min(longest, self.text.max_length), use_cache=False)
         return self.text.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -932,9 +952,11 @@ class CMELT(Method):
         self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
         self.pool_ecg, self.pool_text, self.pool_fused_ecg, self.pool_fused_text = (FirstPool(d) for _ in range(4))
         self.modality = nn.Embedding(2, d)  # 0 text, 1 ECG
-        layer = lambda: nn.TransformerDecoderLayer(d, heads, 4 * d, 0.1, "gelu", batch_first=True)
+        # BERT's parts, with BERT's 1e-12: behind a GELU the usual 1e-5 shows
+        layer = lambda: nn.TransformerDecoderLayer(d, heads, 4 * d, 0.1, "gelu", layer_norm_eps=1e-12, batch_first=True)
         self.fuse_ecg, self.fuse_text = (nn.ModuleList(layer() for _ in range(config.fusion_layers)) for _ in range(2))
-        self.tell_word = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d), nn.Linear(d, self.text.lm.config.vocab_size))
+        self.tell_word = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-12),
+                                       nn.Linear(d, self.text.lm.config.vocab_size))
         self.rebuild = FrameDecoder(d, self.samples // 16, max(1, d // 128))
         self.match = nn.Linear(2 * d, 2)
 
@@ -947,9 +969,18 @@ class CMELT(Method):
                 half = ecg
         return text, ecg, half
 
+    def with_class(self, frames):
+        return torch.cat([self.cls.expand(len(frames), 1, -1), frames], 1)
+
     def ecg_states(self, frames):
         """Frames (B, T, D) -> projected states with the class token first (B, 1 + T, d)."""
-        return self.project_ecg(self.ecg.encode(torch.cat([self.cls.expand(len(frames), 1, -1), frames], 1)))
+        return self.project_ecg(self.ecg.encode(self.with_class(frames)))
+
+    def masked_states(self, frames, order):
+        """ecg_states of the frames that come first in order (B, T), and which are hidden (B, T): 1, not 0."""
+        kept = order[:, :max(1, int(frames.shape[1] * (1 - self.config.frame_drop)))]
+        states = self.ecg_states(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
+        return states, torch.ones(order.shape, device=order.device).scatter(1, kept, 0)
 
     def encode_ecg(self, ecg):
         states = self.ecg_states(self.ecg.embed(normalise(ecg, self.config.normalise)))
@@ -964,10 +995,8 @@ class CMELT(Method):
         ecg = normalise(batch.ecg, self.config.normalise)
         seen = ecg * (torch.rand(ecg.shape[:2], device=ecg.device) >= self.config.lead_mask)[:, :, None]
         frames = self.ecg.embed(seen)                                                     # (B, T, D)
-        keep = max(1, int(frames.shape[1] * (1 - self.config.frame_drop)))
         order = torch.rand(frames.shape[:2], device=frames.device).argsort(1)
-        kept = order[:, :keep]                                                            # (B, keep)
-        states = self.ecg_states(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
+        states, hidden = self.masked_states(frames, order)
 
         texts, aligned = self.with_negatives(batch)
         tokens = self.text.tokenise(texts)
@@ -975,14 +1004,11 @@ class CMELT(Method):
         words = self.project_text(self.text.run({**tokens, "input_ids": ids}).last_hidden_state)
         fused_text, fused_ecg, half = self.fuse(words, tokens["attention_mask"], states)
 
-        told = labels >= 0  # only these need the vocabulary
-        mlm = F.cross_entropy(self.tell_word(fused_text[told]).float(), labels[told], reduction="sum")
+        masked = labels >= 0  # only these need the vocabulary
         wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
-        hidden = torch.ones(order.shape, device=order.device).scatter(1, kept, 0)         # 1: dropped
-        mem = ((self.rebuild(half, order.argsort(1)) - wanted).square().mean(2) * hidden).sum()
         etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
-        return {"mlm": mean_over_all(mlm, told.sum().clamp(min=1)), "mem": mean_over_all(mem, hidden.sum().clamp(min=1)),
-                "etm": mean_over_all(F.cross_entropy(etm.float(), aligned.long(), reduction="sum"), len(etm)),
+        return {"mlm": told(self.tell_word(fused_text[masked]), labels[masked]),
+                "mem": rebuilt_loss(self.rebuild(half, order.argsort(1)), wanted, hidden), "etm": told(etm, aligned.long()),
                 "ets": ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), gather(aligned))}
 
     def with_negatives(self, batch):
@@ -1176,8 +1202,8 @@ METHODS = {
         batch_size=128, epochs=49, lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
     "melp": (MELP, dict(text_unit="subset", batch_size=64), dict(
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6, text_model="fuyingw/heart_bert",
-        text_trainable_layers=6, text_unit="report", batch_size=256, epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5,
-        shift=0.0)),
+        text_trainable_layers=6, text_max_length=127, text_unit="report", batch_size=256, epochs=100, lr=2e-4,
+        weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),
     "fgclep": (FGCLEP, dict(text_unit="tags", max_pool=True, epochs=14, fine_epochs=4), dict(
         normalise="lead", encoder="resnet50", width=1.0, dim=512, text_model="emilyalsentzer/Bio_ClinicalBERT",
         text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half", prior=False, max_pool=False,

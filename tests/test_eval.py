@@ -100,3 +100,27 @@ def test_clear_errors(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(data.DataError, match="did not finish"):
         evaluation.load_run(tmp_path)
+
+
+def test_a_third_of_an_attention_is_missing():
+    names = {part: f"ecg_encoder.encoder.layers.0.self_attn.{part}_proj.bias" for part in "qkv"}
+    state = {names["k"]: torch.ones(2), names["q"]: torch.zeros(2)}
+    assert evaluation.rename(state, evaluation.MELP_NAMES) == {}
+    found = evaluation.rename({**state, names["v"]: torch.full((2,), 2.0)}, evaluation.MELP_NAMES)
+    assert found["ecg.layers.0.self_attn.in_proj_bias"].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"a": SimpleNamespace()}}, {"a": "text"}, torch.zeros(3), b"", b"none", None])
+def test_files_without_tensors_are_refused(content, tmp_path):
+    file = tmp_path / "best.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(data.DataError, match="best.pth: "):
+        evaluation.open_published("merl", file)
+
+
+def test_unknown_publication():
+    with pytest.raises(models.ModelError, match="no published checkpoint 'clip'; known: merl, melp, dbeta"):
+        evaluation.open_published("clip", "best.pth")
