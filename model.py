@@ -684,10 +684,10 @@ def l1_similarity(like, target):
     return (like - target).abs().sum() / len(like)
 
 
-def ets_loss(x, y, aligned):
-    """ECG-text sigmoid loss of D-BETA (METHODS 2.4): mean_ij softplus(-s_ij x_i.y_j), x and y (B, D) not normalised, s_ij = 1 on the
-    diagonal where the pair is aligned (B,), -1 elsewhere."""
-    sign = 2 * torch.diag(aligned.float()) - 1
+def ets_loss(x, y, positive):
+    """ECG-text sigmoid loss of D-BETA (METHODS 2.4): mean_ij softplus(-s_ij x_i.y_j), x (B, D) and y (C, D) not normalised, s_ij = 1
+    where positive (B, C) bool, -1 elsewhere."""
+    sign = 2 * positive.float() - 1
     with torch.autocast(x.device.type, enabled=False):
         return F.softplus(-sign * (x.float() @ y.float().T)).mean()
 
@@ -827,12 +827,13 @@ class CaptionDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.vocabulary = nn.Parameter(torch.randn(dim, vocabulary) * dim ** -0.5)
 
-    def forward(self, x, ecg, last=False):
-        """States of the causal text tower x (B, W, D), ecg (B, M, D) -> logits of the next piece (B, W or 1 if `last`, vocabulary)."""
+    def forward(self, x, ecg, where=slice(None)):
+        """States of the causal text tower x (B, W, D), ecg (B, M, D) -> logits of the next piece (B, W, vocabulary); where: an index
+        into (B, W), such as the real pieces, to spare the others' vocabulary."""
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         for block, cross in zip(self.blocks, self.cross):
             x = cross(block(x, mask=later), ecg)
-        return self.norm(x[:, -1:] if last else x) @ self.vocabulary
+        return self.norm(x)[where] @ self.vocabulary
 
 
 class MELP(Method):
@@ -898,8 +899,8 @@ class MELP(Method):
 
     def caption_loss(self, text, ecg):
         """Cross entropy of each next piece of the reports (CausalText of B), given the ECG's caption tokens (B, M, D)."""
-        logits = self.decoder(text.states[:, :-1], ecg)
-        return told(logits, text.ids[:, 1:].masked_fill(text.mask[:, 1:] == 0, -100))
+        real = text.mask[:, 1:] == 1
+        return told(self.decoder(text.states[:, :-1], ecg, real), text.ids[:, 1:][real])
 
     @torch.no_grad()
     def generate(self, ecg, beams=1, longest=64):
@@ -929,7 +930,7 @@ def caption_writer(melp):
 
         def forward(self, input_ids, ecg, **_):  # ecg (B, M, D): generate repeats it for every beam
             states, _ = melp.text.run({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
-            return CausalLMOutput(logits=melp.decoder(states, ecg, last=True).float())
+            return CausalLMOutput(logits=melp.decoder(states, ecg, (slice(None), slice(-1, None))).float())
 
     return CaptionWriter(melp.text.tokenizer)
 
@@ -947,6 +948,8 @@ class CMELT(Method):
             raise ModelError(f"cmelt drops frames before its transformer: use --encoder w2v_tiny, small or base, not {config.encoder}")
         if config.negatives not in ("far", "lost", "none"):
             raise ModelError(f"unknown --negatives {config.negatives!r}: use far, lost or none")
+        if config.ets_positives not in ("said", "own"):
+            raise ModelError(f"unknown --ets-positives {config.ets_positives!r}: use said or own")
         d, heads = config.dim, max(1, config.dim // 64)
         self.cls = nn.Parameter(0.02 * torch.randn(self.ecg.dim))
         self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
@@ -1007,9 +1010,19 @@ class CMELT(Method):
         masked = labels >= 0  # only these need the vocabulary
         wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
         etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
+        ets = ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), self.positives(batch, texts, gather(aligned)))
         return {"mlm": told(self.tell_word(fused_text[masked]), labels[masked]),
                 "mem": rebuilt_loss(self.rebuild(half, order.argsort(1)), wanted, hidden), "etm": told(etm, aligned.long()),
-                "ets": ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), gather(aligned))}
+                "ets": ets * (len(batch.ids) * world() if self.config.ets_sum else 1)}
+
+    def positives(self, batch, texts, aligned):
+        """Which texts (of all processes) are true of which records (B, B) bool: of an aligned pair (B,), and with ets_positives said
+        wherever the record's own report says all that the text says."""
+        pairs = torch.diag(aligned)
+        if self.config.ets_positives == "own":
+            return pairs
+        says, said = (list(map(set, gather_texts(rows))) for rows in (batch.tags, [text.split(". ") for text in texts]))
+        return pairs | torch.tensor([[text <= record for text in said] for record in says], device=pairs.device)
 
     def with_negatives(self, batch):
         """The batch's texts, about half of them replaced by far ones, and which are still their record's (B,) bool."""
@@ -1193,14 +1206,14 @@ METHODS = {
     "etp": (ETP, dict(text_trainable_layers=0, text_unit="tag", batch_size=64), dict(
         width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", text_max_length=256, text_unit="report",
         batch_size=128, epochs=50, lr=2e-3, weight_decay=1e-5, lead_drop=0.0, shift=0.0)),
-    "merl": (MERL, dict(text_unit="subset", batch_size=64, lr=1e-3), dict(
+    "merl": (MERL, dict(text_unit="subset", batch_size=64, lr=1e-3, epochs=16), dict(
         rate=500, normalise="record", width=1.0, patch=50, dim=256, text_model="ncbi/MedCPT-Query-Encoder",
         text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", batch_size=1024, epochs=20, lr=1e-3,
         weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
-    "cmelt": (CMELT, dict(encoder="w2v_tiny", batch_size=64, lead_drop=0.0, epochs=60), dict(
-        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", text_max_length=256,
+    "cmelt": (CMELT, dict(encoder="w2v_tiny", text_unit="subset", text_max_length=48, batch_size=64, lead_drop=0.0, epochs=30), dict(
+        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_unit="report", ets_positives="own", text_model="google/flan-t5-base", text_max_length=256,
         batch_size=128, epochs=49, lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
-    "melp": (MELP, dict(text_unit="subset", batch_size=64), dict(
+    "melp": (MELP, dict(text_unit="tag", text_max_length=64, batch_size=64, epochs=16), dict(
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6, text_model="fuyingw/heart_bert",
         text_trainable_layers=6, text_max_length=127, text_unit="report", batch_size=256, epochs=100, lr=2e-4,
         weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),

@@ -79,6 +79,8 @@ class Config:
     lead_mask: float = 0.5            # cmelt: chance that the encoder does not see a lead
     word_mask: float = 0.25           # cmelt, cardiolm: share of hidden words
     mem_target: str = "record"        # cmelt: record: hidden leads are rebuilt too | input: they are to be zero (published code)
+    ets_sum: bool = True              # cmelt: a record's pairs are summed (paper) | False: averaged (published code), 1/B of it
+    ets_positives: str = "said"       # cmelt: said: a text is right for every record that says it | own: for its own alone (paper)
     negatives: str = "far"            # cmelt: N3S far (paper) | lost (published code) | none
     align: str = "rhythm"             # fgclep: rhythm (v1) | tag (v2: tags over patches) | word (words over tokens)
     fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
@@ -487,6 +489,7 @@ def train(config, run, device, main):
         raise data.DataError(f"batch size {config.batch_size} must divide by {models.world()} processes and not exceed the "
                              f"{len(rows)} training records with a report")
     text = make_text(config, run, [texts[row] for row in rows], device, main)
+    torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
     if config.method == "cmelt" and config.negatives == "far":
         method.far = far_texts(method, [texts[row] for row in rows], run, main)
