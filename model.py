@@ -1022,7 +1022,8 @@ class CMELT(Method):
         if self.config.ets_positives == "own":
             return pairs
         says, said = (list(map(set, gather_texts(rows))) for rows in (batch.tags, [text.split(". ") for text in texts]))
-        return pairs | torch.tensor([[text <= record for text in said] for record in says], device=pairs.device)
+        others = torch.tensor([[text <= record for text in said] for record in says], device=pairs.device)
+        return torch.where(torch.eye(len(pairs), dtype=torch.bool, device=pairs.device), pairs, others)
 
     def with_negatives(self, batch):
         """The batch's texts, about half of them replaced by far ones, and which are still their record's (B,) bool."""

@@ -18,8 +18,8 @@ import statistics
 import sys
 import time
 import zlib
-from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +86,7 @@ class Config:
     fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
     similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.similarity
     prior: bool = True                # fgclep: logits start from each text's frequency in the batch: model.FGCLEP.loss
+    llm: str = ""                     # fgclep: causal language model (name or folder) to propose features; default: prompts.json
     keep_share: float = 1.5           # fgclep: of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
     keep_threshold: float = -1.0      # fgclep: and whose cosine is at least this (FOCAL: 0.95)
     # optimisation
@@ -309,33 +310,185 @@ class Watch:
 
 # ---- FG-CLEP: recovery of waveform features between its two stages -------------------------------------------------
 
+MOST_FEATURES = 8        # of one answer
+LLM_TOKENS = 192         # of one answer: eight phrases take about 80
+LLM_BATCH = 32           # sets of tags asked at once
+NEUTRAL = set("a an and are as at by for from in is no not of on or than that the to with".split())
+FURTHER = """alternans bifid bpm compensatory constant decreased diffuse dominant electrical fixed increased mm pathologic
+progressive reciprocal retrograde saw secondary shaped tooth upstroke variable"""  # English words that prompts.json has no use for
+QUESTION = """You read twelve-lead ECGs. One of them is reported as: {}
+
+Which features of its waveforms are most likely to be seen on it? Think of the P wave, PR interval, QRS complex, ST segment, \
+T wave, QT interval, rate and regularity of the rhythm. Answer with nothing but a JSON list of at most {} short English phrases \
+in lower case, such as {}"""
+UNTRAINED = """Waveform features most likely to be seen on a twelve-lead ECG, as a JSON list of at most {} short English phrases.
+
+{}"""
+EXAMPLES = ["atrial fibrillation; left ventricular hypertrophy", "first degree av block"]  # their answers: the knowledge table
+
+
+class Answers:
+    """Features that a causal language model proposes for each distinct set of tags, in the place of data.Findings.
+
+    Kept in run/llm_answers.jsonl, a line a set: {"model", "tags", "answer", "features"}, features null if unreadable.
+    Errors: data.DataError if the file holds another model's answers."""
+
+    def __init__(self, run, name):
+        self.path, self.name, self.features = run / "llm_answers.jsonl", name, {}
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[:text.rfind("\n") + 1]
+        if whole != text:  # a kill may leave half a line
+            write_atomic(self.path, lambda path: path.write_text(whole))
+        for line in map(json.loads, whole.splitlines()):
+            if line["model"] != name:
+                raise data.DataError(f"{self.path} holds the answers of {line['model']}, not of {name}: move it away")
+            self.features[tuple(line["tags"])] = line["features"]
+
+    def candidates(self, tags):
+        """Features proposed for the tags of one report, asked before, in any order."""
+        return self.features[tuple(sorted(set(tags)))] or []
+
+    def ask(self, reports, device):
+        """One query for each distinct set among `reports` (lists of tags) that has no answer yet.
+
+        Batches are always the same, and asked whole: padding moves the last bits of a score, and so might change an answer."""
+        sets = sorted({tuple(sorted(set(tags))) for tags in reports},
+                      key=lambda tags: (-len(models.join(tags)), tags))  # the longest first: too little memory shows at once
+        batches = [sets[i:i + LLM_BATCH] for i in range(0, len(sets), LLM_BATCH)]
+        left = [batch for batch in batches if not self.features.keys() >= set(batch)]
+        if left:
+            with torch.random.fork_rng(devices=[]), open(self.path, "a") as out:  # loading may draw random numbers
+                lm, tokenizer = load_llm(self.name, device)
+                bar = tqdm(total=len(sets), initial=len(sets) - sum(map(len, left)), desc="asking the language model", unit="set")
+                for batch in left:
+                    for tags, answer in zip(batch, generate(lm, tokenizer, batch)):
+                        if tags not in self.features:
+                            self.features[tags] = parse_features(answer)
+                            out.write(json.dumps({"model": self.name, "tags": tags, "answer": answer,
+                                                  "features": self.features[tags]}) + "\n")
+                    out.flush()
+                    bar.update(len(batch))
+                bar.close()
+            del lm
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        found = [self.features[tags] for tags in sets]
+        print(f"{self.name}: {len(sets)} distinct sets of tags, {len({f for row in found for f in row or []})} distinct features; "
+              f"{found.count(None)} of {len(sets)} answers could not be read")
+
+
+def load_llm(name, device):
+    """(causal language model on the device, tokenizer) of a Hugging Face name or folder. Errors: ModelError where there is none."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    except (OSError, ValueError) as error:  # ValueError: a model, but not a causal one
+        raise models.ModelError(f"language model {name!r} is neither a folder with a causal language model nor to be had from the "
+                                "Hugging Face hub: " + str(error).splitlines()[0]) from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return lm.to(device).eval(), tokenizer
+
+
+def prompt_for(tokenizer, tags):
+    """The question about one set of tags: a chat's if the model has a template, else worked examples to go on from."""
+    knowledge = data.Findings()
+    shown = {example: json.dumps(knowledge.candidates(example.split("; "))[:MOST_FEATURES]) for example in EXAMPLES}
+    if tokenizer.chat_template:
+        question = QUESTION.format("; ".join(tags), MOST_FEATURES, shown[EXAMPLES[0]])
+        return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                             add_generation_prompt=True, enable_thinking=False)  # others ignore it
+    lines = "".join(f"Report: {example}\nFeatures: {answer}\n\n" for example, answer in shown.items())
+    return UNTRAINED.format(MOST_FEATURES, lines) + f"Report: {'; '.join(tags)}\nFeatures:"
+
+
+@torch.inference_mode()
+def generate(lm, tokenizer, sets):
+    """The model's most likely answers to B sets of tags, as B strings."""
+    chat = bool(tokenizer.chat_template)
+    tokens = tokenizer([prompt_for(tokenizer, tags) for tags in sets], padding=True, add_special_tokens=not chat,
+                       return_tensors="pt").to(lm.device)
+    out = lm.generate(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], max_new_tokens=LLM_TOKENS,
+                      do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id)
+    answers = tokenizer.batch_decode(out[:, tokens["input_ids"].shape[1]:], skip_special_tokens=True)
+    return answers if chat else [answer.strip().partition("\n")[0] for answer in answers]  # it goes on with more examples
+
+
+def parse_features(answer):
+    """An answer's features, or None unless it is one JSON list of strings (an object whose only value is such a list) or a list
+    with a bullet or number before every line. Not counted: thoughts before it, and a fence around all of it.
+
+    Each feature is lower case and given once, at most MOST_FEATURES; those that are not plausible() are dropped."""
+    text = re.sub(r"^.*</think>", "", answer, flags=re.S).strip()
+    text = re.sub(r"^```(?:json)?\s*\n(.*)\n\s*```$", r"\1", text, flags=re.S)
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        bullets = [re.fullmatch(r"\s*(?:[-*\u2022]|\d+[.)])\s+(.+)", line) for line in text.splitlines() if line.strip()]
+        items = [bullet[1] for bullet in bullets] if bullets and all(bullets) else None
+    if isinstance(items, dict) and len(items) == 1:
+        items, = items.values()
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        return None
+    features = dict.fromkeys(" ".join(item.lower().split()).strip(" .,;:!") for item in items)
+    return [feature for feature in features if plausible(feature)][:MOST_FEATURES]
+
+
+def plausible(feature):
+    """Whether a phrase may be an English waveform feature: 1 to 10 words in plain letters, more of them known than unknown.
+
+    Letters and short names (qrs, ii, st) are the same in every language: they count only where nothing else is said."""
+    if not re.fullmatch(r"[a-z0-9 /<>=.%,()'-]+", feature) or len(feature.split()) > 10:
+        return False
+    words = set(re.findall("[a-z]+", feature)) - NEUTRAL
+    long = {word for word in words & vocabulary() if len(word) > 3}
+    return bool(words) and len(long) + (words <= vocabulary()) > len(words - vocabulary())
+
+
+@lru_cache
+def vocabulary():
+    """English words on ECGs: of the findings in prompts.json, their features, the statements that it translates to; and FURTHER."""
+    table = data.knowledge()
+    findings = [*table["findings"].values(), *table["more_findings"].values()]
+    texts = [text for finding in findings for text in (finding["name"], *finding["also"], *finding["features"])]
+    texts += [FURTHER, *table["lexicon"]["statements"].values(), *data.LEADS]
+    return set(re.findall("[a-z]+", " ".join(texts).lower())) - NEUTRAL
+
+
 @torch.no_grad()
 def recover_features(method, store, rows, tags, config, run, device):
-    """Enrich reports (FG-CLEP, METHODS 2.5): every waveform feature that the knowledge table lists for a report's diagnoses
-    is a candidate; the coarse model scores it against the record's own ECG, and what is implausible is dropped.
+    """Enrich reports (FG-CLEP, METHODS 2.5): every waveform feature that the knowledge table lists for a report's diagnoses, or
+    that the language model --llm proposed for them, is a candidate; the coarse model scores it against the record's own ECG,
+    and what is implausible is dropped.
 
     A candidate stays if its cosine reaches keep_threshold, and a quantile of that feature's cosines over all training ECGs:
     where it is a candidate of n records, the ECG must be among the keep_share * n with the highest cosine. So neither a
     feature's popularity nor the level of its cosines plays a part. Writes run/recovered.jsonl, one line a record."""
-    knowledge = data.Findings()
-    candidates = {row: [f for f in knowledge.candidates(tags[row]) if f not in tags[row]] for row in rows}
-    features = sorted({f for found in candidates.values() for f in found})
+    knowledge = Answers(run, config.llm) if config.llm else data.Findings()
+    candidates = [[f for f in knowledge.candidates(tags[row]) if f not in tags[row]] for row in rows]
+    features = sorted({f for found in candidates for f in found})
+    place = {f: i for i, f in enumerate(features)}
+    ecg_of = np.repeat(np.arange(len(rows)), [len(found) for found in candidates])             # (K,) of every candidate
+    feature_of = np.array([place[f] for found in candidates for f in found], int)              # (K,)
+    scores, kept = np.zeros(len(ecg_of), np.float32), np.zeros(len(ecg_of), bool)
+    quantiles = np.maximum(0, 1 - config.keep_share * np.bincount(feature_of, minlength=len(features)) / len(rows))
     method.eval()
     ecg = evaluation.embed_records(method, store, rows, device, "scoring candidates")           # (R, dim)
-    text = method.encode_text(features).report.float().cpu() if features else torch.zeros(0, config.dim)
+    for start in range(0, len(features), 256):  # a language model may propose many thousands
+        part = slice(start, start + 256)
+        table = (ecg @ method.encode_text(features[part]).report.float().cpu().T).numpy()       # (R, F)
+        bar = np.array([max(np.quantile(column, q), config.keep_threshold) for column, q in zip(table.T, quantiles[part])])
+        here = np.flatnonzero((feature_of >= start) & (feature_of < start + 256))
+        scores[here] = table[ecg_of[here], feature_of[here] - start]
+        kept[here] = scores[here] >= bar[feature_of[here] - start]
     method.train()
-    scores = (ecg @ text.T).numpy()                                                             # (R, F)
-    counts = Counter(f for found in candidates.values() for f in found)
-    quantiles = [max(0, 1 - config.keep_share * counts[f] / len(rows)) for f in features]
-    bar = [max(np.quantile(column, q), config.keep_threshold) for column, q in zip(scores.T, quantiles)]
-    place = {f: i for i, f in enumerate(features)}
 
     def write(path):
+        scored = iter(zip(scores.tolist(), kept.tolist()))
         with open(path, "w") as out:
-            for i, row in enumerate(rows):
-                scored = [[f, round(float(scores[i, place[f]]), 4), bool(scores[i, place[f]] >= bar[place[f]])]
-                          for f in candidates[row]]
-                out.write(json.dumps({"id": str(store.records["id"].iloc[row]), "row": int(row), "candidates": scored}) + "\n")
+            for row, found in zip(rows, candidates):
+                line = [[f, round(score, 4), keep] for f, (score, keep) in zip(found, scored)]
+                out.write(json.dumps({"id": str(store.records["id"].iloc[row]), "row": int(row), "candidates": line}) + "\n")
     write_atomic(run / "recovered.jsonl", write)
 
 
@@ -366,7 +519,7 @@ def enrich(method, store, rows, tags, config, run, device, main):
     kept = {row: [f for f, _, keep in scored if keep] for row, scored in recovered.items()}
     if main:
         print(f"recovered features: {sum(len(s) for s in recovered.values())} candidates, {sum(map(len, kept.values()))} kept")
-        if any(store.records["features"]):
+        if any(store.records["features"]) and not config.llm:  # a language model has its own words for them
             truth = {row: set(store.records["features"].iloc[row]) - set(tags[row]) for row in rows}
             quality = recovery_quality(recovered, truth)
             write_atomic(run / "recovery.json", lambda path: path.write_text(json.dumps(quality, indent=1)))
@@ -488,6 +641,8 @@ def train(config, run, device, main):
     if config.batch_size % models.world() or len(rows) < config.batch_size:
         raise data.DataError(f"batch size {config.batch_size} must divide by {models.world()} processes and not exceed the "
                              f"{len(rows)} training records with a report")
+    if config.llm and main and "fine" in dict(stages(config)) and not (run / "recovered.jsonl").exists():
+        Answers(run, config.llm).ask([tags[row] for row in rows], device)  # now: mistakes show at once, and the GPU is empty
     text = make_text(config, run, [texts[row] for row in rows], device, main)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
