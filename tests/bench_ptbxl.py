@@ -3,6 +3,7 @@ it again to go on.
 
     python tests/bench_ptbxl.py ../shared/data/ptbxl              methods x seeds
     python tests/bench_ptbxl.py ../shared/data/ptbxl --ablation   parts of FG-CLEP x seeds
+    python tests/bench_ptbxl.py ../shared/data/ptbxl --methods melp,melp-rpeak
 """
 import argparse
 import subprocess
@@ -18,15 +19,18 @@ import eval as evaluation
 import model as models
 
 METHODS = [name for name in models.METHODS if name != "cardiolm"]
-ABLATION = {
-    "default": [],
-    "whole reports, hard targets": ["--text-unit", "report", "--fn-mode", "none"],
-    "whole reports": ["--text-unit", "report"],
-    "coarse stage only": ["--fine-epochs", "0"],
-    "recovered features unfiltered": ["--keep-share", "1e9"],
-    "whole reports, text cosine as targets": ["--text-unit", "report", "--similarity", "cos"],
-    "original language": ["--report-language", "original"],
+HARD = ["--text-unit", "report", "--fn-mode", "none"]
+ABLATION = {  # name of the runs -> flags; each but the last three adds a part of FG-CLEP to the one before
+    "fgclep-coarse": [*HARD, "--fine-epochs", "0"],
+    "fgclep-recovery": [*HARD, "--keep-share", "1e9"],
+    "fgclep-filter": HARD,
+    "fgclep": [],  # soft targets, over every tag
+    "fgclep-tag": ["--align", "tag"],
+    "fgclep-word": ["--align", "word"],
+    "fgclep-soft-coarse": ["--fine-epochs", "0"],
+    "fgclep-soft-reports": ["--text-unit", "report"],
 }
+VARIANTS = {"melp-rpeak": ["--method", "melp", "--beats", "rpeak"]}
 
 
 def train(name, flags):
@@ -48,12 +52,12 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run")
     args = parser.parse_args()
-    plan = {name: ["--method", name] for name in args.methods.split(",")}
-    if not plan.keys() <= models.METHODS.keys():
-        parser.error(f"unknown method in {args.methods}; methods: {', '.join(models.METHODS)}")
-    if args.ablation:
-        plan = {"fgclep" if title == "default" else title.replace(", ", "-").replace(" ", "-"): ["--method", "fgclep", *flags]
-                for title, flags in ABLATION.items()}
+    known = {**{name: ["--method", name] for name in METHODS}, **VARIANTS,
+             **{name: ["--method", "fgclep", *flags] for name, flags in ABLATION.items()}}
+    names = list(ABLATION) if args.ablation else args.methods.split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    plan = {name: known[name] for name in names}
     common = ["--data", f"ptbxl:{Path(args.ptbxl).resolve()}", "--threads", str(args.threads)]
     runs = {f"bench-{name}-{seed}": [*flags, "--seed", str(seed), *common]
             for name, flags in plan.items() for seed in range(args.seeds)}

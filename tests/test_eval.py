@@ -124,3 +124,22 @@ def test_files_without_tensors_are_refused(content, tmp_path):
 def test_unknown_publication():
     with pytest.raises(models.ModelError, match="no published checkpoint 'clip'; known: merl, melp, dbeta"):
         evaluation.open_published("clip", "best.pth")
+
+
+def test_written_reports_are_compared_as_sets(tmp_path, monkeypatch, capsys):
+    assert evaluation.overlap([{"a", "b"}, {"c"}], [{"a"}, {"d", "c"}]) == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
+    config = small_config("melp", width=0.125, dim=16, data="simulated:96")
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    method = models.build_method(config, models.small_text_model(["sinus rhythm. normal ecg"] * 8, steps=1, dim=32, layers=1)).eval()
+    monkeypatch.setattr(evaluation, "load_run", lambda *a: (method, config))
+    store = data.open_data("simulated:96")
+    test = [tags for tags, split in zip(data.report_tags(store), store.records["split"]) if split == "test" and tags]
+    monkeypatch.setattr(method, "generate", lambda ecg, beams: [models.join(test.pop(0)) + "." for _ in ecg])
+    found = evaluation.generate(tmp_path)
+    assert found["written"]["statements"]["f1"] == found["written"]["findings"]["f1"] == 1 > found["commonest report"]["statements"]["f1"]
+    lines = [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    assert all(line["report"] == line["written"] for line in lines) and "commonest report" in capsys.readouterr().out
+    etp = models.build_method(small_config("etp", width=0.125, dim=16), models.small_text_model(["normal ecg"] * 4, steps=1, dim=32, layers=1))
+    monkeypatch.setattr(evaluation, "load_run", lambda *a: (etp, SimpleNamespace(method="etp")))
+    with pytest.raises(models.ModelError, match="a etp run writes no reports; --method melp does"):
+        evaluation.generate(tmp_path)

@@ -45,10 +45,12 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, how):
-    """FG-CLEP through both stages: stopped by SIGTERM (saves) or kill -9 (from the last checkpoint), then continued."""
-    args = ["--data", f"store:{tiny_store}", "--fine-epochs", "2", "--save-every", "4", *TINY]
+@pytest.mark.parametrize("method, how", [("fgclep", signal.SIGTERM), ("fgclep", signal.SIGKILL), ("cmelt", signal.SIGKILL)])
+def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method, how):
+    """Stopped by SIGTERM (saves) or kill -9 (from the last checkpoint), then continued: FG-CLEP through both stages, and C-MELT, which
+    draws masks and negatives at random."""
+    args = ["--data", f"store:{tiny_store}", "--method", method, "--save-every", "4", *TINY]
+    args += ["--fine-epochs", "2"] if method == "fgclep" else []
     whole = run_train(tmp_path, "--name", "whole", *args)
     assert whole.wait() == 0, whole.communicate()[0]
     part = run_train(tmp_path, "--name", "part", *args)
@@ -72,7 +74,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, how):
         assert facts["parameters"] == facts["trained_parameters"] > 1e4 and facts["records"] > 48
         assert (facts["processes"], facts["threads"]) == (1, 1) and (facts["peak_memory_gb"] is None) == (not torch.cuda.is_available())
     assert logs[0] == logs[1] and [line["update"] for line in logs[0] if "terms" in line] == list(range(1, len(logs[0]) + 1))
-    for name in ("config.json", "curves.png", "results.json", "recovered.jsonl", "tokenizer"):
+    for name in ("config.json", "curves.png", "results.json", "recovered.jsonl" if method == "fgclep" else "negatives.pt", "tokenizer"):
         assert (tmp_path / "runs/part" / name).exists(), name
 
 
@@ -193,3 +195,21 @@ def test_the_command_line_explains_itself(tmp_path, capsys):
         train.parse(["--resume", str(tmp_path)])
     config, _ = train.parse(["--method", "merl", "--preset", "paper", "--lr", "0.5"])
     assert (config.rate, config.dim, config.lr) == (500, 256, 0.5)
+
+
+def test_a_language_model_of_ones_own(tiny_store, tmp_path, monkeypatch, capsys):
+    """cardiolm learns from reports and text files, says how many hidden words it guesses, and is a --text-model of other runs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.txt").write_text("\n".join(f"atrial fibrillation is the rhythm of record {i}" for i in range(60)))
+    args = ["--batch-size", "16", "--threads", "1", "--epochs", "6"]
+    train.main(["--method", "cardiolm", "--data", f"store:{tiny_store},more.txt", "--name", "lm", *args])
+    assert "masked words of" in capsys.readouterr().out
+    found = json.loads((tmp_path / "runs/lm/results.json").read_text())["language"]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "runs/lm/log.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-3:]) < losses[0] - 1 and 0 < found["accuracy"] <= 1 and 0 < found["commonest"] < 1
+    train.main(["--method", "melp", "--data", f"store:{tiny_store}", "--name", "with", "--text-model", "runs/lm", "--dim", "16",
+                "--width", "0.125", *args[:4], "--epochs", "1"])
+    lm, _ = models.load_text_model("runs/lm")
+    start = lm.state_dict()["embeddings.word_embeddings.weight"]
+    now = load_file("runs/with/model.safetensors")["text.lm.embeddings.word_embeddings.weight"]
+    assert torch.corrcoef(torch.stack([start.flatten(), now.flatten()]))[0, 1] > 0.9  # it began there
