@@ -1034,7 +1034,8 @@ class CMELT(Method):
             aligned[rows] = False
             if self.config.negatives == "far":
                 for row, text in zip(rows.tolist(), self.far.draw([join(batch.tags[row]) for row in rows])):
-                    texts[row] = text
+                    tags = text.split(". ")  # as many of its tags as its record's text has: its length must not give it away
+                    texts[row] = join([tags[i] for i in torch.randperm(len(tags))[:len(batch.chosen[row])]])
         return texts, aligned.to(batch.ecg.device)
 
 
@@ -1205,24 +1206,26 @@ def indicator(rows, columns):
 
 METHODS = {
     "etp": (ETP, dict(text_trainable_layers=0, text_unit="tag", batch_size=64), dict(
-        width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", text_max_length=256, text_unit="report",
-        batch_size=128, epochs=50, lr=2e-3, weight_decay=1e-5, lead_drop=0.0, shift=0.0)),
+        width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", text_max_length=256,
+        text_unit="report", batch_size=128, epochs=50, lr=2e-3, weight_decay=1e-5, lead_drop=0.0, shift=0.0)),
     "merl": (MERL, dict(text_unit="subset", batch_size=64, lr=1e-3, epochs=16), dict(
         rate=500, normalise="record", width=1.0, patch=50, dim=256, text_model="ncbi/MedCPT-Query-Encoder",
-        text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", batch_size=1024, epochs=20, lr=1e-3,
-        weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
-    "cmelt": (CMELT, dict(encoder="w2v_tiny", text_unit="subset", text_max_length=48, batch_size=64, lead_drop=0.0, epochs=30), dict(
-        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_unit="report", ets_positives="own", text_model="google/flan-t5-base", text_max_length=256,
-        batch_size=128, epochs=49, lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
+        text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", batch_size=1024, epochs=20,
+        lr=1e-3, weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
+    "cmelt": (CMELT, dict(encoder="w2v_tiny", text_unit="subset", text_max_length=48, frame_drop=0.5, lead_mask=0.2,
+                          batch_size=64, lead_drop=0.0, epochs=20), dict(
+        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", text_max_length=256,
+        text_unit="report", ets_positives="own", frame_drop=0.75, lead_mask=0.5, batch_size=128, epochs=49, lr=5e-5,
+        weight_decay=0.01, beta2=0.98, shift=0.0)),
     "melp": (MELP, dict(text_unit="tag", text_max_length=64, batch_size=64, epochs=16), dict(
-        rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6, text_model="fuyingw/heart_bert",
-        text_trainable_layers=6, text_max_length=127, text_unit="report", batch_size=256, epochs=100, lr=2e-4,
-        weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),
+        rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6,
+        text_model="fuyingw/heart_bert", text_trainable_layers=6, text_max_length=127, text_unit="report", batch_size=256,
+        epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),
     "fgclep": (FGCLEP, dict(text_unit="tags", max_pool=True, epochs=14, fine_epochs=4), dict(
         normalise="lead", encoder="resnet50", width=1.0, dim=512, text_model="emilyalsentzer/Bio_ClinicalBERT",
-        text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half", prior=False, max_pool=False,
-        keep_share=1e9, keep_threshold=0.95, batch_size=800, epochs=10, fine_epochs=3, lr=2e-5, weight_decay=1e-4,
-        lead_drop=0.0, shift=0.0)),
+        text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half",
+        prior=False, max_pool=False, keep_share=1e9, keep_threshold=0.95, batch_size=800, epochs=10, fine_epochs=3, lr=2e-5,
+        weight_decay=1e-4, lead_drop=0.0, shift=0.0)),
     "cardiolm": (CardioLM, dict(word_mask=0.15, batch_size=32, lr=1e-3, weight_decay=0.01, epochs=8), dict(
         text_model="ncbi/MedCPT-Query-Encoder", text_max_length=512, epochs=1, lr=5e-5, warmup=0.06)),
 }

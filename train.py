@@ -768,10 +768,12 @@ def check_finite(loss, batch, update):
 
 
 def absolute(spec):
-    """A data spec whose path does not depend on where the program is started."""
+    """A data spec or text file whose path does not depend on where the program is started."""
     kind, colon, path = spec.partition(":")
-    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if colon and kind != "simulated" else spec if kind == "simulated" else \
-        os.path.abspath(os.path.expanduser(spec))
+    if kind == "simulated":
+        return spec
+    path = os.path.abspath(os.path.expanduser(path if colon else spec))
+    return f"{kind}:{path}" if colon else path
 
 
 def main(argv=None):
