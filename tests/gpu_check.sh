@@ -8,3 +8,4 @@ python3 -m pytest -q -rs tests/test_gpu.py
 python3 tests/bench_beats.py
 python3 tests/bench_similarity.py
 python3 tests/bench_train.py
+python3 tests/paper_size.py --batch-size 64 --records 2000 --epochs 12  # 300 updates of every method at its published size

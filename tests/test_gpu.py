@@ -5,22 +5,25 @@ import pytest
 import torch
 
 import csrc
+import eval as evaluation
 import model as models
 import test_similarity
 import train
 from test_csrc import RATES, random_batch, real, recordings, strips  # noqa: F401 (a fixture)
-from test_model import toy_batch, toy_method
+from test_model import NOTHING_RANDOM, toy_batch, toy_method
 from test_train import TINY, tiny_store  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.mark.parametrize("name", ["etp", "merl", "fgclep"])
-def test_loss_and_gradients_are_those_of_the_cpu(name):
+@pytest.mark.parametrize("name, options", [("etp", {}), ("merl", {}), ("fgclep", {}), ("fgclep", {"align": "tag"}),
+                                           ("fgclep", {"align": "word"}), ("melp", {}), ("melp", {"beats": "rpeak"}),
+                                           ("cmelt", NOTHING_RANDOM)])
+def test_loss_and_gradients_are_those_of_the_cpu(name, options):
     batch, losses, grads = toy_batch(), [], []
     for device in ("cpu", "cuda"):
-        method = toy_method(name).to(device)
-        loss = sum(method(batch._replace(ecg=batch.ecg.to(device))).values())
+        method = toy_method(name, **options).to(device)
+        loss = sum(method(batch._replace(ecg=batch.ecg.to(device), peaks=batch.peaks.to(device))).values())
         loss.backward()
         losses.append(loss.item())
         grads.append({n: p.grad.cpu() for n, p in method.named_parameters() if p.grad is not None})
@@ -34,6 +37,16 @@ def test_training_runs_to_its_table(tiny_store, tmp_path, monkeypatch, flags):  
     monkeypatch.chdir(tmp_path)
     train.main(["--name", "gpu", "--data", f"store:{tiny_store}", "--fine-epochs", "1", *TINY, *flags])
     assert (tmp_path / "runs/gpu/results.json").exists()
+
+
+@pytest.mark.parametrize("method", ["cmelt", "melp"])
+def test_the_methods_with_transformers_train_in_bf16(tiny_store, tmp_path, monkeypatch, method):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    train.main(["--name", "gpu", "--method", method, "--data", f"store:{tiny_store}", *TINY])
+    assert (tmp_path / "runs/gpu/results.json").exists()
+    if method == "melp":
+        evaluation.main(["--generate", "--beams", "2", "--run", "runs/gpu"])
+        assert (tmp_path / "runs/gpu/reports.jsonl").exists()
 
 
 def assert_same_beats(ecg, fs):
