@@ -1080,7 +1080,8 @@ class FarTexts:
 
     def __init__(self, texts, vectors, nearest=64):
         self.texts, self.row = texts, {text: i for i, text in enumerate(texts)}
-        self.vectors, self.nearest = F.normalize(vectors.float(), dim=1).to(vectors.dtype), min(nearest, len(texts))
+        dtype = vectors.dtype if vectors.is_cuda else torch.float32  # half is slow on a CPU
+        self.vectors, self.nearest = F.normalize(vectors.float(), dim=1).to(dtype), min(nearest, len(texts))
 
     def draw(self, texts):
         """n reports, all among the U -> n far ones."""
@@ -1213,9 +1214,9 @@ METHODS = {
         text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", batch_size=1024, epochs=20,
         lr=1e-3, weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
     "cmelt": (CMELT, dict(encoder="w2v_tiny", text_unit="subset", text_max_length=48, frame_drop=0.5, lead_mask=0.2,
-                          batch_size=64, lead_drop=0.0, epochs=20), dict(
+                          negatives="none", batch_size=64, lead_drop=0.0, epochs=20), dict(
         rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", text_max_length=256,
-        text_unit="report", ets_positives="own", frame_drop=0.75, lead_mask=0.5, batch_size=128, epochs=49, lr=5e-5,
+        text_unit="report", ets_positives="own", negatives="far", frame_drop=0.75, lead_mask=0.5, batch_size=128, epochs=49, lr=5e-5,
         weight_decay=0.01, beta2=0.98, shift=0.0)),
     "melp": (MELP, dict(text_unit="tag", text_max_length=64, batch_size=64, epochs=16), dict(
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6,
