@@ -1016,8 +1016,8 @@ class CMELT(Method):
                 "ets": ets * (len(batch.ids) * world() if self.config.ets_sum else 1)}
 
     def positives(self, batch, texts, aligned):
-        """Which texts (of all processes) are true of which records (B, B) bool: of an aligned pair (B,), and with ets_positives said
-        wherever the record's own report says all that the text says."""
+        """Which texts are true of which records, of all processes (B, B) bool: those of aligned pairs (B,), and with ets_positives
+        said wherever the record's own report says all that the text says."""
         pairs = torch.diag(aligned)
         if self.config.ets_positives == "own":
             return pairs
@@ -1216,8 +1216,8 @@ METHODS = {
     "cmelt": (CMELT, dict(encoder="w2v_tiny", text_unit="subset", text_max_length=48, frame_drop=0.5, lead_mask=0.2,
                           negatives="none", batch_size=64, lead_drop=0.0, epochs=20), dict(
         rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", text_max_length=256,
-        text_unit="report", ets_positives="own", negatives="far", frame_drop=0.75, lead_mask=0.5, batch_size=128, epochs=49, lr=5e-5,
-        weight_decay=0.01, beta2=0.98, shift=0.0)),
+        text_unit="report", ets_positives="own", negatives="far", frame_drop=0.75, lead_mask=0.5, batch_size=128, epochs=49,
+        lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
     "melp": (MELP, dict(text_unit="tag", text_max_length=64, batch_size=64, epochs=16), dict(
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6,
         text_model="fuyingw/heart_bert", text_trainable_layers=6, text_max_length=127, text_unit="report", batch_size=256,

@@ -211,7 +211,7 @@ def toy_method(name, **options):
                                            ("fgclep", {"similarity": "cos", "text_unit": "report"}),
                                            ("fgclep", {"align": "tag"}), ("fgclep", {"align": "tag", "encoder": "leadvit_tiny", "patch": 50}),
                                            ("fgclep", {"align": "word"}), ("melp", {}), ("melp", {"beats": "rpeak"}),
-                                           ("melp", {"beat_mean": False, "encoder": "w2v_tiny"}), ("cmelt", {}),
+                                           ("melp", {"beat_mean": False, "encoder": "w2v_tiny"}), ("cmelt", {}), ("cmelt", {"negatives": "far"}),
                                            ("cmelt", {"negatives": "lost", "mem_target": "input", "text_mask": False})])
 def test_a_method_learns_a_toy_batch(name, options):
     method, batch = toy_method(name, **options), toy_batch()
@@ -274,8 +274,9 @@ def test_negatives_are_far_and_reach_the_model():
     angle = torch.arange(100) / 100 * np.pi
     far = models.FarTexts(texts, torch.stack([angle.cos(), angle.sin()], 1), nearest=10)
     assert set(far.draw(["text 0"] * 200)) == {f"text {i}" for i in range(90, 100)}  # the ten that point away
-    method, batch = toy_method("cmelt"), toy_batch()
+    method, batch = toy_method("cmelt", negatives="far"), toy_batch()
     texts, aligned = method.with_negatives(batch)
+    assert [len(text.split(". ")) for text in texts] == [len(tags) for tags in batch.chosen]  # the length gives nothing away
     assert aligned.sum() in (3, 4) and all((text == own) == bool(a) for text, own, a in zip(texts, batch.texts, aligned))
     lost, aligned = toy_method("cmelt", negatives="lost").with_negatives(batch)
     assert lost == batch.texts and aligned.sum() in (3, 4)  # the published code's defect, on request

@@ -50,7 +50,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method,
     """Stopped by SIGTERM (saves) or kill -9 (from the last checkpoint), then continued: FG-CLEP through both stages, and C-MELT, which
     draws masks and negatives at random."""
     args = ["--data", f"store:{tiny_store}", "--method", method, "--save-every", "4", *TINY]
-    args += ["--fine-epochs", "2"] if method == "fgclep" else []
+    args += ["--fine-epochs", "2"] if method == "fgclep" else ["--negatives", "far"]
     whole = run_train(tmp_path, "--name", "whole", *args)
     assert whole.wait() == 0, whole.communicate()[0]
     part = run_train(tmp_path, "--name", "part", *args)
