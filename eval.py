@@ -298,7 +298,11 @@ def open_published(kind, file, text_model="", device="cpu"):
         tokenizer.add_special_tokens({"bos_token": "[BOS]"})  # in place of [CLS], which goes to the end
         if len(tokenizer) > lm.config.vocab_size:
             lm.resize_token_embeddings(len(tokenizer))
-    return load_published(models.build_method(config, (lm, tokenizer)), state, kind).to(device).eval(), config
+    method = load_published(models.build_method(config, (lm, tokenizer)), state, kind)
+    if kind in ("merl", "melp"):  # trained with MIMIC-IV-ECG's order of leads, aVF before aVL (METHODS 0, item 6); ours is aVL, aVF
+        first = next(m for m in method.ecg.modules() if isinstance(m, torch.nn.Conv1d))
+        first.weight.data = first.weight.data[:, [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11]].clone()
+    return method.to(device).eval(), config
 
 
 def read_tensors(file):

@@ -321,8 +321,12 @@ def test_published_checkpoint(kind, lm, parts, tmp_path, text_folder):
     (tmp_path / "best.pt").unlink()  # up to a gigabyte
     direct = evaluation.load_published(models.build_method(config, (lm(), opened.text.tokenizer)), state, kind).eval()
     views = opened.encode_ecg(ecgs(1)), opened.encode_text(TEXTS)
-    for ours, theirs in zip(views, (direct.encode_ecg(ecgs(1)), direct.encode_text(TEXTS))):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs) if a is not None)
+    order = list(range(12))
+    if kind != "dbeta":  # the authors' leads 4 and 5 are aVF and aVL, ours aVL and aVF
+        order[4:6] = 5, 4
+    for ours, theirs in zip(views, (direct.encode_ecg(ecgs(1)[:, order]), direct.encode_text(TEXTS))):
+        assert all(torch.allclose(a, b, atol=1e-5 * float(b.abs().max())) for a, b in zip(ours, theirs) if a is not None)
+    assert kind == "dbeta" or not torch.allclose(views[0].rhythm, direct.encode_ecg(ecgs(1)).rhythm, atol=1e-5)
     assert opened.similarity(*views).shape == (1, 3) and not opened.training
     if kind == "melp":
         tokenizer = opened.text.tokenizer
