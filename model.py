@@ -98,7 +98,7 @@ def gather_views(views):
 
 
 def mean_over_all(total, count):
-    """Mean over all processes of what each has summed up: total (differentiable) / count, both scalars; 0 where nothing was counted."""
+    """Mean over all processes of what each has summed up: total (differentiable) / count, both scalars; 0 of nothing."""
     count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
     if world() > 1:
         total, count = all_reduce(total), all_reduce(count)
@@ -384,8 +384,8 @@ class TextTower(nn.Module):
 
     def tokenise(self, texts, **options):
         """B strings -> the tokenizer's tensors (B, W), with which of them are words (not [CLS], [SEP], padding) as "words"."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length,
-                                return_special_tokens_mask=True, return_tensors="pt", **options).to(next(self.lm.parameters()).device)
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_special_tokens_mask=True,
+                                return_tensors="pt", **options).to(next(self.lm.parameters()).device)
         tokens["words"] = tokens.pop("special_tokens_mask") == 0
         return tokens
 
@@ -439,7 +439,7 @@ class CausalTower(TextTower):
         lm.train(was)
         change = (states[1] - states[0]).norm(dim=1)  # of each state, by the third piece
         if change[:2].max() > 1e-5 * change[2]:
-            raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, which MELP needs: use a BERT")
+            raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, as MELP needs: use a BERT")
 
     @property
     def first(self):
@@ -453,8 +453,8 @@ class CausalTower(TextTower):
         ids = F.pad(ids, (0, 1), value=self.tokenizer.cls_token_id)
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).clone()
         positions[:, -1] = self.max_length  # wherever the padding of this batch ends
-        out = super().run({"input_ids": ids, "attention_mask": F.pad(mask, (0, 1), value=1)}, position_ids=positions).last_hidden_state
-        return out[:, :-1], out[:, -1]
+        out = super().run({"input_ids": ids, "attention_mask": F.pad(mask, (0, 1), value=1)}, position_ids=positions)
+        return out.last_hidden_state[:, :-1], out.last_hidden_state[:, -1]
 
     def encode(self, texts):
         """U different strings -> CausalText."""
@@ -508,7 +508,7 @@ def first_rows(x, real):
 def mask_words(ids, words, tokenizer, share):
     """Hide a share of the words (Devlin et al. 2019: of these 80 % behind the mask, 10 % behind a random piece, 10 % left).
 
-    ids (B, W), words (B, W) bool -> (masked ids, labels with -100 where nothing is to be told). A T5 has no mask: its first sentinel."""
+    ids (B, W), words (B, W) bool -> (masked ids, labels with -100 where nothing is to be told). A T5's mask is its first sentinel."""
     mask = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.convert_tokens_to_ids("<extra_id_0>")
     chosen = (torch.rand(ids.shape, device=ids.device) < share) & words
     kind = torch.rand(ids.shape, device=ids.device)
@@ -888,7 +888,7 @@ class MELP(Method):
 
     def loss(self, batch):
         tokens, number = self.encode_tokens(batch.ecg), len(batch.texts)
-        both = self.text(batch.texts + [join(tags) for tags in batch.tags])  # what is compared; what is to be written: the whole report
+        both = self.text(batch.texts + [join(tags) for tags in batch.tags])  # what is compared, and what is to be written
         text, report = (CausalText(*(part[rows] for part in both)) for rows in (slice(number), slice(number, None)))
         e = gather_views(self.views(tokens, batch.ecg, batch.peaks)._replace(tokens=None))
         t = gather_views(self.text_views(text))
@@ -945,7 +945,8 @@ class CMELT(Method):
     def __init__(self, config, text):
         super().__init__(config, text)
         if not isinstance(self.ecg, ConvTransformer):
-            raise ModelError(f"cmelt drops frames before its transformer: use --encoder w2v_tiny, small or base, not {config.encoder}")
+            raise ModelError(f"cmelt drops frames before its transformer: use --encoder w2v_tiny, small or base, not "
+                             f"{config.encoder}")
         if config.negatives not in ("far", "lost", "none"):
             raise ModelError(f"unknown --negatives {config.negatives!r}: use far, lost or none")
         if config.ets_positives not in ("said", "own"):
