@@ -547,15 +547,14 @@ def report_language(method, texts, run, batch=64):
     """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The yardstick is to say the
     commonest word every time."""
     method.eval()
-    rng, counts, terms = torch.get_rng_state(), Counter(), []
+    rng, counts, sums = torch.get_rng_state(), Counter(), torch.zeros(3)
     torch.manual_seed(0)
     for start in range(0, len(texts), batch):
         part = texts[start:start + batch]
-        loss, right = method.guess(part)
-        terms.append((loss.item(), right, len(part)))
+        sums += torch.stack([x.float().cpu() for x in method.guess(part)])
         counts.update(piece for row in method.tokenizer(part, add_special_tokens=False)["input_ids"] for piece in row)
     torch.set_rng_state(rng)
-    loss, right = (float(np.average([term[i] for term in terms], weights=[term[2] for term in terms])) for i in (0, 1))
+    loss, right = (sums[[0, 2]] / sums[1]).tolist()
     found = {"texts": len(texts), "loss": loss, "accuracy": right, "commonest": max(counts.values()) / counts.total()}
     print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the commonest word: "
           f"{100 * found['commonest']:.1f} %), loss {loss:.3f}")

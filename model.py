@@ -582,7 +582,8 @@ def small_text_model(texts, seed=0, steps=150, batch=32, dim=128, layers=2, voca
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=max(2, steps), pct_start=0.1)
     rng = np.random.default_rng(seed)
     for _ in (bar or iter)(range(steps)):
-        loss, _ = method.guess([texts[i] for i in rng.integers(0, len(texts), batch)])
+        total, count, _ = method.guess([texts[i] for i in rng.integers(0, len(texts), batch)])
+        loss = total / count.clamp(min=1)  # of this process: only one makes the model
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
@@ -613,17 +614,18 @@ class CardioLM(nn.Module):
         self.lm, self.tokenizer = text
 
     def guess(self, texts):
-        """(cross entropy of the hidden words, share of them guessed right)."""
+        """Of the hidden words of this process: (sum of their cross entropies, their number, how many are guessed right)."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.text_max_length,
                                 return_special_tokens_mask=True, return_tensors="pt").to(self.lm.device)
         ids, labels = mask_words(tokens["input_ids"], tokens["special_tokens_mask"] == 0, self.tokenizer, self.config.word_mask)
         logits = self.lm(input_ids=ids, attention_mask=tokens["attention_mask"]).logits.float()
         hidden = labels >= 0
-        right = ((logits.argmax(2) == labels) & hidden).sum()
-        return told(logits, labels), (right / hidden.sum().clamp(min=1)).item()
+        loss = F.cross_entropy(logits[hidden], labels[hidden], reduction="sum")
+        return loss, hidden.sum(), (logits.argmax(2) == labels)[hidden].sum()
 
     def forward(self, batch):
-        return {"mlm": self.guess(batch.texts)[0]}
+        loss, count, _ = self.guess(batch.texts)
+        return {"mlm": mean_over_all(loss, count)}
 
 
 # ---- beats -------------------------------------------------------------------------------------------------------
