@@ -742,8 +742,7 @@ def corpus(specs, language="english"):
     for spec in specs.split(","):
         source, colon, src = spec.partition(":")
         if source in ("ptbxl", "mimic", "csv"):
-            src = os.path.abspath(os.path.expanduser(src))
-            for row in SOURCES[source](settings_of(source, src, 100)):
+            for row in SOURCES[source](settings_of(source, os.path.expanduser(src), 100)):
                 texts.append(". ".join(split_statements(row["report"]) if language == "original" else
                                        row["statements"] if "statements" in row else translate(row["report"])))
         elif source in ("simulated", "store"):

@@ -72,12 +72,11 @@ def embed_records(method, store, rows, device, what="encoding ECGs", batch=256):
 @torch.no_grad()
 def embed_texts(tower, texts, batch=256):
     """Mean word of each text: list of R strings -> (R, D) on the CPU."""
-    was = tower.training
+    was, out = tower.training, []
     tower.eval()
-    out = []
-    for start in range(0, len(texts), batch):
-        tokens = tower.tokenise(texts[start:start + batch])
-        out.append(models.masked_mean(tower.run(tokens).last_hidden_state, tokens["words"]).cpu())
+    for start in tqdm(range(0, len(texts), batch), desc="encoding texts", leave=False):
+        states, words, _ = tower.encode(texts[start:start + batch])
+        out.append(models.masked_mean(states, words).cpu())
     tower.train(was)
     return torch.cat(out)
 
@@ -446,6 +445,12 @@ def find_store(source, config, spec):
     return data.open_data(f"ptbxl:{place}", config.rate)
 
 
+def test_rows(store, folds=None):
+    """Row numbers of a store's test records, of PTB-XL those of the given folds."""
+    records = store.records
+    return np.flatnonzero(records["fold"].isin(folds) if folds and records["source"].iloc[0] == "ptbxl" else records["split"] == "test")
+
+
 def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds=None, scales=None, published=None,
              device="cpu"):
     """Zero-shot classification (METHODS 4.2): score = similarity of the ECG with the class' texts -> {set: metrics}.
@@ -459,8 +464,7 @@ def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds
     results = {}
     for source in dict.fromkeys(name.split("_")[0] for name in names):
         store = find_store(source, config, spec)
-        chosen = store.records["fold"].isin(folds) if folds and source == "ptbxl" else store.records["split"] == "test"
-        rows = np.flatnonzero(chosen)
+        rows = test_rows(store, folds)
         labels = {name: data.label_matrix(store.records.iloc[rows], name) for name in names if name.split("_")[0] == source}
         texts = {name: class_prompts(name, classes, prompts) for name, (classes, _, _) in labels.items()}
         scores = score_records(method, store, rows, [text for name in texts for text in texts[name]], scales, device)
@@ -515,16 +519,14 @@ def generate(run, checkpoint=None, spec=None, folds=None, beams=1, device="cpu",
         raise models.ModelError(f"a {config.method} run writes no reports; --method melp does")
     store = data.open_data(spec or config.data, config.rate)
     tags, read = data.report_tags(store, config.report_language), data.Findings()
-    split = store.records["split"].to_numpy()
-    chosen = store.records["fold"].isin(folds) if folds else split == "test"
-    rows = [row for row in np.flatnonzero(chosen) if tags[row]]
+    rows = [row for row in test_rows(store, folds) if tags[row]]
     if not rows:
         raise data.DataError(f"{store.path}: none of the records asked for has a report")
     texts = []
     for start in tqdm(range(0, len(rows), batch), desc="writing", leave=False):
         texts += method.generate(torch.from_numpy(store.ecg(rows[start:start + batch])).to(device), beams)
     written = [[s.strip(" .") for s in text.split(". ") if s.strip(" .")] for text in texts]
-    common = Counter(tuple(tags[row]) for row in np.flatnonzero(split == "train") if tags[row]).most_common(1)[0][0]
+    common = Counter(tuple(tags[row]) for row in np.flatnonzero(store.records["split"] == "train") if tags[row]).most_common(1)[0][0]
     found, truth = {}, [tags[row] for row in rows]
     for name, said in (("written", written), ("commonest report", [list(common)] * len(rows))):
         found[name] = {"statements": overlap(list(map(set, said)), list(map(set, truth))),
@@ -547,19 +549,17 @@ def report_language(method, texts, run, batch=64):
     """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The yardstick is to say the
     commonest word every time."""
     method.eval()
-    rng, counts, sums = torch.get_rng_state(), Counter(), torch.zeros(3)
-    torch.manual_seed(0)
+    counts, sums = Counter(), torch.zeros(3)
+    torch.manual_seed(0)  # training is over
     for start in range(0, len(texts), batch):
         part = texts[start:start + batch]
         sums += torch.stack([x.float().cpu() for x in method.guess(part)])
         counts.update(piece for row in method.tokenizer(part, add_special_tokens=False)["input_ids"] for piece in row)
-    torch.set_rng_state(rng)
     loss, right = (sums[[0, 2]] / sums[1]).tolist()
     found = {"texts": len(texts), "loss": loss, "accuracy": right, "commonest": max(counts.values()) / counts.total()}
     print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the commonest word: "
           f"{100 * found['commonest']:.1f} %), loss {loss:.3f}")
     remember(run, "language", found)
-
 
 
 # ---- many runs -------------------------------------------------------------------------------------------------------

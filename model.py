@@ -214,15 +214,12 @@ class ViT1d(nn.Module):
         self.dim, heads, hidden = self.SIZES[size]
         self.patch = nn.Conv1d(leads, self.dim, patch, stride=patch, bias=False)
         self.positions = nn.Parameter(torch.randn(1, samples // patch, self.dim))
-        self.blocks = nn.ModuleList(Block(self.dim, heads, hidden) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(self.dim, heads, hidden) for _ in range(depth)))
         self.norm = nn.LayerNorm(self.dim)
 
     def forward(self, x):
         x = self.patch(x).transpose(1, 2)  # (B, T, dim)
-        x = x + at_length(self.positions, x.shape[1])
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.blocks(x + at_length(self.positions, x.shape[1]))
 
 
 class Block(nn.Module):
@@ -258,15 +255,13 @@ class LeadViT(nn.Module):
         self.embed = nn.Sequential(nn.LayerNorm(patch), nn.Linear(patch, self.dim), nn.LayerNorm(self.dim))
         self.lead = nn.Parameter(0.02 * torch.randn(leads, 1, self.dim))
         self.positions = nn.Parameter(0.02 * torch.randn(1, samples // patch, self.dim))
-        self.blocks = nn.ModuleList(Block(self.dim, heads, hidden) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(self.dim, heads, hidden) for _ in range(depth)))
         self.norm = nn.LayerNorm(self.dim)
 
     def forward(self, x):
         x = self.embed(x.unfold(2, self.patch, self.patch))                       # (B, L, windows, dim)
         x = (x + self.lead + at_length(self.positions, x.shape[2])).flatten(1, 2)  # (B, L * windows, dim)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x))
 
 
 class ConvTransformer(nn.Module):
@@ -286,8 +281,8 @@ class ConvTransformer(nn.Module):
         nn.init.normal_(place.weight, std=2 / math.sqrt(reach * self.dim))
         self.place = nn.utils.parametrizations.weight_norm(place, dim=2)
         self.norm, self.dropout = nn.LayerNorm(self.dim), nn.Dropout(dropout)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(self.dim, heads, 4 * self.dim, dropout, "gelu", batch_first=True)
-                                    for _ in range(depth))
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(self.dim, heads, 4 * self.dim, dropout, "gelu", batch_first=True)
+                                      for _ in range(depth)))
 
     def embed(self, x):
         """(B, leads, N) -> frames (B, N // 16, dim) with their places."""
@@ -296,10 +291,7 @@ class ConvTransformer(nn.Module):
         return x + F.gelu(place).transpose(1, 2)
 
     def encode(self, frames):
-        x = self.dropout(self.norm(frames))
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.layers(self.dropout(self.norm(frames)))
 
     def forward(self, x):
         return self.encode(self.embed(x))
@@ -383,11 +375,7 @@ class TextTower(nn.Module):
         return super().train(mode and not self.frozen)
 
     def tokenise(self, texts, **options):
-        """B strings -> the tokenizer's tensors (B, W), with which of them are words (not [CLS], [SEP], padding) as "words"."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_special_tokens_mask=True,
-                                return_tensors="pt", **options).to(next(self.lm.parameters()).device)
-        tokens["words"] = tokens.pop("special_tokens_mask") == 0
-        return tokens
+        return tokenise(self.tokenizer, texts, self.max_length, next(self.lm.parameters()).device, **options)
 
     def run(self, tokens, **options):
         """The language model's output for tokenise's tensors; options: other inputs of it."""
@@ -408,6 +396,14 @@ class TextTower(nn.Module):
     def forward(self, texts):
         unique, rows = distinct(texts)
         return self.encode(unique)[2][rows]  # (B, dim)
+
+
+def tokenise(tokenizer, texts, max_length, device, **options):
+    """B strings -> the tokenizer's tensors (B, W), with which of them are words (not [CLS], [SEP], padding) as "words"."""
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_special_tokens_mask=True,
+                       return_tensors="pt", **options).to(device)
+    tokens["words"] = tokens.pop("special_tokens_mask") == 0
+    return tokens
 
 
 class CausalText(NamedTuple):
@@ -615,9 +611,8 @@ class CardioLM(nn.Module):
 
     def guess(self, texts):
         """Of the hidden words of this process: (sum of their cross entropies, their number, how many are guessed right)."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.text_max_length,
-                                return_special_tokens_mask=True, return_tensors="pt").to(self.lm.device)
-        ids, labels = mask_words(tokens["input_ids"], tokens["special_tokens_mask"] == 0, self.tokenizer, self.config.word_mask)
+        tokens = tokenise(self.tokenizer, texts, self.config.text_max_length, self.lm.device)
+        ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.tokenizer, self.config.word_mask)
         logits = self.lm(input_ids=ids, attention_mask=tokens["attention_mask"]).logits.float()
         hidden = labels >= 0
         loss = F.cross_entropy(logits[hidden], labels[hidden], reduction="sum")
@@ -863,9 +858,10 @@ class MELP(Method):
         self.weights = {"caption": config.caption_weight, "beat": config.beat_weight}
 
     def pool(self, tokens, ecg, peaks=None):
-        """Encoder tokens of raw ecg -> beat vectors before their projection (B, K, dim), number of beats (B,) or None: all."""
+        """Encoder tokens of raw ecg -> beat vectors before their projection (B, K, dim), number of beats (B,)."""
         if self.config.beats == "query":
-            return self.beat_pool(tokens), None
+            beats = self.beat_pool(tokens)
+            return beats, torch.full(beats.shape[:1], beats.shape[1], device=beats.device)
         peaks = segment_beats(ecg, self.config.rate)[0] if peaks is None else peaks
         beats, count = pool_beats(tokens, peaks, ecg.shape[2])
         whole = torch.where(count[:, None] > 0, beats[:, 0], tokens.mean(1))  # a record without a beat is one beat
@@ -874,9 +870,8 @@ class MELP(Method):
     def views(self, tokens, ecg, peaks=None):
         beats, count = self.pool(tokens, ecg, peaks)
         beats = beats @ self.project_beats
-        real = torch.ones(beats.shape[:2], dtype=torch.bool, device=beats.device) if count is None else \
-            torch.arange(beats.shape[1], device=beats.device) < count[:, None]
-        return EcgViews(tokens, beats, F.normalize(masked_mean(beats, real), dim=1), real.sum(1))
+        real = torch.arange(beats.shape[1], device=beats.device) < count[:, None]
+        return EcgViews(tokens, beats, F.normalize(masked_mean(beats, real), dim=1), count)
 
     def encode_ecg(self, ecg):
         return self.views(self.encode_tokens(ecg), ecg)
@@ -1004,8 +999,8 @@ class CMELT(Method):
         order = torch.rand(frames.shape[:2], device=frames.device).argsort(1)
         states, hidden = self.masked_states(frames, order)
 
-        texts, aligned = self.with_negatives(batch)
-        tokens = self.text.tokenise(texts)
+        chosen, aligned = self.with_negatives(batch)
+        tokens = self.text.tokenise([join(tags) for tags in chosen])
         ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.text.tokenizer, self.config.word_mask)
         words = self.project_text(self.text.run({**tokens, "input_ids": ids}).last_hidden_state)
         fused_text, fused_ecg, half = self.fuse(words, tokens["attention_mask"], states)
@@ -1013,33 +1008,34 @@ class CMELT(Method):
         masked = labels >= 0  # only these need the vocabulary
         wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
         etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
-        ets = ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), self.positives(batch, texts, gather(aligned)))
+        ets = ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), self.positives(batch, chosen, gather(aligned)))
         return {"mlm": told(self.tell_word(fused_text[masked]), labels[masked]),
                 "mem": rebuilt_loss(self.rebuild(half, order.argsort(1)), wanted, hidden), "etm": told(etm, aligned.long()),
                 "ets": ets * (len(batch.ids) * world() if self.config.ets_sum else 1)}
 
-    def positives(self, batch, texts, aligned):
+    def positives(self, batch, chosen, aligned):
         """Which texts are true of which records, of all processes (B, B) bool: those of aligned pairs (B,), and with ets_positives
         said wherever the record's own report says all that the text says."""
         pairs = torch.diag(aligned)
         if self.config.ets_positives == "own":
             return pairs
-        says, said = (list(map(set, gather_texts(rows))) for rows in (batch.tags, [text.split(". ") for text in texts]))
+        says, said = (list(map(set, gather_texts(rows))) for rows in (batch.tags, chosen))
         others = torch.tensor([[text <= record for text in said] for record in says], device=pairs.device)
         return torch.where(torch.eye(len(pairs), dtype=torch.bool, device=pairs.device), pairs, others)
 
     def with_negatives(self, batch):
-        """The batch's texts, about half of them replaced by far ones, and which are still their record's (B,) bool."""
-        texts, aligned = batch.texts, torch.ones(len(batch.ids), dtype=torch.bool)
+        """What is said of each record (B lists of tags), about half replaced by what a far text says, and which are still their
+        record's (B,) bool."""
+        chosen, aligned = list(batch.chosen), torch.ones(len(batch.ids), dtype=torch.bool)
         if self.config.negatives != "none":
-            number = min(len(texts), round(0.5 * len(texts) + torch.rand(()).item()))
-            rows = torch.randperm(len(texts))[:number]
+            number = min(len(chosen), round(0.5 * len(chosen) + torch.rand(()).item()))
+            rows = torch.randperm(len(chosen))[:number]
             aligned[rows] = False
             if self.config.negatives == "far":
                 for row, text in zip(rows.tolist(), self.far.draw([join(batch.tags[row]) for row in rows])):
-                    tags = text.split(". ")  # as many of its tags as its record's text has: its length must not give it away
-                    texts[row] = join([tags[i] for i in torch.randperm(len(tags))[:len(batch.chosen[row])]])
-        return texts, aligned.to(batch.ecg.device)
+                    tags = text.split(". ")  # as many of its tags as are said of the record: the length must not give it away
+                    chosen[row] = [tags[i] for i in torch.randperm(len(tags))[:len(batch.chosen[row])]]
+        return chosen, aligned.to(batch.ecg.device)
 
 
 class FirstPool(nn.Sequential):
@@ -1061,7 +1057,7 @@ class FrameDecoder(nn.Module):
         self.embed, self.mask = nn.Linear(d, dim), nn.Parameter(0.02 * torch.randn(dim))
         angle = torch.arange(frames + 1)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10000) / dim))
         self.register_buffer("positions", torch.stack([angle.sin(), angle.cos()], 2).flatten(1), persistent=False)  # (1 + T, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim, activation=QuickGELU) for _ in range(4))
+        self.blocks = nn.Sequential(*(Block(dim, heads, 4 * dim, activation=QuickGELU) for _ in range(4)))
         self.norm, self.predict = nn.LayerNorm(dim), nn.Linear(dim, 16 * leads)
 
     def forward(self, states, place):
@@ -1071,9 +1067,7 @@ class FrameDecoder(nn.Module):
         dropped = self.mask.to(x.dtype).expand(len(x), place.shape[1] + 1 - x.shape[1], -1)
         frames = torch.cat([x[:, 1:], dropped], 1).gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
         x = torch.cat([x[:, :1], frames], 1) + self.positions[:place.shape[1] + 1]
-        for block in self.blocks:
-            x = block(x)
-        return self.predict(self.norm(x))[:, 1:]
+        return self.predict(self.norm(self.blocks(x)))[:, 1:]
 
 
 class FarTexts:

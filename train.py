@@ -84,7 +84,7 @@ class Config:
     negatives: str = "far"            # cmelt: N3S far (paper) | lost (published code) | none
     align: str = "rhythm"             # fgclep: rhythm (v1) | tag (v2: tags over patches) | word (words over tokens)
     fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
-    similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.similarity
+    similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.targets
     prior: bool = True                # fgclep: logits start from each text's frequency in the batch: model.FGCLEP.loss
     llm: str = ""                     # fgclep: causal language model (name or folder) to propose features; default: prompts.json
     keep_share: float = 1.5           # fgclep: of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
@@ -638,16 +638,17 @@ def train(config, run, device, main):
         rows = [row for row in np.flatnonzero(store.records["split"] == "train") if tags[row]]
         source, records = store.records["source"].iloc[0], Records(store, tags, config)
         texts = [models.join(tag) for tag in tags]
+    said = [texts[row] for row in rows]
     if config.batch_size % models.world() or len(rows) < config.batch_size:
         raise data.DataError(f"batch size {config.batch_size} must divide by {models.world()} processes and not exceed the "
                              f"{len(rows)} training records with a report")
     if config.llm and main and "fine" in dict(stages(config)) and not (run / "recovered.jsonl").exists():
         Answers(run, config.llm).ask([tags[row] for row in rows], device)  # now: mistakes show at once, and the GPU is empty
-    text = make_text(config, run, [texts[row] for row in rows], device, main)
+    text = make_text(config, run, said, device, main)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
     if config.method == "cmelt" and config.negatives == "far":
-        method.far = far_texts(method, [texts[row] for row in rows], run, main)
+        method.far = far_texts(method, said, run, main)
     torch.manual_seed(config.seed)
     optimiser = make_optimiser(method, config)
     update = load_checkpoint(run, method, optimiser, device) if (run / "checkpoint.pt").exists() else 0
