@@ -48,12 +48,17 @@ def read_config(run):
     return json.loads(path.read_text())
 
 
-def load_run(run, checkpoint=None, device="cpu"):
-    """(method in eval mode, its config) of a run folder; checkpoint: other weights than its model.safetensors."""
+def load_run(run, checkpoint=None, device="cpu", text_model=""):
+    """(method in eval mode, its config) of a run folder. checkpoint: other weights than its model.safetensors, or NAME:FILE as the
+    authors published them, for which the run does not matter (open_published). Errors: DataError, ModelError."""
+    if published := publication(checkpoint):
+        return open_published(*published, text_model, device)
     run, config = Path(run), SimpleNamespace(**read_config(run))
     weights = Path(checkpoint or run / "model.safetensors")
     if not weights.exists():
         raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python train.py --resume {run}")
+    if config.method == "cardiolm":
+        raise models.ModelError(f"{run} is a language model without an ECG encoder: give it to another run with --text-model {run}")
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer")).to(device)
     method.load_state_dict(load_file(weights, device=str(device)))
     return method.eval(), config
@@ -235,6 +240,12 @@ WRAPPER = re.compile(r"^((module|model)\.)*(ecg_encoder\.(?=ecg_encoder\.|attn_p
 DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # parts of a language model that a tower may do without
 
 
+def publication(checkpoint):
+    """"merl:FILE" -> ("merl", "FILE"), None for any other checkpoint."""
+    kind, colon, file = str(checkpoint or "").partition(":")
+    return (kind, file) if colon and kind in PUBLISHED else None
+
+
 def rename(state, names):
     """The authors' state dictionary -> ours by a table of names. Errors: models.ModelError with the names that are not in it."""
     rules, parts, unknown = [line.split() for line in names.strip().splitlines() if line], {}, []
@@ -285,7 +296,7 @@ def open_published(kind, file, text_model="", device="cpu"):
     state = read_tensors(file)
     method, _, _ = PUBLISHED[kind]
     _, small, paper = models.METHODS[method]
-    config = Config(**{**small, **paper, "method": method, "data": "published"})
+    config = Config(**{**small, **paper, "method": method, "data": ""})
     config.text_model = text_model or config.text_model
     if kind == "merl":
         vits = {width: name for name, (width, _, _) in models.ViT1d.SIZES.items()}
@@ -451,13 +462,12 @@ def test_rows(store, folds=None):
     return np.flatnonzero(records["fold"].isin(folds) if folds and records["source"].iloc[0] == "ptbxl" else records["split"] == "test")
 
 
-def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds=None, scales=None, published=None,
+def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds=None, scales=None, text_model="",
              device="cpu"):
     """Zero-shot classification (METHODS 4.2): score = similarity of the ECG with the class' texts -> {set: metrics}.
 
-    scales: of rhythm, beat, token, whose mean is the score; default: the method's. published: (kind, file, text model) of an
-    authors' checkpoint, in place of the run's own method."""
-    method, config = load_run(run, checkpoint, device) if published is None else open_published(*published, device=device)
+    checkpoint, text_model: load_run. scales: of rhythm, beat, token, whose mean is the score; default: the method's."""
+    method, config = load_run(run, checkpoint, device, text_model)
     names = [n for s in sets for n in (PTBXL if s == "ptbxl" else (s,))]
     for name in names:
         data.label_set(name)  # an unknown name ends here
@@ -509,12 +519,12 @@ def overlap(written, truth):
     return {"precision": hits / max(1, said), "recall": hits / max(1, true), "f1": 2 * hits / max(1, said + true)}
 
 
-def generate(run, checkpoint=None, spec=None, folds=None, beams=1, device="cpu", batch=64):
+def generate(run, checkpoint=None, spec=None, folds=None, beams=1, text_model="", device="cpu", batch=64):
     """Let a run write the reports of its test records; prints how far they agree with the doctors', writes reports.jsonl.
 
     Compared as sets: whole statements, and findings (codes that data.Findings reads in them). The yardstick is to give every record
     the commonest training report. Errors: ModelError where the method does not write."""
-    method, config = load_run(run, checkpoint, device)
+    method, config = load_run(run, checkpoint, device, text_model)
     if not hasattr(method, "generate"):
         raise models.ModelError(f"a {config.method} run writes no reports; --method melp does")
     store = data.open_data(spec or config.data, config.rate)
@@ -686,28 +696,26 @@ def main(argv=None):
     parser.add_argument("--scales", type=lambda text: text.split(","), help="rhythm,beat,token or some of them [the method's own]")
     parser.add_argument("--folds", type=lambda text: [int(f) for f in text.split(",")], help="PTB-XL folds, e.g. 9,10 [10]")
     args = parser.parse_args(argv)
-    if not (args.zeroshot or args.generate):
-        parser.error("say what to do: --zeroshot SET or --generate")
-    options = dict(spec=args.data, prompts=args.prompts, folds=args.folds, scales=args.scales,
-                   device="cuda" if torch.cuda.is_available() else "cpu")
+    if not (args.zeroshot or args.generate and not args.compare):
+        parser.error("say what to do: --zeroshot SET or --generate; --compare needs --zeroshot SET")
+    where = dict(spec=args.data, folds=args.folds, device="cuda" if torch.cuda.is_available() else "cpu")
+    how = dict(prompts=args.prompts, scales=args.scales)
     if args.compare:
         if args.run or args.ckpt:
             parser.error("--compare names its own runs: drop --run and --ckpt")
-        compare(args.compare, args.zeroshot, **options)
+        compare(args.compare, args.zeroshot, **where, **how)
         return
-    kind, colon, file = (args.ckpt or "").partition(":")
-    if colon and kind in PUBLISHED:  # its results go to a folder of their own beside the runs
-        run = Path("runs") / f"published-{kind}-{Path(file).stem}"
+    weights = dict(checkpoint=args.ckpt, text_model=args.text_model)
+    if published := publication(args.ckpt):  # its results go to a folder of their own beside the runs
+        run = Path("runs") / f"published-{published[0]}-{Path(published[1]).stem}"
         run.mkdir(parents=True, exist_ok=True)
-        options["published"] = kind, file, args.text_model
     else:
         run = args.run or (Path(args.ckpt).parent if args.ckpt else newest_run())
-        options["checkpoint"] = args.ckpt
     print(f"run {run}")
     if args.zeroshot:
-        report(run, args.zeroshot, **options)
+        report(run, args.zeroshot, **weights, **where, **how)
     if args.generate:
-        generate(run, args.ckpt, args.data, args.folds, args.beams, options["device"])
+        generate(run, beams=args.beams, **weights, **where)
 
 
 if __name__ == "__main__":

@@ -786,7 +786,7 @@ def main(argv=None):
     if run is None and config.name and (Path("runs") / config.name / "config.json").exists():
         raise data.DataError(f"runs/{config.name} exists: continue it with --resume runs/{config.name}, or choose another --name")
     config.data = ",".join(map(absolute, config.data.split(",")))
-    name = config.name or f"{config.method}-{config.data.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.name or f"{config.method}-{Path(config.data.split(':')[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = agree(run or Path("runs") / name)
     if first and not (run / "config.json").exists():
         run.mkdir(parents=True, exist_ok=True)

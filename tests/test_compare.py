@@ -83,6 +83,9 @@ def test_clear_errors(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "save_results", lambda *args: None)
     with pytest.raises(data.DataError, match="simulated has 8 records for .*b, but 9 for .*a: name the same"):
         evaluation.compare([tmp_path / "a", tmp_path / "b"], ["simulated"])
+    with pytest.raises(SystemExit):
+        evaluation.main(["--compare", "a", "--generate"])
+    assert "--compare needs --zeroshot SET" in capsys.readouterr().err
     for other in ("--run", "--ckpt"):
         with pytest.raises(SystemExit):
             evaluation.main(["--zeroshot", "simulated", "--compare", "a", other, "b"])

@@ -122,6 +122,8 @@ def test_files_without_tensors_are_refused(content, tmp_path):
 
 
 def test_unknown_publication():
+    assert evaluation.publication("merl:a/b.pth") == ("merl", "a/b.pth")
+    assert evaluation.publication("runs/x/model.safetensors") is evaluation.publication(None) is evaluation.publication("C:x") is None
     with pytest.raises(models.ModelError, match="no published checkpoint 'clip'; known: merl, melp, dbeta"):
         evaluation.open_published("clip", "best.pth")
 

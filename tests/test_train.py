@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import eval as evaluation
 import model as models
 import train
 from conftest import ROOT, small_config
@@ -209,6 +210,10 @@ def test_a_language_model_of_ones_own(tiny_store, tmp_path, monkeypatch, capsys)
     assert np.mean(losses[-3:]) < losses[0] - 1 and 0 < found["accuracy"] <= 1 and 0 < found["commonest"] < 1
     train.main(["--method", "melp", "--data", f"store:{tiny_store}", "--name", "with", "--text-model", "runs/lm", "--dim", "16",
                 "--width", "0.125", *args[:4], "--epochs", "1"])
+    with pytest.raises(models.ModelError, match="runs/lm is a language model without an ECG encoder: .* --text-model runs/lm"):
+        evaluation.load_run("runs/lm")
+    train.main(["--method", "cardiolm", "--data", "more.txt", *args[:4], "--epochs", "1"])
+    assert len(list((tmp_path / "runs").glob("cardiolm-more-*"))) == 1  # named after the file, wherever that is
     lm, _ = models.load_text_model("runs/lm")
     start = lm.state_dict()["embeddings.word_embeddings.weight"]
     now = load_file("runs/with/model.safetensors")["text.lm.embeddings.word_embeddings.weight"]
