@@ -1024,8 +1024,8 @@ class CMELT(Method):
         return torch.where(torch.eye(len(pairs), dtype=torch.bool, device=pairs.device), pairs, others)
 
     def with_negatives(self, batch):
-        """What is said of each record (B lists of tags), about half replaced by what a far text says, and which are still their
-        record's (B,) bool."""
+        """What is said of each record (B lists of tags), about half replaced by what a far text says and the record's own does not,
+        and which are still their record's (B,) bool."""
         chosen, aligned = list(batch.chosen), torch.ones(len(batch.ids), dtype=torch.bool)
         if self.config.negatives != "none":
             number = min(len(chosen), round(0.5 * len(chosen) + torch.rand(()).item()))
@@ -1033,8 +1033,10 @@ class CMELT(Method):
             aligned[rows] = False
             if self.config.negatives == "far":
                 for row, text in zip(rows.tolist(), self.far.draw([join(batch.tags[row]) for row in rows])):
-                    tags = text.split(". ")  # as many of its tags as are said of the record: the length must not give it away
-                    chosen[row] = [tags[i] for i in torch.randperm(len(tags))[:len(batch.chosen[row])]]
+                    tags = [tag for tag in text.split(". ") if tag not in batch.tags[row]]
+                    aligned[row] = not tags
+                    if tags:  # as many as are said of the record: the length must not give it away
+                        chosen[row] = [tags[i] for i in torch.randperm(len(tags))[:len(batch.chosen[row])]]
         return chosen, aligned.to(batch.ecg.device)
 
 

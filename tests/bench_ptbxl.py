@@ -3,7 +3,7 @@ it again to go on.
 
     python tests/bench_ptbxl.py ../shared/data/ptbxl              methods x seeds
     python tests/bench_ptbxl.py ../shared/data/ptbxl --ablation   parts of FG-CLEP x seeds
-    python tests/bench_ptbxl.py ../shared/data/ptbxl --methods melp,melp-rpeak
+    python tests/bench_ptbxl.py ../shared/data/ptbxl --methods melp,melp-rpeak,melp-cardiolm
 """
 import argparse
 import subprocess
@@ -30,7 +30,9 @@ ABLATION = {  # name of the runs -> flags; each but the last three adds a part o
     "fgclep-soft-coarse": ["--fine-epochs", "0"],
     "fgclep-soft-reports": ["--text-unit", "report"],
 }
-VARIANTS = {"melp-rpeak": ["--method", "melp", "--beats", "rpeak"]}
+LANGUAGE_MODEL = "bench-cardiolm"
+VARIANTS = {"melp-rpeak": ["--method", "melp", "--beats", "rpeak"],
+            "melp-cardiolm": ["--method", "melp", "--text-model", f"runs/{LANGUAGE_MODEL}"]}
 
 
 def train(name, flags):
@@ -61,6 +63,8 @@ def main():
     common = ["--data", f"ptbxl:{Path(args.ptbxl).resolve()}", "--threads", str(args.threads)]
     runs = {f"bench-{name}-{seed}": [*flags, "--seed", str(seed), *common]
             for name, flags in plan.items() for seed in range(args.seeds)}
+    if "melp-cardiolm" in names:
+        train(LANGUAGE_MODEL, ["--method", "cardiolm", *common])
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(train, runs, runs.values()))
     evaluation.compare([ROOT / "runs" / name for name in runs], ["ptbxl"], folds=[9, 10],

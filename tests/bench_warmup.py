@@ -1,0 +1,69 @@
+"""MELP with and without warm-up: contrastive loss by update, .docs/warmup.png. Finished runs are kept, others continued.
+
+    python tests/bench_warmup.py ../shared/data/ptbxl
+"""
+import argparse
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import bench_ptbxl
+import train as training
+
+RATES = (2e-3, 8e-3)  # the default, and four times that
+WARMUPS = {0.1: "C0", 0.0: "C3"}
+
+
+def curve(run, window=10):
+    """(updates, contrastive loss as a mean over `window` updates, what the watch said) of a run folder."""
+    lines = training.Log(run, 0, False).read()
+    terms = [line["terms"]["contrast"] for line in lines if "terms" in line]
+    return np.arange(window, len(terms) + 1), np.convolve(terms, np.full(window, 1 / window), "valid"), \
+        [line["warning"] for line in lines if "warning" in line]
+
+
+def plot(curves, chance, path):
+    """curves: {(lr, warm-up, seed): (updates, losses, warnings)}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, rate in zip(figure.subplots(1, len(RATES), sharey=True), RATES):
+        for (lr, warmup, seed), (x, y, _) in curves.items():
+            if lr == rate:
+                label = (f"warm-up over {warmup:.0%} of the updates" if warmup else "no warm-up") if seed == 0 else None
+                axis.plot(x, y, color=WARMUPS[warmup], lw=1, label=label)
+        axis.axhline(chance, color="0.6", lw=0.8, ls="--")
+        axis.set(title=f"peak learning rate {rate:g}", xlabel="update")
+        axis.title.set_fontsize(10)
+    figure.axes[0].set_ylabel("contrastive loss (dashed: chance)")
+    figure.axes[-1].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ptbxl")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run")
+    args = parser.parse_args()
+    plan = {(lr, warmup, seed): f"warmup-{lr:g}-{warmup:g}-{seed}"
+            for lr in RATES for warmup in WARMUPS for seed in range(args.seeds)}
+    flags = [["--method", "melp", "--data", f"ptbxl:{Path(args.ptbxl).resolve()}", "--epochs", str(args.epochs), "--threads",
+              str(args.threads), "--lr", str(lr), "--warmup", str(warmup), "--seed", str(seed)] for lr, warmup, seed in plan]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(bench_ptbxl.train, plan.values(), flags))
+    curves = {key: curve(bench_ptbxl.ROOT / "runs" / name) for key, name in plan.items()}
+    chance = math.log(training.Config(**training.models.METHODS["melp"][1]).batch_size)
+    print(f"chance {chance:.2f}\n\n| peak rate | warm-up | seed | loss at update 50 | last | the watch |\n|---|---|---|---|---|---|")
+    for (lr, warmup, seed), (x, y, warnings) in curves.items():
+        print(f"| {lr:g} | {warmup:g} | {seed} | {y[np.searchsorted(x, 50)]:.2f} | {y[-1]:.2f} | {warnings[0] if warnings else ''} |")
+    plot(curves, chance, bench_ptbxl.ROOT / ".docs" / "warmup.png")
+
+
+if __name__ == "__main__":
+    main()
