@@ -946,8 +946,6 @@ class CMELT(Method):
                              f"{config.encoder}")
         if config.negatives not in ("far", "lost", "none"):
             raise ModelError(f"unknown --negatives {config.negatives!r}: use far, lost or none")
-        if config.ets_positives not in ("said", "own"):
-            raise ModelError(f"unknown --ets-positives {config.ets_positives!r}: use said or own")
         d, heads = config.dim, max(1, config.dim // 64)
         self.cls = nn.Parameter(0.02 * torch.randn(self.ecg.dim))
         self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
@@ -1008,20 +1006,10 @@ class CMELT(Method):
         masked = labels >= 0  # only these need the vocabulary
         wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
         etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
-        ets = ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), self.positives(batch, chosen, gather(aligned)))
+        ets = ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), torch.diag(gather(aligned)))
         return {"mlm": told(self.tell_word(fused_text[masked]), labels[masked]),
                 "mem": rebuilt_loss(self.rebuild(half, order.argsort(1)), wanted, hidden), "etm": told(etm, aligned.long()),
                 "ets": ets * (len(batch.ids) * world() if self.config.ets_sum else 1)}
-
-    def positives(self, batch, chosen, aligned):
-        """Which texts are true of which records, of all processes (B, B) bool: those of aligned pairs (B,), and with ets_positives
-        said wherever the record's own report says all that the text says."""
-        pairs = torch.diag(aligned)
-        if self.config.ets_positives == "own":
-            return pairs
-        says, said = (list(map(set, gather_texts(rows))) for rows in (batch.tags, chosen))
-        others = torch.tensor([[text <= record for text in said] for record in says], device=pairs.device)
-        return torch.where(torch.eye(len(pairs), dtype=torch.bool, device=pairs.device), pairs, others)
 
     def with_negatives(self, batch):
         """What is said of each record (B lists of tags), about half replaced by what a far text says and the record's own does not,
@@ -1212,12 +1200,12 @@ METHODS = {
         rate=500, normalise="record", width=1.0, patch=50, dim=256, text_model="ncbi/MedCPT-Query-Encoder",
         text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", batch_size=1024, epochs=20,
         lr=1e-3, weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
-    "cmelt": (CMELT, dict(encoder="w2v_tiny", text_unit="subset", text_max_length=48, frame_drop=0.5, lead_mask=0.2,
-                          negatives="none", batch_size=64, lead_drop=0.0, epochs=20), dict(
+    "cmelt": (CMELT, dict(encoder="w2v_tiny", text_unit="tag", text_max_length=48, frame_drop=0.5, lead_mask=0.2,
+                          negatives="none", batch_size=64, lr=7e-4, lead_drop=0.0, epochs=30), dict(
         rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", text_max_length=256,
-        text_unit="report", ets_positives="own", negatives="far", frame_drop=0.75, lead_mask=0.5, batch_size=128, epochs=49,
+        text_unit="report", negatives="far", frame_drop=0.75, lead_mask=0.5, batch_size=128, epochs=49,
         lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
-    "melp": (MELP, dict(text_unit="tag", text_max_length=64, batch_size=64, epochs=16), dict(
+    "melp": (MELP, dict(text_unit="tag", text_max_length=64, batch_size=64, lr=1e-3, epochs=16), dict(
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6,
         text_model="fuyingw/heart_bert", text_trainable_layers=6, text_max_length=127, text_unit="report", batch_size=256,
         epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),

@@ -80,7 +80,6 @@ class Config:
     word_mask: float = 0.25           # cmelt, cardiolm: share of hidden words
     mem_target: str = "record"        # cmelt: record: hidden leads are rebuilt too | input: they are to be zero (published code)
     ets_sum: bool = True              # cmelt: a record's pairs are summed (paper) | False: averaged (published code), 1/B of it
-    ets_positives: str = "said"       # cmelt: said: a text is right for every record that says it | own: for its own alone (paper)
     negatives: str = "far"            # cmelt: N3S far (paper) | lost (published code) | none
     align: str = "rhythm"             # fgclep: rhythm (v1) | tag (v2: tags over patches) | word (words over tokens)
     fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_ptbxl
 import train as training
 
-RATES = (2e-3, 8e-3)  # the default, and four times that
+RATES = (1e-3, 4e-3)  # the default, and four times that
 WARMUPS = {0.1: "C0", 0.0: "C3"}
 
 
@@ -46,8 +46,8 @@ def plot(curves, chance, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ptbxl")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run")
     args = parser.parse_args()
