@@ -119,7 +119,11 @@ def parse(argv):
     if resume:
         if given:
             parser.error(f"--resume takes the config from the run: drop --{', --'.join(given).replace('_', '-')}")
-        return Config(**evaluation.read_config(resume)), Path(resume)
+        settings = evaluation.read_config(resume)
+        if unknown := settings.keys() - {field.name for field in dataclasses.fields(Config)}:
+            parser.error(f"{resume} was made by another version of this program, with settings unknown to this one: "
+                         f"{', '.join(sorted(unknown))}. Continue it with that version, or train anew")
+        return Config(**settings), Path(resume)
     method, preset = given.get("method", Config.method), given.get("preset", Config.preset)
     if method not in models.METHODS or preset not in ("small", "paper"):
         parser.error(f"unknown method or preset: {method}, {preset}; methods: {', '.join(models.METHODS)}; presets: small, paper")

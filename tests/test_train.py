@@ -194,6 +194,10 @@ def test_the_command_line_explains_itself(tmp_path, capsys):
     assert "drop --lr" in capsys.readouterr().err
     with pytest.raises(data.DataError, match="not a run folder"):
         train.parse(["--resume", str(tmp_path)])
+    (tmp_path / "config.json").write_text('{"method": "etp", "gone": 1}')
+    with pytest.raises(SystemExit):
+        train.parse(["--resume", str(tmp_path)])
+    assert "another version" in capsys.readouterr().err
     config, _ = train.parse(["--method", "merl", "--preset", "paper", "--lr", "0.5"])
     assert (config.rate, config.dim, config.lr) == (500, 256, 0.5)
 
