@@ -673,6 +673,9 @@ def compare(runs, sets, **options):
     groups = {title: summarise([found[i] for i in places]) for title, places in group_runs(configs).items()}
     print("macro AUROC: mean over seeds (lowest - highest) [95 % bootstrap interval, mean of its ends over seeds]\n")
     print(markdown(groups))
+    for one in found:
+        if warnings := (one["training"] or {}).get("warnings"):
+            print(f"\n{one['run']} was warned {len(warnings)} times in training, the last time at {warnings[-1]}")
     path = runs[0].parent / "comparison.json"
     path.write_text(json.dumps({"options": {k: str(v) for k, v in options.items()}, "groups": groups}, indent=1))
     plot_comparison(groups, path.with_suffix(".png"))

@@ -614,7 +614,7 @@ class Log:
         figure.savefig(self.path.with_name("curves.png"), dpi=120)
 
 
-def training_facts(method, records, seconds, config, device):
+def training_facts(method, records, seconds, warnings, config, device):
     """What training took -> dict for training.json. seconds: of each update in log.jsonl, where it stands once, however often
     the run was stopped; device, processes, threads and memory (process 0's) are those of the session that ended it.
 
@@ -626,7 +626,7 @@ def training_facts(method, records, seconds, config, device):
             "records_per_second": config.batch_size * config.accumulate / statistics.median(seconds),
             "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None,
             "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-            "processes": models.world(), "threads": torch.get_num_threads()}
+            "processes": models.world(), "threads": torch.get_num_threads(), "warnings": warnings}
 
 
 def train(config, run, device, main):
@@ -679,9 +679,11 @@ def train(config, run, device, main):
         if update < end:
             return None
     if main:
-        lines = [line for line in log.read() if "seconds" in line]  # warnings have none, nor has a run of an older version
-        if lines and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
-            facts = training_facts(method, len(rows), [line["seconds"] for line in lines], config, device)
+        lines = log.read()
+        seconds = [line["seconds"] for line in lines if "seconds" in line]  # warnings have none, nor has a run of an older version
+        if seconds and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
+            warnings = [f"update {line['update']}: {line['warning']}" for line in lines if "warning" in line]
+            facts = training_facts(method, len(rows), seconds, warnings, config, device)
             write_atomic(run / "training.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
         if language:
             models.save_language_model(method, run / "language_model")

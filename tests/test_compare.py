@@ -54,11 +54,15 @@ def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
     for name, *more in (("a", "--seed", "0"), ("b", "--seed", "1"), ("c", "--rate", "200")):
         train.main([*FLAGS, "--name", name, *more])
+    path = tmp_path / "runs/b/training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": ["update 50: COLLAPSE"]}))
     capsys.readouterr()
     for again in range(2):  # the second time comparison.json is among the paths
         evaluation.main(["--compare", *map(str, sorted((tmp_path / "runs").iterdir())), "--zeroshot", "simulated"])
         table = capsys.readouterr().out.splitlines()
         assert [line.split(" | ")[:2] for line in table if line.startswith("| etp")] == [["| etp", "2"], ["| etp rate=200", "1"]]
+        assert [line for line in table if "was warned" in line] == [
+            f"{tmp_path}/runs/b was warned 1 times in training, the last time at update 50: COLLAPSE"]
     written = json.loads((tmp_path / "runs/comparison.json").read_text())["groups"]["etp"]
     for i, name in enumerate("ab"):
         own = json.loads((tmp_path / f"runs/{name}/results.json").read_text())["zeroshot"]["simulated"]

@@ -72,6 +72,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method,
         facts = json.loads((tmp_path / f"runs/{name}/training.json").read_text())
         assert min(seconds) > 0 and facts["seconds"] == pytest.approx(sum(seconds))
         assert facts["records_per_second"] == pytest.approx(16 / np.median(seconds))
+        assert facts["warnings"] == [f"update {line['update']}: {line['warning']}" for line in log if "warning" in line]
         assert facts["parameters"] == facts["trained_parameters"] > 1e4 and facts["records"] > 48
         assert (facts["processes"], facts["threads"]) == (1, 1) and (facts["peak_memory_gb"] is None) == (not torch.cuda.is_available())
     assert logs[0] == logs[1] and [line["update"] for line in logs[0] if "terms" in line] == list(range(1, len(logs[0]) + 1))
