@@ -748,7 +748,8 @@ def train_stage(name, parallel, optimiser, batches, updates, config, run, device
         bar.update()
         if config.method != "cardiolm":
             watch = watch or Watch(batch, method, config)
-            watch.note(terms)
+            if update - updates.first > config.warmup * (updates.end - updates.first):  # in warm-up every loss is stuck
+                watch.note(terms)
         if watch and update % 50 == 0:
             warning = watch.look()
             if warning:
