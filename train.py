@@ -250,9 +250,14 @@ def make_optimiser(method, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
 
 
+def warm_updates(updates, config):
+    """How many of a stage's updates the learning rate rises over."""
+    return max(1, round(config.warmup * updates)) if config.warmup else 0
+
+
 def rate_at(update, updates, config):
     """Learning rate of one update of a stage: linear warm-up, then cosine to zero."""
-    warm = max(1, round(config.warmup * updates)) if config.warmup else 0
+    warm = warm_updates(updates, config)
     if update < warm:
         return config.lr * (update + 1) / warm
     return config.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
@@ -748,7 +753,7 @@ def train_stage(name, parallel, optimiser, batches, updates, config, run, device
         bar.update()
         if config.method != "cardiolm":
             watch = watch or Watch(batch, method, config)
-            if update - updates.first > config.warmup * (updates.end - updates.first):  # in warm-up every loss is stuck
+            if update - updates.first > warm_updates(updates.end - updates.first, config):  # in warm-up every loss is stuck
                 watch.note(terms)
         if watch and update % 50 == 0:
             warning = watch.look()

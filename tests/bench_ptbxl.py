@@ -44,6 +44,12 @@ def train(name, flags):
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def train_all(runs, jobs):
+    """Train {name: flags}, `jobs` at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, runs, runs.values()))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ptbxl")
@@ -65,8 +71,7 @@ def main():
             for name, flags in plan.items() for seed in range(args.seeds)}
     if "melp-cardiolm" in names:
         train(LANGUAGE_MODEL, ["--method", "cardiolm", *common])
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(train, runs, runs.values()))
+    train_all(runs, args.jobs)
     evaluation.compare([ROOT / "runs" / name for name in runs], ["ptbxl"], folds=[9, 10],
                        device="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -5,13 +5,13 @@
 import argparse
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_ptbxl
+import model as models
 import train as training
 
 RATES = (1e-3, 4e-3)  # the default, and four times that
@@ -53,15 +53,14 @@ def main():
     args = parser.parse_args()
     plan = {(lr, warmup, seed): f"warmup-{lr:g}-{warmup:g}-{seed}"
             for lr in RATES for warmup in WARMUPS for seed in range(args.seeds)}
-    flags = [["--method", "melp", "--data", f"ptbxl:{Path(args.ptbxl).resolve()}", "--epochs", str(args.epochs), "--threads",
-              str(args.threads), "--lr", str(lr), "--warmup", str(warmup), "--seed", str(seed)] for lr, warmup, seed in plan]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(bench_ptbxl.train, plan.values(), flags))
+    bench_ptbxl.train_all({name: ["--method", "melp", "--data", f"ptbxl:{Path(args.ptbxl).resolve()}", "--epochs", str(args.epochs),
+                                  "--threads", str(args.threads), "--lr", str(lr), "--warmup", str(warmup), "--seed", str(seed)]
+                           for (lr, warmup, seed), name in plan.items()}, args.jobs)
     curves = {key: curve(bench_ptbxl.ROOT / "runs" / name) for key, name in plan.items()}
-    chance = math.log(training.Config(**training.models.METHODS["melp"][1]).batch_size)
-    print(f"chance {chance:.2f}\n\n| peak rate | warm-up | seed | loss at update 50 | last | the watch |\n|---|---|---|---|---|---|")
-    for (lr, warmup, seed), (x, y, warnings) in curves.items():
-        print(f"| {lr:g} | {warmup:g} | {seed} | {y[np.searchsorted(x, 50)]:.2f} | {y[-1]:.2f} | {warnings[0] if warnings else ''} |")
+    chance = math.log(models.METHODS["melp"][1]["batch_size"])
+    print(f"chance {chance:.2f}\n\n| peak rate | warm-up | seed | loss half-way | last | the watch |\n|---|---|---|---|---|---|")
+    for (lr, warmup, seed), (_, y, warnings) in curves.items():
+        print(f"| {lr:g} | {warmup:g} | {seed} | {y[len(y) // 2]:.2f} | {y[-1]:.2f} | {warnings[0] if warnings else ''} |")
     plot(curves, chance, bench_ptbxl.ROOT / ".docs" / "warmup.png")
 
 

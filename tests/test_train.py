@@ -130,6 +130,7 @@ def test_the_watch_tells_a_collapsed_tower_and_a_stuck_loss():
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     config = small_config("etp", lr=1.0, warmup=0.1)
+    assert train.warm_updates(100, config) == 10 and train.warm_updates(100, small_config("etp", warmup=0.0)) == 0
     rates = [train.rate_at(u, 100, config) for u in range(100)]
     assert np.allclose(rates[:10], np.arange(1, 11) / 10) and np.argmax(rates) in (9, 10)
     assert all(np.diff(rates[10:]) < 0) and rates[-1] < 0.001
