@@ -803,6 +803,8 @@ def main(argv=None):
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     source = train(config, run, device, first)
+    if models.world() > 1:
+        dist.destroy_process_group()  # a process that ends with it open can abort, and torchrun then stops the one that evaluates
     if source and source != "texts" and first:
         evaluation.report(run, ["ptbxl" if source == "ptbxl" else "simulated"], device=device)
 
