@@ -590,34 +590,44 @@ def group_runs(configs):
     return titled
 
 
+def over_runs(runs, name, mean):
+    """The macro AUROC of label set `name` over runs; mean: "macro" or "macro_enough". None where it has no such class."""
+    found = [r["results"][name][mean] for r in runs if mean in r["results"][name]]
+    if not found:
+        return None
+    values = [m["auroc"] for m in found]
+    return {"auroc": values, "mean": float(np.mean(values)), "lowest": min(values), "highest": max(values),
+            "interval": np.mean([m["interval"] for m in found], 0).tolist()}
+
+
 def summarise(runs):
     """runs of a group: [{"run", "config", "training" (None for runs of older versions), "results": {set: metrics}}] -> dict.
     Over runs: AUROCs are macro AUROCs; each end of the interval, speed and parameters are means."""
-    sets = {}
-    for name in runs[0]["results"]:
-        macros = [r["results"][name]["macro"] for r in runs]
-        values = [m["auroc"] for m in macros]
-        sets[name] = {"auroc": values, "mean": float(np.mean(values)), "lowest": min(values), "highest": max(values),
-                      "interval": np.mean([m["interval"] for m in macros], 0).tolist()}
+    means = {key: {name: over_runs(runs, name, mean) for name in runs[0]["results"]}
+             for key, mean in (("sets", "macro"), ("sets_enough", "macro_enough"))}
     known = [r["training"] for r in runs if r["training"]]
-    means = {k: float(np.mean([t[k] for t in known])) if known else None for k in ("records_per_second", "parameters")}
+    costs = {k: float(np.mean([t[k] for t in known])) if known else None for k in ("records_per_second", "parameters")}
     return {"runs": [r["run"] for r in runs], "seeds": [r["config"]["seed"] for r in runs],
             "config": {k: v for k, v in runs[0]["config"].items() if k not in NO_MATTER},
-            "sets": sets, **means, "training": [r["training"] for r in runs]}
+            **means, **costs, "training": [r["training"] for r in runs]}
 
 
-def markdown(groups):
-    """{title: summary} -> table. A cell: mean (lowest - highest) [interval]."""
-    sets = list(next(iter(groups.values()))["sets"])
-    lines = ["| method | seeds | " + " | ".join(n.removeprefix("ptbxl_") for n in sets) + " | records/s | parameters |",
-             "|---" * (len(sets) + 4) + "|"]
+def cell(s):
+    """mean (lowest - highest) [interval]"""
+    if s is None:
+        return "-"
+    spread = f" ({s['lowest']:.3f} - {s['highest']:.3f})" if len(s["auroc"]) > 1 else ""
+    return f"{s['mean']:.3f}{spread} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}]"
+
+
+def markdown(groups, key="sets"):
+    """{title: summary} -> table of "sets" (classes with positives) or "sets_enough" (with at least ENOUGH)."""
+    names = list(next(iter(groups.values()))["sets"])
+    lines = ["| method | seeds | " + " | ".join(n.removeprefix("ptbxl_") for n in names) + " | records/s | parameters |",
+             "|---" * (len(names) + 4) + "|"]
     for title, group in groups.items():
-        cells = []
-        for s in group["sets"].values():
-            spread = f" ({s['lowest']:.3f} - {s['highest']:.3f})" if len(s["auroc"]) > 1 else ""
-            cells.append(f"{s['mean']:.3f}{spread} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}]")
         cost = [f"{group['records_per_second']:.0f}", f"{group['parameters'] / 1e6:.2f} M"] if group["parameters"] else ["-", "-"]
-        lines.append("| " + " | ".join([title, str(len(group["runs"])), *cells, *cost]) + " |")
+        lines.append("| " + " | ".join([title, str(len(group["runs"])), *map(cell, group[key].values()), *cost]) + " |")
     return "\n".join(lines)
 
 
@@ -632,6 +642,8 @@ def plot_comparison(groups, path):
     for axes, name in zip(figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets):
         for y, group in enumerate(groups.values()):
             s, colour = group["sets"][name], f"C{methods.index(group['config']['method']) % 10}"
+            if s is None:
+                continue
             axes.plot(s["interval"], [y, y], color=colour, alpha=0.25, lw=8, solid_capstyle="butt", zorder=1)
             axes.plot([s["mean"]] * 2, [y - 0.3, y + 0.3], color=colour, lw=1.5, zorder=2)
             axes.plot(s["auroc"], [y] * len(s["auroc"]), "o", color=colour, mec="white", mew=0.6, ms=5.5, zorder=3)
@@ -673,9 +685,11 @@ def compare(runs, sets, **options):
     groups = {title: summarise([found[i] for i in places]) for title, places in group_runs(configs).items()}
     print("macro AUROC: mean over seeds (lowest - highest) [95 % bootstrap interval, mean of its ends over seeds]\n")
     print(markdown(groups))
+    print(f"\nthe same over classes with at least {ENOUGH} positives\n")
+    print(markdown(groups, "sets_enough"))
     for one in found:
         if warnings := (one["training"] or {}).get("warnings"):
-            print(f"\n{one['run']} was warned {len(warnings)} times in training, the last time at {warnings[-1]}")
+            print(f"\nwarnings in training of {one['run']}: {len(warnings)}, the last at {warnings[-1]}")
     path = runs[0].parent / "comparison.json"
     path.write_text(json.dumps({"options": {k: str(v) for k, v in options.items()}, "groups": groups}, indent=1))
     plot_comparison(groups, path.with_suffix(".png"))

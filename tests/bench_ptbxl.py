@@ -31,7 +31,8 @@ ABLATION = {  # name of the runs -> flags; each but the last three adds a part o
     "fgclep-soft-reports": ["--text-unit", "report"],
 }
 LANGUAGE_MODEL = "bench-cardiolm"
-VARIANTS = {"melp-rpeak": ["--method", "melp", "--beats", "rpeak"],
+VARIANTS = {"cmelt-far": ["--method", "cmelt", "--negatives", "far"],  # N3S
+            "melp-rpeak": ["--method", "melp", "--beats", "rpeak"],
             "melp-cardiolm": ["--method", "melp", "--text-model", f"runs/{LANGUAGE_MODEL}"]}
 
 

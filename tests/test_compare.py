@@ -47,6 +47,12 @@ def test_numbers_of_the_table_by_hand():
         "| method | seeds | super | simulated | records/s | parameters |", "|---|---|---|---|---|---|",
         "| etp | 3 | 0.800 (0.700 - 0.900) [0.720, 0.880] | 0.600 (0.500 - 0.700) [0.500, 0.700] | 120 | 2.00 M |",
         "| merl | 1 | 0.750 [0.650, 0.850] | 0.500 [0.300, 0.700] | - | - |"]
+    assert one["sets_enough"] == {"ptbxl_super": None, "simulated": None}  # 9 records: no class has 10 positives
+    assert evaluation.markdown({"merl": one}, "sets_enough").splitlines()[2] == "| merl | 1 | - | - | - | - |"
+    run = run_of(0, None, simulated=(0.5, 0.2))
+    run["results"]["simulated"]["macro_enough"] = {"auroc": 0.625, "interval": [0.5, 0.75]}
+    assert evaluation.markdown({"etp": evaluation.summarise([run])}, "sets_enough").splitlines()[2] == (
+        "| etp | 1 | 0.625 [0.500, 0.750] | - | - |")
 
 
 def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
@@ -60,9 +66,9 @@ def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     for again in range(2):  # the second time comparison.json is among the paths
         evaluation.main(["--compare", *map(str, sorted((tmp_path / "runs").iterdir())), "--zeroshot", "simulated"])
         table = capsys.readouterr().out.splitlines()
-        assert [line.split(" | ")[:2] for line in table if line.startswith("| etp")] == [["| etp", "2"], ["| etp rate=200", "1"]]
-        assert [line for line in table if "was warned" in line] == [
-            f"{tmp_path}/runs/b was warned 1 times in training, the last time at update 50: COLLAPSE"]
+        assert [line.split(" | ")[:2] for line in table if line.startswith("| etp")] == 2 * [["| etp", "2"], ["| etp rate=200", "1"]]
+        assert [line for line in table if "warnings" in line] == [
+            f"warnings in training of {tmp_path}/runs/b: 1, the last at update 50: COLLAPSE"]
     written = json.loads((tmp_path / "runs/comparison.json").read_text())["groups"]["etp"]
     for i, name in enumerate("ab"):
         own = json.loads((tmp_path / f"runs/{name}/results.json").read_text())["zeroshot"]["simulated"]
