@@ -775,6 +775,7 @@ class ETP(Method):
 
 class MERL(Method):
     """MERL (Liu et al. 2024; METHODS 1.2, 2.2): cross-modal alignment (CMA) + two dropout views of the ECG (UMA)."""
+    contrast_sides = 2
 
     def __init__(self, config, text):
         super().__init__(config, text)

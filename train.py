@@ -311,8 +311,8 @@ class Watch:
                 return (f"COLLAPSE: all {name} embeddings are nearly the same (spread {spread:.4f}). Stop this run; use "
                         f"warm-up (--warmup 0.1), a lower --lr, or a larger --batch-size.")
         if len(self.recent) == 50 and min(self.recent) > 0.98 * self.chance:
-            return (f"STUCK: the contrastive loss has stayed at {np.mean(self.recent):.3f}, chance is {self.chance:.3f} (ln of "
-                    f"the batch size): nothing is being learned. Use warm-up (--warmup 0.1) or a lower --lr.")
+            return (f"STUCK: the contrastive loss has stayed at {np.mean(self.recent):.3f}, guessing within the batch gives "
+                    f"{self.chance:.3f}: nothing is being learned. Use warm-up (--warmup 0.1) or a lower --lr.")
         return ""
 
 

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import model as models
+import train
 from conftest import ROOT, small_config
 
 
@@ -203,6 +204,14 @@ def toy_method(name, **options):
     if name == "cmelt":
         method.far = models.FarTexts(sorted(set(TEXTS_AS_TAGS)), torch.eye(len(set(TEXTS_AS_TAGS))))
     return method
+
+
+@pytest.mark.parametrize("name", ["etp", "merl", "melp"])
+def test_the_watch_knows_what_guessing_costs(name):
+    """The loss term "contrast" on a batch of equal records and texts, which nothing can tell apart."""
+    batch, method = toy_batch(), toy_method(name)
+    same = batch._replace(ecg=batch.ecg[:1].expand(8, -1, -1), tags=batch.tags[:1] * 8, chosen=batch.chosen[:1] * 8)
+    assert method(same)["contrast"].item() == pytest.approx(train.Watch(None, method, small_config(name, batch_size=8)).chance, rel=1e-4)
 
 
 @pytest.mark.parametrize("name, options", [("etp", {}), ("merl", {}), ("merl", {"encoder": "vit_tiny"}), ("fgclep", {}),
