@@ -2,7 +2,7 @@
 //
 // Scores are made by matrix products in blocks that fit into the caches, reduced at once and forgotten; there is no tensor of ECG x
 // text x token x word. Texts are ragged, so their words (sentences) are packed first, without the padding. The backward pass of the
-// token scale knows which token each word took; that of the beat scale makes the scores again.
+// token scale knows which token each word took; that of the beat scale is given the scores if they are few, and else makes them again.
 #include "similarity.h"
 
 #include <ATen/Functions.h>
@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "cpu.h"
+
+#pragma GCC optimize("fp-contract=fast")  // fused multiply-add, which CFLAGS forbids for the sake of the beats
 
 namespace similarity {
 
@@ -62,23 +64,51 @@ struct Packed : Rows {  // all texts one behind the other: text c has rows start
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
-// exp within 2 ulp, in a form that compilers vectorise: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-static INLINE float exp_of(float x) {
-    x = x < -87.f ? -87.f : x;
-    x = x > 88.f ? 88.f : x;
-    const float shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;  // rounds to the nearest integer
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f, y = y * r + 8.3334519073e-3f, y = y * r + 4.1665795894e-2f;
+constexpr int LANES = 8;
+template <class T> struct VectorOf { typedef T type __attribute__((vector_size(LANES * sizeof(T)))); };  // GCC's and Clang's
+template <class T> using Vector = typename VectorOf<T>::type;
+
+template <class V> static INLINE V larger(V x, V y) { return x > y ? x : y; }  // a NaN in y is not lost
+template <class T> static INLINE Vector<T> load(const T* from) {
+    Vector<T> x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+template <class T> static INLINE void store(T* to, Vector<T> x) { memcpy(to, &x, sizeof x); }
+
+template <class T> static INLINE T dot_(const T* x, const T* y, int64_t n) {
+    Vector<T> sums{};
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) sums += load(x + j) * load(y + j);
+    T sum = 0;
+    for (int l = 0; l < LANES; l++) sum += sums[l];
+    for (; j < n; j++) sum += x[j] * y[j];
+    return sum;
+}
+
+// exp within 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. V: float, or a vector of them; W: whole numbers of that size.
+template <class V, class W> static INLINE V exp_by_polynomial(V x) {
+    x = larger(V{} - 87.f, x);
+    x = x > V{} + 88.f ? V{} + 88.f : x;
+    const V shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;  // rounds to the nearest integer
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    V y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f, y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f, y = y * r + 5.0000001201e-1f, y = y * r * r + r + 1.f;
-    int32_t bits;
-    memcpy(&bits, &shifted, 4);
-    const int32_t power = (bits + (127 - 0x4B400000)) << 23;
-    float scale;
-    memcpy(&scale, &power, 4);
+    W bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + (127 - 0x4B400000)) << 23;
+    V scale;
+    memcpy(&scale, &bits, sizeof scale);
     return y * scale;
 }
+static INLINE float exp_of(float x) { return exp_by_polynomial<float, int32_t>(x); }
 static INLINE double exp_of(double x) { return std::exp(x); }
+static INLINE Vector<float> exp_of(Vector<float> x) { return exp_by_polynomial<Vector<float>, Vector<int32_t>>(x); }
+static INLINE Vector<double> exp_of(Vector<double> x) {
+    for (int i = 0; i < LANES; i++) x[i] = std::exp(x[i]);
+    return x;
+}
 
 // s (rows, n) -> the largest of every column, and its row. NaN is larger than all else: it must not get lost.
 template <class T>
@@ -126,155 +156,174 @@ static INLINE T column_softmax_grad_(T* __restrict s, int64_t rows, int64_t n, T
     return all / (temperature * temperature);
 }
 
-// Texts of as many sentences stand side by side: first their first sentences, then their second ones; so loops over texts are vectors.
-struct Group { int64_t first_column, sentences, texts, first_text; };  // first_text: in the order of BeatRow::similarity
+// Some texts of equally many sentences; their columns in the scores: all first sentences, then all second ones.
+struct Group { int64_t first_column, sentences, texts, first_text; };  // first_text: in the order of the groups
 
-// One ECG and all texts at the beat scale. Rows of n columns, a sentence each.
-template <class T> struct BeatRow {
-    int64_t beats, n;
-    const std::vector<Group>* groups;
-    T temperature, sharpness;  // of the attention over beats; of the sum over sentences
+// One ECG and one group of texts at the beat scale. A row has a column for each sentence, as in Group, but the texts filled up to whole
+// vectors (`wide`). All rows together fit into a fast cache.
+template <class T> struct Attention {
+    int64_t beats, sentences, texts, wide, n;  // n = sentences * wide
+    T temperature, sharpness;                  // of the attention over beats; of the sum over sentences
     bool over_sentences, mean;
-    const T *gram, *norm;      // (beats, beats); length of every sentence
-    std::vector<T> memory;
-    T *p, *a, *along, *dz;                                      // (beats, n): softmax over sentences, over beats, gram times it
-    T *up, *square, *root, *cosine, *share, *column, *column2;  // (n)
-    T *similarity, *grad;                                       // (texts), in the order of the groups
+    const T* gram;                             // (beats, beats)
+    T *x, *p, *a, *along;                      // (beats, n): scores, softmax over sentences, over beats, gram times that
+    T *norm, *logit, *root, *cosine, *share;   // (n); norm: length of every sentence, root: of every attended beat
+    T *similarity, *grad;                      // (wide)
+    T *of_square, *of_norm;                    // (n): gradients, the first of twice the attended beat's squared length
 
-    void room() {
-        memory.resize(4 * beats * n + 9 * n);
-        T* next = memory.data();
-        for (T** rows : {&p, &a, &along, &dz}) *rows = next, next += beats * n;
-        for (T** row : {&up, &square, &root, &cosine, &share, &column, &column2, &similarity, &grad}) *row = next, next += n;
+    static int64_t room(int64_t beats, int64_t widest) { return (4 * beats + 9) * widest; }
+    void use(T* memory) {
+        wide = (texts + LANES - 1) / LANES * LANES, n = sentences * wide;
+        for (T** some : {&x, &p, &a, &along}) *some = memory, memory += beats * n;
+        for (T** one : {&norm, &logit, &root, &cosine, &share, &similarity, &grad, &of_square, &of_norm}) *one = memory, memory += n;
+        if (!over_sentences) p = x;
     }
 };
 
+// Rows of scores, `stride` apart, to rows of Attention, with zeros behind the texts; and back.
+template <class T> static INLINE void spread_(const Attention<T>& r, const T* from, int64_t stride, int64_t rows, T* to) {
+    for (int64_t k = 0; k < rows; k++, from += stride)
+        for (int64_t s = 0; s < r.sentences; s++, to += r.wide) {
+            store(to + r.wide - LANES, Vector<T>{});
+            for (int64_t i = 0; i < r.texts; i++) to[i] = from[s * r.texts + i];
+        }
+}
+template <class T> static INLINE void gather_(const Attention<T>& r, const T* from, int64_t rows, T* to, int64_t stride) {
+    for (int64_t k = 0; k < rows; k++, to += stride)
+        for (int64_t s = 0; s < r.sentences; s++, from += r.wide)
+            for (int64_t i = 0; i < r.texts; i++) to[s * r.texts + i] = from[i];
+}
+
 constexpr double SMALLEST = 1e-8;  // of a product of lengths, as torch.cosine_similarity has it
 
-// sum of x * y * z, in an order that vectors like
+// x (rows, sentences, wide) -> y: softmax over the sentences of each text. top, sum: the largest, and the sum of exp, of the last row.
 template <class T>
-static INLINE T sum_of_products(const T* __restrict x, const T* __restrict y, const T* __restrict z, int64_t n) {
-    constexpr int LANES = 16;
-    T lanes[LANES] = {}, sum = 0;
-    for (int64_t j = 0; j + LANES <= n; j += LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] += x[j + l] * y[j + l] * z[j + l];
-    for (int64_t j = n / LANES * LANES; j < n; j++) sum += x[j] * y[j] * z[j];
-    for (int l = 0; l < LANES; l++) sum += lanes[l];
-    return sum;
-}
-
-// x (n), a column a sentence -> softmax over the sentences of each text, in place; the largest and the sum of exp -> top and all.
-template <class T>
-static INLINE void softmax_over_texts(T* __restrict x, const std::vector<Group>& groups, int64_t n, T* __restrict top,
-                                      T* __restrict all) {
-    for (const Group& g : groups) {
-        T *__restrict y = x + g.first_column, *__restrict t = top + g.first_text;
-        for (int64_t i = 0; i < g.texts; i++) t[i] = y[i];
-        for (int64_t s = 1; s < g.sentences; s++)
-            for (int64_t i = 0; i < g.texts; i++) t[i] = y[s * g.texts + i] > t[i] ? y[s * g.texts + i] : t[i];
-        for (int64_t s = 0; s < g.sentences; s++)
-            for (int64_t i = 0; i < g.texts; i++) y[s * g.texts + i] -= t[i];
-    }
-    for (int64_t j = 0; j < n; j++) x[j] = exp_of(x[j]);
-    for (const Group& g : groups) {
-        T *__restrict y = x + g.first_column, *__restrict sum = all + g.first_text;
-        for (int64_t i = 0; i < g.texts; i++) sum[i] = y[i];
-        for (int64_t s = 1; s < g.sentences; s++)
-            for (int64_t i = 0; i < g.texts; i++) sum[i] += y[s * g.texts + i];
-        for (int64_t s = 0; s < g.sentences; s++)
-            for (int64_t i = 0; i < g.texts; i++) y[s * g.texts + i] /= sum[i];
-    }
-}
-
-// x (beats, n): scores. -> r.similarity
-template <class T> static INLINE void beat_forward_(BeatRow<T>& r, const T* __restrict x) {
-    const int64_t beats = r.beats, n = r.n;
-    T *__restrict p = r.p, *__restrict a = r.a, *__restrict along = r.along;
-    T *__restrict top = r.column, *__restrict sum = r.column2;
-    std::copy_n(x, beats * n, p);
-    if (r.over_sentences) for (int64_t k = 0; k < beats; k++) softmax_over_texts(p + k * n, *r.groups, n, top, sum);
-    for (int64_t j = 0; j < n; j++) top[j] = r.temperature * p[j], sum[j] = 0;
-    for (int64_t k = 1; k < beats; k++)
-        for (int64_t j = 0; j < n; j++) { const T z = r.temperature * p[k * n + j]; top[j] = z > top[j] ? z : top[j]; }
-    for (int64_t k = 0; k < beats; k++)
-        for (int64_t j = 0; j < n; j++) sum[j] += a[k * n + j] = exp_of(r.temperature * p[k * n + j] - top[j]);
-    T *__restrict up = r.up, *__restrict square = r.square, *__restrict root = r.root;
-    T *__restrict cosine = r.cosine, *__restrict share = r.share;
-    for (int64_t j = 0; j < n; j++) up[j] = square[j] = 0, sum[j] = 1 / sum[j];
-    for (int64_t k = 0; k < beats; k++)
-        for (int64_t j = 0; j < n; j++) a[k * n + j] *= sum[j], up[j] += a[k * n + j] * x[k * n + j];
-    for (int64_t k = 0; k < beats; k++) {
-        for (int64_t j = 0; j < n; j++) along[k * n + j] = 0;
-        for (int64_t l = 0; l < beats; l++)
-            for (int64_t j = 0; j < n; j++) along[k * n + j] += r.gram[k * beats + l] * a[l * n + j];
-        for (int64_t j = 0; j < n; j++) square[j] += a[k * n + j] * along[k * n + j];
-    }
-    for (int64_t j = 0; j < n; j++) {
-        root[j] = std::sqrt(square[j] > 0 ? square[j] : T(0));
-        const T lengths = root[j] * r.norm[j];
-        cosine[j] = up[j] / (lengths > T(SMALLEST) ? lengths : T(SMALLEST));
-        share[j] = r.sharpness * cosine[j];
-    }
-    softmax_over_texts(share, *r.groups, n, top, sum);  // its sums are the result, its shares the gradient
-    for (const Group& g : *r.groups)
-        for (int64_t i = g.first_text; i < g.first_text + g.texts; i++)
-            r.similarity[i] = top[i] + std::log(r.mean ? sum[i] / T(g.sentences) : sum[i]);
-}
-
-// The same, then the gradient: of the scores in place of x, of the Gram matrix and of the sentences' lengths. r.grad: of r.similarity.
-template <class T>
-static INLINE void beat_backward_(BeatRow<T>& r, T* __restrict x, T* __restrict of_gram, T* __restrict of_norm, T* of_temperature,
-                                  T* of_sharpness) {
-    beat_forward_(r, static_cast<const T*>(x));
-    const int64_t beats = r.beats, n = r.n;
-    T *__restrict p = r.p, *__restrict a = r.a, *__restrict along = r.along, *__restrict dz = r.dz;
-    T *__restrict of_up = r.up, *__restrict of_square = r.square, *__restrict inner = r.column, *__restrict of_z = r.column2;
-    for (const Group& g : *r.groups)
-        for (int64_t s = 0; s < g.sentences; s++)
-            for (int64_t i = 0; i < g.texts; i++) r.share[g.first_column + s * g.texts + i] *= r.grad[g.first_text + i];
-    const T *__restrict share = r.share, *__restrict cosine = r.cosine, *__restrict root = r.root, *__restrict norm = r.norm;
-    for (int64_t j = 0; j < n; j++) *of_sharpness += share[j] * cosine[j];
-    for (int64_t j = 0; j < n; j++) {
-        const T lengths = root[j] * norm[j], d = share[j] * r.sharpness;  // gradient of the cosine
-        const bool large = lengths > T(SMALLEST);
-        of_up[j] = d / (large ? lengths : T(SMALLEST));
-        of_square[j] = large ? -d * cosine[j] / (root[j] * root[j]) : T(0);  // twice that of the squared length
-        of_norm[j] = large ? -d * cosine[j] / norm[j] : T(0);
-    }
-    for (int64_t j = 0; j < n; j++) inner[j] = of_z[j] = 0;
-    for (int64_t k = 0; k < beats; k++)
-        for (int64_t l = 0; l <= k; l++)  // twice the gradient: what the beats get
-            of_gram[k * beats + l] = of_gram[l * beats + k] = sum_of_products(of_square, a + k * n, a + l * n, n);
-    for (int64_t k = 0; k < beats; k++) {
-        T *__restrict xk = x + k * n, *__restrict dk = dz + k * n;
-        const T *__restrict ak = a + k * n, *__restrict lk = along + k * n;
-        for (int64_t j = 0; j < n; j++) dk[j] = of_up[j] * xk[j] + of_square[j] * lk[j];
-        for (int64_t j = 0; j < n; j++) inner[j] += ak[j] * dk[j], xk[j] = of_up[j] * ak[j];
-    }
-    for (int64_t k = 0; k < beats; k++) {
-        T* __restrict dk = dz + k * n;
-        const T *__restrict ak = a + k * n, *__restrict pk = p + k * n;
-        for (int64_t j = 0; j < n; j++) {
-            const T d = ak[j] * (dk[j] - inner[j]);
-            of_z[j] += d * pk[j];
-            dk[j] = r.temperature * d;  // gradient of p
+static INLINE void softmax_over_sentences(const Attention<T>& r, const T* x, int64_t rows, T* y, T* top, T* sum) {
+    const int64_t n = r.n, wide = r.wide;
+    for (int64_t k = 0; k < rows * n; k += n)
+        for (int64_t i = k; i < k + wide; i += LANES) {
+            Vector<T> largest = load(x + i);
+            for (int64_t s = i + wide; s < k + n; s += wide) largest = larger(load(x + s), largest);
+            for (int64_t s = i; s < k + n; s += wide) store(y + s, load(x + s) - largest);
+            store(top + i - k, largest);
         }
-    }
-    for (int64_t j = 0; j < n; j++) *of_temperature += of_z[j];
-    for (int64_t k = 0; k < beats; k++) {
-        if (r.over_sentences)
-            for (const Group& g : *r.groups) {
-                T *__restrict q = p + k * n + g.first_column, *__restrict d = dz + k * n + g.first_column;
-                T* __restrict whole = inner;
-                for (int64_t i = 0; i < g.texts; i++) whole[i] = q[i] * d[i];
-                for (int64_t s = 1; s < g.sentences; s++)
-                    for (int64_t i = 0; i < g.texts; i++) whole[i] += q[s * g.texts + i] * d[s * g.texts + i];
-                for (int64_t s = 0; s < g.sentences; s++)
-                    for (int64_t i = 0; i < g.texts; i++)
-                        d[s * g.texts + i] = q[s * g.texts + i] * (d[s * g.texts + i] - whole[i]);
+    for (int64_t j = 0; j < rows * n; j += LANES) store(y + j, exp_of(load(y + j)));
+    for (int64_t k = 0; k < rows * n; k += n)
+        for (int64_t i = k; i < k + wide; i += LANES) {
+            Vector<T> all{};
+            for (int64_t s = i; s < k + n; s += wide) all += load(y + s);
+            const Vector<T> part = T(1) / all;
+            for (int64_t s = i; s < k + n; s += wide) store(y + s, load(y + s) * part);
+            store(sum + i - k, all);
+        }
+}
+
+// From r.x to r.similarity.
+template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
+    using V = Vector<T>;
+    const int64_t beats = r.beats, n = r.n;
+    T *top = r.of_square, *sum = r.of_norm;  // not yet in use
+    if (r.over_sentences) softmax_over_sentences(r, r.x, beats, r.p, top, sum);
+    for (int64_t j = 0; j < n; j += LANES) {
+        const T *x = r.x + j, *p = r.p + j;
+        T *a = r.a + j, *along = r.along + j;
+        V largest = r.temperature * load(p), all{};
+        for (int64_t k = 1; k < beats; k++) largest = larger(r.temperature * load(p + k * n), largest);
+        for (int64_t k = 0; k < beats; k++) {
+            const V e = exp_of(r.temperature * load(p + k * n) - largest);
+            store(a + k * n, e), all += e;
+        }
+        const V part = T(1) / all;
+        V up{}, square{};
+        for (int64_t k = 0; k < beats; k++) {
+            const V share = load(a + k * n) * part;
+            store(a + k * n, share), up += share * load(x + k * n);
+        }
+        for (int64_t k = 0; k < beats; k++) {
+            V even{}, odd{};
+            for (int64_t m = 0; m + 1 < beats; m += 2) {
+                even += r.gram[k * beats + m] * load(a + m * n);
+                odd += r.gram[k * beats + m + 1] * load(a + (m + 1) * n);
             }
-        for (int64_t j = 0; j < n; j++) x[k * n + j] += dz[k * n + j];
+            if (beats % 2) even += r.gram[k * beats + beats - 1] * load(a + (beats - 1) * n);
+            even += odd;
+            store(along + k * n, even), square += load(a + k * n) * even;
+        }
+        store(r.root + j, larger(square, V{})), store(r.logit + j, up);
     }
+    for (int64_t j = 0; j < n; j++) {
+        r.root[j] = std::sqrt(r.root[j]);
+        const T lengths = r.root[j] * r.norm[j];
+        r.cosine[j] = r.logit[j] / (lengths > T(SMALLEST) ? lengths : T(SMALLEST));
+        r.logit[j] = r.sharpness * r.cosine[j];
+    }
+    softmax_over_sentences(r, r.logit, 1, r.share, top, sum);  // its sums are the result, its shares the gradient
+    for (int64_t i = 0; i < r.texts; i++) r.similarity[i] = top[i] + std::log(r.mean ? sum[i] / T(r.sentences) : sum[i]);
+}
+
+// After beat_forward_: r.x becomes the gradient of the scores; those of the Gram matrix (twice), of temperature and sharpness are added
+// up. r.grad: gradient of r.similarity, 0 where no text is.
+template <class T> static INLINE void beat_backward_(const Attention<T>& r, T* of_gram, T* of_both) {
+    using V = Vector<T>;
+    const int64_t beats = r.beats, n = r.n;
+    const V none{};
+    V of_temperature{}, of_sharpness{};
+    for (int64_t s = 0, j = 0; s < r.sentences; s++)
+        for (int64_t i = 0; i < r.wide; i += LANES, j += LANES) {
+            const V share = load(r.share + j) * load(r.grad + i), cosine = load(r.cosine + j);
+            const V root = load(r.root + j), norm = load(r.norm + j), lengths = root * norm;
+            const V d = share * r.sharpness;  // gradient of the cosine
+            const auto large = lengths > V{} + T(SMALLEST);
+            const V of_up = d / (large ? lengths : V{} + T(SMALLEST)), of_square = large ? -d * cosine / (root * root) : none;
+            store(r.of_square + j, of_square), store(r.of_norm + j, large ? -d * cosine / norm : none);
+            of_sharpness += share * cosine;
+            T *x = r.x + j, *dz = r.along + j;
+            const T *a = r.a + j, *p = r.p + j;
+            V inner{};
+            for (int64_t k = 0; k < beats; k++) {
+                const V dk = of_up * load(x + k * n) + of_square * load(dz + k * n);
+                store(dz + k * n, dk), inner += load(a + k * n) * dk;
+            }
+            for (int64_t k = 0; k < beats; k++) {
+                const V ak = load(a + k * n), dk = ak * (load(dz + k * n) - inner);
+                of_temperature += dk * load(p + k * n);
+                store(dz + k * n, r.temperature * dk);  // gradient of p
+                store(x + k * n, of_up * ak + (r.over_sentences ? none : r.temperature * dk));
+            }
+        }
+    for (int l = 0; l < LANES; l++) of_both[0] += of_temperature[l], of_both[1] += of_sharpness[l];
+    for (int64_t k = 0; k < beats; k++) {
+        for (int64_t j = 0; j < n; j += LANES) store(r.logit + j, load(r.of_square + j) * load(r.a + k * n + j));
+        for (int64_t m = 0; m <= k; m++) of_gram[k * beats + m] += dot_(r.logit, r.a + m * n, n);
+    }
+    if (r.over_sentences)
+        for (int64_t k = 0; k < beats; k++)
+            for (int64_t i = k * n; i < k * n + r.wide; i += LANES) {
+                V whole{};
+                for (int64_t s = i; s < i + n; s += r.wide) whole += load(r.p + s) * load(r.along + s);
+                for (int64_t s = i; s < i + n; s += r.wide)
+                    store(r.x + s, load(r.x + s) + load(r.p + s) * (load(r.along + s) - whole));
+            }
+}
+
+// gram (rows, rows), x (rows, n): y += gram x
+template <class T> static INLINE void add_product_(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
+    for (int64_t k = 0; k < rows; k++, y += n) {
+        int64_t j = 0;
+        for (; j + LANES <= n; j += LANES) {
+            Vector<T> sum = load(y + j);
+            for (int64_t m = 0; m < rows; m++) sum += gram[k * rows + m] * load(x + m * n + j);
+            store(y + j, sum);
+        }
+        for (; j < n; j++)
+            for (int64_t m = 0; m < rows; m++) y[j] += gram[k * rows + m] * x[m * n + j];
+    }
+}
+
+// x (rows, n) -> x x', (rows, rows)
+template <class T> static INLINE void gram_(const T* x, int64_t rows, int64_t n, T* gram) {
+    for (int64_t k = 0; k < rows; k++)
+        for (int64_t m = 0; m <= k; m++) gram[k * rows + m] = gram[m * rows + k] = dot_(x + k * n, x + m * n, n);
 }
 
 // float for every processor; double, for checks, as it comes.
@@ -287,10 +336,16 @@ static INLINE void beat_backward_(BeatRow<T>& r, T* __restrict x, T* __restrict 
                                            const T* grad, T* of_temperature) {                                                    \
         return column_softmax_grad_(s, rows, n, temperature, top, sum, mean, grad, of_temperature);                               \
     }                                                                                                                             \
-    EVERY_CPU static void beat_forward(BeatRow<T>& r, const T* x) { beat_forward_(r, x); }                                        \
-    EVERY_CPU static void beat_backward(BeatRow<T>& r, T* x, T* of_gram, T* of_norm, T* of_temperature, T* of_sharpness) {        \
-        beat_backward_(r, x, of_gram, of_norm, of_temperature, of_sharpness);                                                     \
+    EVERY_CPU static void beat_forward(const Attention<T>& r) { beat_forward_(r); }                                               \
+    EVERY_CPU static void beat_backward(const Attention<T>& r, T* of_gram, T* of_both) { beat_backward_(r, of_gram, of_both); }   \
+    EVERY_CPU static void spread(const Attention<T>& r, const T* from, int64_t stride, int64_t rows, T* to) {                     \
+        spread_(r, from, stride, rows, to);                                                                                       \
     }                                                                                                                             \
+    EVERY_CPU static void gather(const Attention<T>& r, const T* from, int64_t rows, T* to, int64_t stride) {                     \
+        gather_(r, from, rows, to, stride);                                                                                       \
+    }                                                                                                                             \
+    EVERY_CPU static void gram_of(const T* x, int64_t rows, int64_t n, T* gram) { gram_(x, rows, n, gram); }                      \
+    EVERY_CPU static void add_product(const T* gram, const T* x, int64_t rows, int64_t n, T* y) { add_product_(gram, x, rows, n, y); } \
     EVERY_CPU static void add(T factor, const T* __restrict x, int64_t n, T* __restrict y) {                                      \
         for (int64_t i = 0; i < n; i++) y[i] += factor * x[i];                                                                    \
     }
@@ -413,103 +468,148 @@ static std::tuple<Tensor, Tensor, Tensor> token_backward(const Tensor& grad, con
 
 // ---- beat scale -----------------------------------------------------------------------------------------------------
 
-template <class T> struct Beats : Rows {  // rows: the sentences, by groups
-    Tensor beats, gram, norm;
+constexpr int64_t GROUP = 128;      // sentences of a group of texts: what one ECG has with them is about 32 KB
+constexpr int64_t BLOCK = 1 << 17;  // scores of a block of ECGs: half a megabyte
+constexpr int64_t SUMS = 1 << 24;   // numbers that all threads' sums may have together
+
+template <class T> struct Beats : Rows {  // rows (N, D): the sentences, by groups
+    Tensor beats, norm;
     std::vector<int64_t> counts, order;  // order: which text is the i-th
     std::vector<Group> groups;
-    T temperature, sharpness;
-    bool over_sentences, mean;
+    int64_t records, texts, most, dim, n, widest = 0;  // most: beats; widest: columns of a group, filled up
+    Attention<T> common;
 
     Beats(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
           const Tensor& temperatures, bool over_sentences, bool mean)
-        : beats(beats), gram(at::bmm(beats, beats.transpose(1, 2))), counts(counts_of(beat_count, beats.size(1))),
-          over_sentences(over_sentences), mean(mean) {
-        const int64_t most = sentences.size(1);
-        const std::vector<int64_t> sizes = counts_of(sentence_count, most);
+        : beats(beats), counts(counts_of(beat_count, beats.size(1))), records(beats.size(0)), texts(sentences.size(0)), most(beats.size(1)),
+          dim(beats.size(2)) {
+        const std::vector<int64_t> sizes = counts_of(sentence_count, sentences.size(1));
         std::vector<int64_t> places;
-        for (int64_t size = 1; size <= most; size++) {
-            const int64_t first = order.size();
-            for (size_t c = 0; c < sizes.size(); c++) if (sizes[c] == size) order.push_back(c);
-            const int64_t texts = order.size() - first;
-            if (texts) groups.push_back({int64_t(places.size()), size, texts, first});
-            for (int64_t s = 0; s < size; s++)
-                for (int64_t i = 0; i < texts; i++) places.push_back(order[first + i] * most + s);
+        for (int64_t size = 1; size <= sentences.size(1); size++) {
+            std::vector<int64_t> alike;
+            for (int64_t c = 0; c < texts; c++) if (sizes[c] == size) alike.push_back(c);
+            const int64_t step = std::max<int64_t>(LANES, GROUP / size / LANES * LANES);
+            for (int64_t first = 0, count; first < int64_t(alike.size()); first += count) {
+                count = std::min<int64_t>(step, alike.size() - first);
+                groups.push_back({int64_t(places.size()), size, count, int64_t(order.size())});
+                for (int64_t s = 0; s < size; s++)
+                    for (int64_t i = first; i < first + count; i++) places.push_back(alike[i] * sentences.size(1) + s);
+                order.insert(order.end(), alike.begin() + first, alike.begin() + first + count);
+                widest = std::max(widest, size * (count + LANES - 1));
+            }
         }
         static_cast<Rows&>(*this) = Rows(sentences, places);
+        n = places.size();
         norm = rows.norm(2, 1);
         const Tensor both = temperatures.to(beats.scalar_type()).contiguous();
-        temperature = both.const_data_ptr<T>()[0], sharpness = both.const_data_ptr<T>()[1];
+        common.temperature = both.const_data_ptr<T>()[0], common.sharpness = both.const_data_ptr<T>()[1];
+        common.over_sentences = over_sentences, common.mean = mean;
     }
 
-    // Calls row(its scores (K, N), ECG, BeatRow) for every ECG that has beats, on all threads; done(scores (ECGs * K, N), first ECG)
-    // after every block of ECGs whose scores fit into a cache.
-    template <class Row, class Done> void for_every_ecg(Row row, Done done) const {
-        const int64_t records = beats.size(0), most = beats.size(1), n = rows.size(0);
-        const int64_t step = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(1, most * n));
-        for (int64_t first = 0; first < records && n && most; first += step) {
-            const int64_t ecgs = std::min(step, records - first);
-            const Tensor scores = at::mm(beats.narrow(0, first, ecgs).reshape({ecgs * most, beats.size(2)}), rows.t());
-            T* s = scores.template mutable_data_ptr<T>();
-            at::parallel_for(0, ecgs, 1, [&](int64_t begin, int64_t end) {
-                BeatRow<T> r{0, n, &groups, temperature, sharpness, over_sentences, mean};
-                std::vector<T> square(most * most);
-                for (int64_t b = first + begin; b < first + end; b++) {
-                    const int64_t k = counts[b];
-                    if (!k) continue;
-                    const T* whole = gram.template const_data_ptr<T>() + b * most * most;
-                    for (int64_t j = 0; j < k; j++) std::copy_n(whole + j * most, k, square.data() + j * k);
-                    r.beats = k, r.gram = square.data(), r.norm = norm.template const_data_ptr<T>();
-                    r.room();
-                    row(r, s + (b - first) * most * n, b);
+    Tensor matrix(const Tensor& of_ecgs, int64_t first, int64_t last) const {  // (B, K, D) -> ((last - first) * K, D)
+        return of_ecgs.narrow(0, first, last - first).view({-1, dim});
+    }
+
+    // Each of the threads has some ECGs, and takes as many of them at a time as have their scores in a cache:
+    // block(thread, first ECG, end, scores ((end - first) * K, N)). kept: numbers that hold, or shall hold, all scores, or null.
+    template <class Block> void for_every_block(int64_t threads, T* kept, bool there, Block block) const {
+        if (!n || !most) return;
+        const int64_t step = std::max<int64_t>(1, BLOCK / (most * n));
+        at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+            const c10::NoGradGuard guard;
+            const Tensor room = at::empty({kept ? 0 : step * most * n}, beats.options());
+            for (int64_t thread = begin; thread < end; thread++)
+                for (int64_t first = records * thread / threads, stop = records * (thread + 1) / threads; first < stop; first += step) {
+                    const int64_t last = std::min(stop, first + step);
+                    T* place = kept ? kept + first * most * n : room.template mutable_data_ptr<T>();
+                    Tensor scores = at::from_blob(place, {(last - first) * most, n}, beats.options());
+                    if (!there) at::mm_out(scores, matrix(beats, first, last), rows.t());
+                    block(thread, first, last, place);
                 }
-            });
-            done(scores, first);
+        });
+    }
+
+    // Calls pair(Attention, group) for ECG b, that has beats, and every group of texts. scores: (K, N) of the ECG; memory: to be used.
+    template <class Pair> void for_every_group(int64_t b, const T* scores, std::vector<T>& memory, Pair pair) const {
+        Attention<T> r = common;
+        r.beats = counts[b];
+        memory.resize(most * most + Attention<T>::room(most, widest));
+        gram_of(beats.template const_data_ptr<T>() + b * most * dim, r.beats, dim, memory.data());
+        r.gram = memory.data();
+        for (const Group& g : groups) {
+            r.sentences = g.sentences, r.texts = g.texts;
+            r.use(memory.data() + most * most);
+            spread(r, scores + g.first_column, n, r.beats, r.x);
+            spread(r, norm.template const_data_ptr<T>() + g.first_column, n, 1, r.norm);
+            pair(r, g);
         }
     }
 };
 
 template <class T>
-static Tensor beat_forward(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
-                           const Tensor& temperatures, bool over_sentences, bool mean) {
+static std::tuple<Tensor, Tensor> beat_forward(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count,
+                                               const Tensor& sentence_count, const Tensor& temperatures, bool over_sentences, bool mean,
+                                               int64_t keep) {
     const Beats<T> all(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
-    const int64_t texts = sentences.size(0);
-    Tensor similarity = at::zeros({beats.size(0), texts}, beats.options());
+    Tensor similarity = at::zeros({all.records, all.texts}, beats.options()), kept = at::empty({all.records, keep}, beats.options());
     T* out = similarity.mutable_data_ptr<T>();
-    all.for_every_ecg([&](BeatRow<T>& r, T* x, int64_t b) {
-        beat_forward(r, x);
-        for (size_t i = 0; i < all.order.size(); i++) out[b * texts + all.order[i]] = r.similarity[i];
-    }, [](const Tensor&, int64_t) {});
-    return similarity;
+    all.for_every_block(at::get_num_threads(), keep ? kept.mutable_data_ptr<T>() : nullptr, false,
+                        [&](int64_t, int64_t first, int64_t last, const T* x) {
+        std::vector<T> memory;
+        for (int64_t b = first; b < last; b++, x += all.most * all.n)
+            if (all.counts[b])
+                all.for_every_group(b, x, memory, [&](const Attention<T>& r, const Group& g) {
+                    beat_forward(r);
+                    for (int64_t i = 0; i < g.texts; i++) out[b * all.texts + all.order[g.first_text + i]] = r.similarity[i];
+                });
+    });
+    return {similarity, kept};
 }
 
 template <class T>
 static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, const Tensor& beats, const Tensor& sentences,
                                                         const Tensor& beat_count, const Tensor& sentence_count,
-                                                        const Tensor& temperatures, bool over_sentences, bool mean) {
+                                                        const Tensor& temperatures, bool over_sentences, bool mean, const Tensor& kept) {
     const Beats<T> all(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
-    const int64_t records = beats.size(0), most = beats.size(1), dim = beats.size(2);
-    const int64_t n = all.rows.size(0), texts = sentences.size(0);
-    Tensor of_beats = at::zeros_like(beats), of_rows = at::zeros_like(all.rows), of_gram = at::zeros_like(all.gram);
-    Tensor of_norm = at::zeros({records, n}, beats.options()), of_both = at::zeros({records, 2}, beats.options());
-    const T* g = grad.const_data_ptr<T>();
-    T *dg = of_gram.mutable_data_ptr<T>(), *dn = of_norm.mutable_data_ptr<T>(), *both = of_both.mutable_data_ptr<T>();
-    all.for_every_ecg([&](BeatRow<T>& r, T* x, int64_t b) {
-        std::vector<T> square(r.beats * r.beats);
-        for (size_t i = 0; i < all.order.size(); i++) r.grad[i] = g[b * texts + all.order[i]];
-        beat_backward(r, x, square.data(), dn + b * n, both + 2 * b, both + 2 * b + 1);
-        for (int64_t k = 0; k < r.beats; k++) std::copy_n(square.data() + k * r.beats, r.beats, dg + (b * most + k) * most);
-    }, [&](const Tensor& scores, int64_t first) {  // they are gradients now
-        const int64_t ecgs = scores.size(0) / most;
-        for (int64_t i = 0; i < ecgs; i++) {
-            const int64_t count = all.counts[first + i];
-            if (count < most) scores.narrow(0, i * most + count, most - count).zero_();
+    const int64_t most = all.most, dim = all.dim, n = all.n;
+    // Each thread adds up on its own, in order: the same result every time.
+    const int64_t threads = std::min<int64_t>({at::get_num_threads(), std::max<int64_t>(1, SUMS / std::max<int64_t>(1, n * dim)),
+                                               std::max<int64_t>(1, all.records)});
+    Tensor of_beats = n && most ? at::empty_like(beats) : at::zeros_like(beats);
+    Tensor of_rows = at::zeros({threads, n, dim}, beats.options());
+    Tensor of_norm = at::zeros({threads, n}, beats.options()), of_both = at::zeros({threads, 2}, beats.options());
+    const T *g = grad.const_data_ptr<T>(), *vectors = beats.const_data_ptr<T>();
+    T *dx = of_beats.mutable_data_ptr<T>(), *norms = of_norm.mutable_data_ptr<T>(), *both = of_both.mutable_data_ptr<T>();
+    all.for_every_block(threads, kept.numel() ? const_cast<T*>(kept.const_data_ptr<T>()) : nullptr, kept.numel() > 0,
+                        [&](int64_t thread, int64_t first, int64_t last, const T* x) {
+        std::vector<T> memory, of_gram((last - first) * most * most);
+        const Tensor of_scores = at::empty({(last - first) * most, n}, beats.options());
+        T *ds = of_scores.mutable_data_ptr<T>(), *dg = of_gram.data();
+        for (int64_t b = first; b < last; b++, x += most * n, ds += most * n, dg += most * most) {
+            const int64_t count = all.counts[b];
+            std::fill_n(ds + count * n, (most - count) * n, T(0));
+            if (!count) continue;
+            all.for_every_group(b, x, memory, [&](const Attention<T>& r, const Group& group) {
+                for (int64_t i = 0; i < r.wide; i++)
+                    r.grad[i] = i < group.texts ? g[b * all.texts + all.order[group.first_text + i]] : T(0);
+                beat_forward(r);
+                beat_backward(r, dg, both + 2 * thread);
+                gather(r, r.x, count, ds + group.first_column, n);
+                T* dn = norms + thread * n + group.first_column;
+                for (int64_t s = 0; s < group.sentences; s++) add(1, r.of_norm + s * r.wide, group.texts, dn + s * group.texts);
+            });
+            for (int64_t k = 0; k < count; k++)
+                for (int64_t m = 0; m < k; m++) dg[m * count + k] = dg[k * count + m];
         }
-        of_beats.narrow(0, first, ecgs).view({ecgs * most, dim}).addmm_(scores, all.rows);
-        of_rows.addmm_(scores.t(), beats.narrow(0, first, ecgs).reshape({ecgs * most, dim}));
+        Tensor mine = all.matrix(of_beats, first, last);
+        at::mm_out(mine, of_scores, all.rows);
+        of_rows[thread].addmm_(of_scores.t(), all.matrix(beats, first, last));
+        dg = of_gram.data();
+        for (int64_t b = first; b < last; b++, dg += most * most)
+            add_product(dg, vectors + b * most * dim, all.counts[b], dim, dx + b * most * dim);
     });
-    of_beats.baddbmm_(of_gram, beats);
-    of_rows.add_(all.rows * (of_norm.sum(0) / all.norm.clamp_min(SMALLEST)).unsqueeze(1));
-    return {of_beats, all.unpack(of_rows, sentences), of_both.sum(0)};
+    const Tensor of_lengths = of_norm.sum(0) / all.norm.clamp_min(SMALLEST);
+    return {of_beats, all.unpack(of_rows.sum(0).addcmul_(all.rows, of_lengths.unsqueeze(1)), sentences), of_both.sum(0)};
 }
 
 // ---- types ----------------------------------------------------------------------------------------------------------
@@ -528,19 +628,20 @@ std::tuple<Tensor, Tensor, Tensor> token_similarity_backward(const Tensor& grad,
         : token_backward<float>(grad, tokens, words, token_count, word_count, temperature, best);
 }
 
-Tensor beat_similarity(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
-                       const Tensor& temperatures, bool over_sentences, bool mean) {
+std::tuple<Tensor, Tensor> beat_similarity(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count,
+                                           const Tensor& sentence_count, const Tensor& temperatures, bool over_sentences, bool mean,
+                                           int64_t keep) {
     return beats.scalar_type() == at::kDouble
-        ? beat_forward<double>(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean)
-        : beat_forward<float>(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
+        ? beat_forward<double>(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, keep)
+        : beat_forward<float>(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, keep);
 }
 
 std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward(const Tensor& grad, const Tensor& beats, const Tensor& sentences,
                                                             const Tensor& beat_count, const Tensor& sentence_count,
-                                                            const Tensor& temperatures, bool over_sentences, bool mean) {
+                                                            const Tensor& temperatures, bool over_sentences, bool mean, const Tensor& kept) {
     return beats.scalar_type() == at::kDouble
-        ? beat_backward<double>(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean)
-        : beat_backward<float>(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
+        ? beat_backward<double>(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, kept)
+        : beat_backward<float>(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, kept);
 }
 
 }  // namespace similarity

@@ -8,7 +8,9 @@ has similarity 0 and no gradient.
 import torch
 
 BLOCK = 2**24    # scores that a block of the plain version may hold
+KEEP = 2**23     # scores that the beat scale may keep for its backward pass (32 MB); where they are more, it makes them again
 KERNELS = False  # are the CUDA kernels there? (__init__.py)
+PLAIN = set()    # devices that the plain version serves
 
 TOKEN = "Tensor tokens, Tensor words, Tensor token_count, Tensor word_count, Tensor? temperature"
 BEAT = "Tensor beats, Tensor sentences, Tensor beat_count, Tensor sentence_count, Tensor temperatures, bool over_sentences, bool mean"
@@ -16,8 +18,8 @@ torch.library.define("ecg::token_similarity", f"({TOKEN}) -> (Tensor, Tensor)")
 torch.library.define("ecg::token_similarity_backward", f"(Tensor grad, {TOKEN}, Tensor best) -> (Tensor, Tensor, Tensor)")
 torch.library.define("ecg::token_similarity_bf16", f"({TOKEN.rpartition(',')[0]}) -> (Tensor, Tensor)")
 torch.library.define("ecg::token_similarity_backward_bf16", f"(Tensor grad, {TOKEN.rpartition(',')[0]}, Tensor best) -> (Tensor, Tensor)")
-torch.library.define("ecg::beat_similarity", f"({BEAT}) -> Tensor")
-torch.library.define("ecg::beat_similarity_backward", f"(Tensor grad, {BEAT}) -> (Tensor, Tensor, Tensor)")
+torch.library.define("ecg::beat_similarity", f"({BEAT}, SymInt keep=0) -> (Tensor, Tensor)")
+torch.library.define("ecg::beat_similarity_backward", f"(Tensor grad, {BEAT}, Tensor kept) -> (Tensor, Tensor, Tensor)")
 
 
 def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhythm=None, report=None, *, token_count=None,
@@ -37,7 +39,8 @@ def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhyth
     the scale is 0 without gradient. weights, temperatures: numbers, or tensors that may be learned. float32 and float64 are computed as
     they are, bf16 and fp16 in float32 (on a GPU bf16 products, added in float32). Of several best tokens the first gets the gradient.
     Returns (B, C), float32 or float64; with parts=True also a dictionary of the scales, unweighted. Gradients to all tensors.
-    Memory grows with B * C (and two bytes for every ECG and word), not with tokens. Errors: TypeError, ValueError."""
+    Memory grows with B * C (and two bytes for every ECG and word), not with tokens; at most 32 MB (KEEP) of the beat scale's scores are
+    kept for the backward pass. Errors: TypeError, ValueError."""
     found = {}
     if given("token", tokens, words, "tokens (B, T, D)", "words (C, W, D)", 3):
         x, y = (tokens.contiguous(), words.contiguous()) if suits_kernel(tokens, words, token_temperature) else alike(tokens, words)
@@ -51,7 +54,7 @@ def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhyth
         counts = counts_of(beat_count, x, "beat_count"), counts_of(sentence_count, y, "sentence_count")
         both = torch.stack([attention, sharpness])
         with full_precision(x):
-            found["beat"] = scale * torch.ops.ecg.beat_similarity(x, y, *counts, both, over_sentences, beat_mean)
+            found["beat"] = scale * torch.ops.ecg.beat_similarity(x, y, *counts, both, over_sentences, beat_mean, to_keep(x, y))[0]
     if given("rhythm", rhythm, report, "rhythm (B, D)", "report (C, D)", 2):
         x, y = alike(rhythm, report)
         with full_precision(x):
@@ -88,6 +91,13 @@ def suits_kernel(tokens, words, temperature):
     """Can similarity_cuda.cu take them?"""
     half = tokens.dtype == words.dtype == torch.bfloat16
     return KERNELS and tokens.is_cuda and half and temperature is None and tokens.shape[2] % 8 == 0 and tokens.shape[1] < 2**15
+
+
+def to_keep(beats, sentences):
+    """Scores of an ECG that beat_similarity shall keep for its backward pass: all, if there will be one and they are few."""
+    numbers = beats.shape[1] * sentences.shape[0] * sentences.shape[1]
+    wanted = torch.is_grad_enabled() and beats.device.type not in PLAIN and (beats.requires_grad or sentences.requires_grad)
+    return numbers if wanted and len(beats) * numbers <= KEEP else 0
 
 
 def alike(x, y):
@@ -185,16 +195,16 @@ def token_backward(grad, tokens, words, token_count, word_count, temperature, be
     return of_tokens, of_words, tokens.new_zeros(())
 
 
-def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean):
+def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, keep=0):
     similarity = beats.new_zeros(len(beats), len(sentences))
     if beats.shape[1] and sentences.numel():
         for b in blocks(beats, beats.shape[1] * sentences.shape[0] * sentences.shape[1]):
             similarity[b] = beats_by_sentences(beats[b], sentences, beat_count[b], sentence_count, temperatures, over_sentences,
                                                mean)
-    return similarity
+    return similarity, beats.new_empty(len(beats), keep)
 
 
-def beat_backward(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean):
+def beat_backward(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, kept):
     return backward(beats_by_sentences, grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean)
 
 
@@ -214,6 +224,7 @@ def backward(similarity, grad, ecgs, texts, ecg_count, text_count, temperature, 
 
 def use_plain(device):
     """Let the plain version run on a device, "cpu" or "cuda"."""
+    PLAIN.add(device)
     for name, function in (("token_similarity", token_forward), ("token_similarity_backward", token_backward),
                            ("beat_similarity", beat_forward), ("beat_similarity_backward", beat_backward)):
         torch.library.impl(f"ecg::{name}", device, function)
@@ -238,12 +249,12 @@ def _(grad, tokens, words, ecg_count, text_count, temperature, best):
 
 
 @torch.library.register_fake("ecg::beat_similarity")
-def _(beats, sentences, ecg_count, text_count, temperatures, over_sentences, mean):
-    return beats.new_empty(beats.shape[0], sentences.shape[0])
+def _(beats, sentences, ecg_count, text_count, temperatures, over_sentences, mean, keep=0):
+    return beats.new_empty(beats.shape[0], sentences.shape[0]), beats.new_empty(beats.shape[0], keep)
 
 
 @torch.library.register_fake("ecg::beat_similarity_backward")
-def _(grad, beats, sentences, ecg_count, text_count, temperatures, over_sentences, mean):
+def _(grad, beats, sentences, ecg_count, text_count, temperatures, over_sentences, mean, kept):
     return torch.empty_like(beats), torch.empty_like(sentences), beats.new_empty(2)
 
 
@@ -259,15 +270,17 @@ def token_gradients(ctx, grad, _):
 
 
 def keep_for_beat(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.flags = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.flags = inputs[5:7]
 
 
-def beat_gradients(ctx, grad):
+def beat_gradients(ctx, grad, _):
+    *inputs, kept = ctx.saved_tensors
     with full_precision(grad):
-        found = torch.ops.ecg.beat_similarity_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.flags)
+        found = torch.ops.ecg.beat_similarity_backward(grad.contiguous(), *inputs, *ctx.flags, kept)
     of_beats, of_sentences, of_temperatures = found
-    return of_beats, of_sentences, None, None, of_temperatures, None, None
+    return of_beats, of_sentences, None, None, of_temperatures, None, None, None
 
 
 torch.library.register_autograd("ecg::token_similarity", token_gradients, setup_context=keep_for_token)

@@ -73,10 +73,10 @@ def speed():
     beats, sentences, counts = normal(128, 12, 256), normal(128, 6, 256), torch.randint(1, 7, (128,), generator=GENERATOR)
     packed = torch.cat([s[:n] for s, n in zip(sentences, counts)]).detach()
 
-    def products():  # scores, twice, and two gradients
+    def products():  # scores and two gradients
         rows = beats.detach().view(-1, 256)
         scores = rows @ packed.T
-        rows @ packed.T, scores @ packed, scores.T @ rows
+        scores @ packed, scores.T @ rows
     rows = [row("beat, B = C = 128, 12 beats, 1-6 sentences, D = 256",
                 there_and_back(lambda x, y: csrc.token_beat_rhythm(beats=x, sentences=y, sentence_count=counts), beats, sentences),
                 there_and_back(lambda x, y: text_by_text(x, y, counts), beats, sentences), products, 9)]

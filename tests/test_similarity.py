@@ -43,7 +43,7 @@ def operator_and_definition(scale, temperature, flags, data):
         fast = lambda x, y, t=None: OPS.token_similarity(x, y, ecg_count, text_count, t)[0]
         slow = lambda x, y, t=None: plain.tokens_by_words(x, y, ecg_count, text_count, t)[0]
     else:
-        fast = lambda x, y, t: OPS.beat_similarity(x, y, ecg_count, text_count, t, *flags)
+        fast = lambda x, y, t: OPS.beat_similarity(x, y, ecg_count, text_count, t, *flags)[0]
         slow = lambda x, y, t: plain.beats_by_sentences(x, y, ecg_count, text_count, t, *flags)
     return fast, slow, (ecgs, texts, *warm)
 
@@ -212,7 +212,43 @@ def test_opcheck(dtype):
     data = ragged(dtype)
     for warm in (None, scalar(0.7, dtype=dtype)):
         torch.library.opcheck(OPS.token_similarity.default, (*data["token"], warm))
-    torch.library.opcheck(OPS.beat_similarity.default, (*data["beat"], scalar(4.0, 5.0, dtype=dtype), True, False))
+    warm = scalar(4.0, 5.0, dtype=dtype)
+    torch.library.opcheck(OPS.beat_similarity.default, (*data["beat"], warm, True, False))
+    x, y = data["beat"][:2]
+    full = (x, y, plain.counts_of(None, x, ""), plain.counts_of(None, y, ""))  # what is kept has no gaps: it is compared, too
+    if keep := plain.to_keep(x, y):
+        torch.library.opcheck(OPS.beat_similarity.default, (*full, warm, True, False, keep))
+
+
+@compiled
+@pytest.mark.parametrize("flags", [(s, m) for s in (True, False) for m in (False, True)])
+def test_kept_scores_are_those_made_again(flags):
+    """Also where texts make up several groups, and ECGs several blocks and threads."""
+    sides = ragged(torch.float32, records=70, texts=150, dim=20, beats=13, sentences=7)["beat"]
+    keep, seed, results = plain.to_keep(*sides[:2]), draw(70, 150, dtype=torch.float32).detach(), []
+    assert keep == 13 * 150 * 7
+    for room in (0, keep):
+        for threads in (1, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            similarity = OPS.beat_similarity(*sides, scalar(4.0, 5.0, dtype=torch.float32), *flags, room)[0]
+            results.append((similarity, *torch.autograd.grad(similarity, sides[:2], seed)))
+            torch.set_num_threads(before)
+    exact = plain.beats_by_sentences(*(x.double() for x in sides[:2]), *sides[2:], scalar(4.0, 5.0), *flags)
+    results.append((exact, *torch.autograd.grad(exact, sides[:2], seed.double())))
+    assert all(torch.equal(a, b) for i in (0, 1) for a, b in zip(results[i], results[i + 2]))
+    assert all(difference(a.double(), b) < 1e-5 for a, b in zip(results[0], results[-1]))
+    assert all(difference(a.double(), b) < 1e-5 for a, b in zip(results[1], results[-1]))
+
+
+def test_only_so_many_scores_are_kept(monkeypatch):
+    x, y = draw(4, 6, 8), draw(3, 2, 8)
+    expected = 0 if "cpu" in plain.PLAIN else 6 * 3 * 2
+    assert plain.to_keep(x, y) == expected and plain.to_keep(x.detach(), y.detach()) == 0
+    with torch.no_grad():
+        assert plain.to_keep(x, y) == 0
+    monkeypatch.setattr(plain, "KEEP", 4 * 36 - 1)
+    assert plain.to_keep(x, y) == 0
 
 
 def test_torch_compile_keeps_one_graph():
@@ -249,8 +285,8 @@ def test_the_plain_version_in_blocks_is_the_same(monkeypatch):
             found, best = plain.token_forward(ecgs, texts, ecg_count, text_count, warm)
             gradients = plain.token_backward(seed, ecgs, texts, ecg_count, text_count, warm, best)
         else:
-            found = plain.beat_forward(ecgs, texts, ecg_count, text_count, warm, *flags)
-            gradients = plain.beat_backward(seed, ecgs, texts, ecg_count, text_count, warm, *flags)
+            found, kept = plain.beat_forward(ecgs, texts, ecg_count, text_count, warm, *flags, 0)
+            gradients = plain.beat_backward(seed, ecgs, texts, ecg_count, text_count, warm, *flags, kept)
         assert torch.allclose(found, ours, atol=1e-12)
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, expected))
 
