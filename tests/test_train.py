@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bench_train
 import data
 import eval as evaluation
 import model as models
@@ -224,3 +225,9 @@ def test_a_language_model_of_ones_own(tiny_store, tmp_path, monkeypatch, capsys)
     start = lm.state_dict()["embeddings.word_embeddings.weight"]
     now = load_file("runs/with/model.safetensors")["text.lm.embeddings.word_embeddings.weight"]
     assert torch.corrcoef(torch.stack([start.flatten(), now.flatten()]))[0, 1] > 0.9  # it began there
+
+
+@pytest.mark.parametrize("name", bench_train.WITH_ECGS)
+def test_the_speed_benchmark_runs_every_method(name):
+    rate, parameters = bench_train.speed(name, "small", "cpu", updates=1, batch_size=4)
+    assert rate > 0 and 0.1 < parameters < 10
