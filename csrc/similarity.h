@@ -1,5 +1,5 @@
-// What similarity.cpp offers. All tensors on the CPU, contiguous; tokens, words, beats, sentences and grad float32 or float64
-// alike; counts int64 (B,) or (C,). similarity.py says what it means.
+// What token_similarity.cpp and beat_similarity.cpp offer. All tensors on the CPU, contiguous; tokens, words, beats, sentences and grad
+// float32 or float64 alike; counts int64 (B,) or (C,). similarity.py says what it means.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -21,6 +21,7 @@ std::tuple<Tensor, Tensor> beat_similarity(const Tensor& beats, const Tensor& se
                                            int64_t keep);
 std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward(const Tensor& grad, const Tensor& beats, const Tensor& sentences,
                                                             const Tensor& beat_count, const Tensor& sentence_count,
-                                                            const Tensor& temperatures, bool over_sentences, bool mean, const Tensor& kept);
+                                                            const Tensor& temperatures, bool over_sentences, bool mean,
+                                                            const Tensor& kept);
 
 }  // namespace similarity

@@ -1,9 +1,9 @@
 """token_beat_rhythm: the similarity of every ECG with every text at three scales, without a tensor of ECG x text x token x word.
 
-The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (similarity.cpp), the token scale in bf16
-for the GPU (similarity_cuda.cu); for all else the plain definitions below, block by block. Everywhere: B ECGs and C texts; token_count,
-beat_count (B,) and word_count, sentence_count (C,) say how many rows of the padded tensors are real. A pair of which one side is empty
-has similarity 0 and no gradient.
+The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (token_similarity.cpp,
+beat_similarity.cpp), the token scale in bf16 for the GPU (similarity_cuda.cu); for all else the plain definitions below, block by block.
+Everywhere: B ECGs and C texts; token_count, beat_count (B,) and word_count, sentence_count (C,) say how many rows of the padded tensors
+are real. A pair of which one side is empty has similarity 0 and no gradient.
 """
 import torch
 
