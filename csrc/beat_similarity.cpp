@@ -71,6 +71,23 @@ static INLINE void softmax_over_sentences(const Attention<T>& r, const T* x, int
         }
 }
 
+// In one vector of columns: y[i] += row i of gram (COUNT, rows) times x (rows, n).
+template <int COUNT, class T> static INLINE void add_some_rows(const T* gram, int64_t rows, const T* x, int64_t n, Vector<T>* y) {
+    for (int64_t m = 0; m < rows; m++) {
+        const Vector<T> one = load(x + m * n);
+        for (int i = 0; i < COUNT; i++) y[i] += gram[i * rows + m] * one;
+    }
+}
+
+// COUNT rows of gram (beats, beats) times a (beats, n), from row k on -> along; returns their sum of a * along.
+template <int COUNT, class T>
+static INLINE Vector<T> gram_times(const T* gram, int64_t beats, const T* a, int64_t n, int64_t k, T* along) {
+    Vector<T> rows[COUNT]{}, square{};
+    add_some_rows<COUNT>(gram + k * beats, beats, a, n, rows);
+    for (int i = 0; i < COUNT; i++) store(along + (k + i) * n, rows[i]), square += load(a + (k + i) * n) * rows[i];
+    return square;
+}
+
 // From r.x to r.similarity.
 template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
     using V = Vector<T>;
@@ -92,16 +109,9 @@ template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
             const V share = load(a + k * n) * part;
             store(a + k * n, share), up += share * load(x + k * n);
         }
-        for (int64_t k = 0; k < beats; k++) {
-            V even{}, odd{};
-            for (int64_t m = 0; m + 1 < beats; m += 2) {
-                even += r.gram[k * beats + m] * load(a + m * n);
-                odd += r.gram[k * beats + m + 1] * load(a + (m + 1) * n);
-            }
-            if (beats % 2) even += r.gram[k * beats + beats - 1] * load(a + (beats - 1) * n);
-            even += odd;
-            store(along + k * n, even), square += load(a + k * n) * even;
-        }
+        int64_t k = 0;
+        for (; k + 4 <= beats; k += 4) square += gram_times<4>(r.gram, beats, a, n, k, along);
+        for (; k < beats; k++) square += gram_times<1>(r.gram, beats, a, n, k, along);
         store(r.root + j, larger(square, V{})), store(r.logit + j, up);
     }
     for (int64_t j = 0; j < n; j++) {
@@ -112,6 +122,23 @@ template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
     }
     softmax_over_sentences(r, r.logit, 1, r.share, top, sum);  // its sums are the result, its shares the gradient
     for (int64_t i = 0; i < r.texts; i++) r.similarity[i] = top[i] + std::log(r.mean ? sum[i] / T(r.sentences) : sum[i]);
+}
+
+// y[i] += x (n) times row i of rows (count, n)
+template <int COUNT, class T> static INLINE void add_some_dots(const T* x, const T* rows, int64_t n, T* y) {
+    Vector<T> sums[COUNT]{};
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES)
+        for (int i = 0; i < COUNT; i++) sums[i] += load(x + j) * load(rows + i * n + j);
+    for (int i = 0; i < COUNT; i++) {
+        for (int l = 0; l < LANES; l++) y[i] += sums[i][l];
+        for (int64_t rest = j; rest < n; rest++) y[i] += x[rest] * rows[i * n + rest];
+    }
+}
+template <class T> static INLINE void add_dots(const T* x, const T* rows, int64_t count, int64_t n, T* y) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) add_some_dots<4>(x, rows + i * n, n, y + i);
+    for (; i < count; i++) add_some_dots<1>(x, rows + i * n, n, y + i);
 }
 
 // After beat_forward_: r.x becomes the gradient of the scores; those of the Gram matrix (twice, its lower half), of temperature and
@@ -147,7 +174,7 @@ template <class T> static INLINE void beat_backward_(const Attention<T>& r, T* o
     for (int l = 0; l < LANES; l++) of_both[0] += of_temperature[l], of_both[1] += of_sharpness[l];
     for (int64_t k = 0; k < beats; k++) {
         for (int64_t j = 0; j < n; j += LANES) store(r.logit + j, load(r.of_square + j) * load(r.a + k * n + j));
-        for (int64_t m = 0; m <= k; m++) of_gram[k * beats + m] += dot_(r.logit, r.a + m * n, n);
+        add_dots(r.logit, r.a, k + 1, n, of_gram + k * beats);
     }
     if (r.over_sentences)
         for (int64_t k = 0; k < beats; k++)
@@ -159,24 +186,32 @@ template <class T> static INLINE void beat_backward_(const Attention<T>& r, T* o
             }
 }
 
-// gram (rows, rows), x (rows, n): y += gram x
-template <class T> static INLINE void add_product_(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
-    for (int64_t k = 0; k < rows; k++, y += n) {
-        int64_t j = 0;
-        for (; j + LANES <= n; j += LANES) {
-            Vector<T> sum = load(y + j);
-            for (int64_t m = 0; m < rows; m++) sum += gram[k * rows + m] * load(x + m * n + j);
-            store(y + j, sum);
-        }
-        for (; j < n; j++)
-            for (int64_t m = 0; m < rows; m++) y[j] += gram[k * rows + m] * x[m * n + j];
+// y (COUNT, n) += gram (COUNT, rows) x (rows, n)
+template <int COUNT, class T> static INLINE void add_some_products(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        Vector<T> sums[COUNT];
+        for (int i = 0; i < COUNT; i++) sums[i] = load(y + i * n + j);
+        add_some_rows<COUNT>(gram, rows, x + j, n, sums);
+        for (int i = 0; i < COUNT; i++) store(y + i * n + j, sums[i]);
     }
+    for (; j < n; j++)
+        for (int i = 0; i < COUNT; i++)
+            for (int64_t m = 0; m < rows; m++) y[i * n + j] += gram[i * rows + m] * x[m * n + j];
+}
+template <class T> static INLINE void add_product_(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
+    int64_t k = 0;
+    for (; k + 4 <= rows; k += 4) add_some_products<4>(gram + k * rows, x, rows, n, y + k * n);
+    for (; k < rows; k++) add_some_products<1>(gram + k * rows, x, rows, n, y + k * n);
 }
 
 // x (rows, n) -> x x', (rows, rows)
 template <class T> static INLINE void gram_(const T* x, int64_t rows, int64_t n, T* gram) {
-    for (int64_t k = 0; k < rows; k++)
-        for (int64_t m = 0; m <= k; m++) gram[k * rows + m] = gram[m * rows + k] = dot_(x + k * n, x + m * n, n);
+    std::fill_n(gram, rows * rows, T(0));
+    for (int64_t k = 0; k < rows; k++) {
+        add_dots(x + k * n, x, k + 1, n, gram + k * rows);
+        for (int64_t m = 0; m < k; m++) gram[m * rows + k] = gram[k * rows + m];
+    }
 }
 
 // float for every processor; double, for checks, as it comes.

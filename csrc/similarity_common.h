@@ -52,16 +52,6 @@ template <class T> static INLINE Vector<T> load(const T* from) {
 }
 template <class T> static INLINE void store(T* to, Vector<T> x) { memcpy(to, &x, sizeof x); }
 
-template <class T> static INLINE T dot_(const T* x, const T* y, int64_t n) {
-    Vector<T> sums{};
-    int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) sums += load(x + j) * load(y + j);
-    T sum = 0;
-    for (int l = 0; l < LANES; l++) sum += sums[l];
-    for (; j < n; j++) sum += x[j] * y[j];
-    return sum;
-}
-
 // exp within 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. V: float, or a vector of them; W: whole numbers of that size.
 template <class V, class W> static INLINE V exp_by_polynomial(V x) {
     x = larger(V{} - 87.f, x);
