@@ -20,15 +20,15 @@ import model as models
 
 METHODS = [name for name in models.METHODS if name != "cardiolm"]
 HARD = ["--text-unit", "report", "--fn-mode", "none"]
-ABLATION = {  # name of the runs -> flags; each but the last three adds a part of FG-CLEP to the one before
+ABLATION = {  # name of the runs -> flags; each but the last two adds a part of FG-CLEP to the one before
     "fgclep-coarse": [*HARD, "--fine-epochs", "0"],
     "fgclep-recovery": [*HARD, "--keep-share", "1e9"],
     "fgclep-filter": HARD,
-    "fgclep": [],  # soft targets, over every tag
+    "fgclep-soft-reports": ["--text-unit", "report"],  # soft targets
+    "fgclep": [],  # over every tag
     "fgclep-tag": ["--align", "tag"],
     "fgclep-word": ["--align", "word"],
     "fgclep-soft-coarse": ["--fine-epochs", "0"],
-    "fgclep-soft-reports": ["--text-unit", "report"],
 }
 LANGUAGE_MODEL = "bench-cardiolm"
 VARIANTS = {"cmelt-far": ["--method", "cmelt", "--negatives", "far"],  # N3S
