@@ -287,10 +287,11 @@ def load_checkpoint(run, method, optimiser, device):
 
 
 class Watch:
-    """Tells collapse in plain words while there is still time: both towers on a fixed probe batch, and the loss itself."""
+    """Tells collapse in plain words while there is still time: both towers on a fixed probe batch, and the loss itself. A tower that
+    is flat at one look only has not collapsed: early in training they can be, and recover."""
 
     def __init__(self, probe, method, config):
-        self.probe, self.method, self.recent = probe, method, []
+        self.probe, self.method, self.recent, self.flat = probe, method, [], set()
         self.chance = method.contrast_sides * math.log(config.batch_size)
 
     def note(self, terms):
@@ -305,11 +306,12 @@ class Watch:
         self.method.eval()
         e, t = self.method.encode_ecg(self.probe.ecg).rhythm, self.method.encode_text(self.probe.texts).report
         self.method.train(was)
-        for name, x in (("ECG", e), ("text", t)):
-            spread = (x - x.mean(0)).square().sum(1).mean().item()  # 1: all over the sphere, 0: one point
-            if spread < 0.01:
-                return (f"COLLAPSE: all {name} embeddings are nearly the same (spread {spread:.4f}). Stop this run; use "
-                        f"warm-up (--warmup 0.1), a lower --lr, or a larger --batch-size.")
+        spreads = {name: (x - x.mean(0)).square().sum(1).mean().item()  # 1: all over the sphere, 0: one point
+                   for name, x in (("ECG", e), ("text", t))}
+        before, self.flat = self.flat, {name for name, spread in spreads.items() if spread < 0.01}
+        for name in sorted(self.flat & before):
+            return (f"COLLAPSE: all {name} embeddings are nearly the same (spread {spreads[name]:.4f}). Stop this run; use warm-up "
+                    f"(--warmup 0.1), a lower --lr, or a larger --batch-size.")
         if len(self.recent) == 50 and min(self.recent) > 0.98 * self.chance:
             return (f"STUCK: the contrastive loss has stayed at {np.mean(self.recent):.3f}, guessing within the batch gives "
                     f"{self.chance:.3f}: nothing is being learned. Use warm-up (--warmup 0.1) or a lower --lr.")

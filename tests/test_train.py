@@ -119,7 +119,13 @@ def test_the_watch_tells_a_collapsed_tower_and_a_stuck_loss():
             return models.TextViews(None, None, torch.nn.functional.normalize(torch.randn(16, 8), dim=1))
     probe = models.Batch(torch.zeros(16, 12, 10), [["a"]] * 16, [["a"]] * 16, ["r"] * 16, None)
     config = small_config("etp", batch_size=16)
-    assert train.Watch(probe, Collapsed(0.01), config).look().startswith("COLLAPSE: all ECG embeddings")
+    flat = Collapsed(0.01)
+    watch = train.Watch(probe, flat, config)
+    assert watch.look() == "" and watch.look().startswith("COLLAPSE: all ECG embeddings")
+    flat.spread = 1.0
+    assert watch.look() == ""
+    flat.spread = 0.01
+    assert watch.look() == "" and watch.look().startswith("COLLAPSE")
     healthy = train.Watch(probe, Collapsed(1.0), config)
     for _ in range(50):
         healthy.note({"contrast": 1.0})
