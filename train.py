@@ -309,9 +309,9 @@ class Watch:
         spreads = {name: (x - x.mean(0)).square().sum(1).mean().item()  # 1: all over the sphere, 0: one point
                    for name, x in (("ECG", e), ("text", t))}
         before, self.flat = self.flat, {name for name, spread in spreads.items() if spread < 0.01}
-        for name in sorted(self.flat & before):
-            return (f"COLLAPSE: all {name} embeddings are nearly the same (spread {spreads[name]:.4f}). Stop this run; use warm-up "
-                    f"(--warmup 0.1), a lower --lr, or a larger --batch-size.")
+        if still := sorted(self.flat & before):
+            return (f"COLLAPSE: all {still[0]} embeddings are nearly the same (spread {spreads[still[0]]:.4f}). Stop this run; use "
+                    f"warm-up (--warmup 0.1), a lower --lr, or a larger --batch-size.")
         if len(self.recent) == 50 and min(self.recent) > 0.98 * self.chance:
             return (f"STUCK: the contrastive loss has stayed at {np.mean(self.recent):.3f}, guessing within the batch gives "
                     f"{self.chance:.3f}: nothing is being learned. Use warm-up (--warmup 0.1) or a lower --lr.")

@@ -71,21 +71,26 @@ static INLINE void softmax_over_sentences(const Attention<T>& r, const T* x, int
         }
 }
 
-// In one vector of columns: y[i] += row i of gram (COUNT, rows) times x (rows, n).
-template <int COUNT, class T> static INLINE void add_some_rows(const T* gram, int64_t rows, const T* x, int64_t n, Vector<T>* y) {
-    for (int64_t m = 0; m < rows; m++) {
-        const Vector<T> one = load(x + m * n);
-        for (int i = 0; i < COUNT; i++) y[i] += gram[i * rows + m] * one;
+// y (COUNT, n) += gram (COUNT, rows) x (rows, n)
+template <int COUNT, class T> static INLINE void add_some_products(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        Vector<T> sums[COUNT];
+        for (int i = 0; i < COUNT; i++) sums[i] = load(y + i * n + j);
+        for (int64_t m = 0; m < rows; m++) {
+            const Vector<T> one = load(x + m * n + j);
+            for (int i = 0; i < COUNT; i++) sums[i] += gram[i * rows + m] * one;
+        }
+        for (int i = 0; i < COUNT; i++) store(y + i * n + j, sums[i]);
     }
+    for (; j < n; j++)
+        for (int i = 0; i < COUNT; i++)
+            for (int64_t m = 0; m < rows; m++) y[i * n + j] += gram[i * rows + m] * x[m * n + j];
 }
-
-// COUNT rows of gram (beats, beats) times a (beats, n), from row k on -> along; returns their sum of a * along.
-template <int COUNT, class T>
-static INLINE Vector<T> gram_times(const T* gram, int64_t beats, const T* a, int64_t n, int64_t k, T* along) {
-    Vector<T> rows[COUNT]{}, square{};
-    add_some_rows<COUNT>(gram + k * beats, beats, a, n, rows);
-    for (int i = 0; i < COUNT; i++) store(along + (k + i) * n, rows[i]), square += load(a + (k + i) * n) * rows[i];
-    return square;
+template <class T> static INLINE void add_product_(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
+    int64_t k = 0;
+    for (; k + 4 <= rows; k += 4) add_some_products<4>(gram + k * rows, x, rows, n, y + k * n);
+    for (; k < rows; k++) add_some_products<1>(gram + k * rows, x, rows, n, y + k * n);
 }
 
 // From r.x to r.similarity.
@@ -96,7 +101,7 @@ template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
     if (r.over_sentences) softmax_over_sentences(r, r.x, beats, r.p, top, sum);
     for (int64_t j = 0; j < n; j += LANES) {
         const T *x = r.x + j, *p = r.p + j;
-        T *a = r.a + j, *along = r.along + j;
+        T* a = r.a + j;
         V largest = r.temperature * load(p), all{};
         for (int64_t k = 1; k < beats; k++) largest = larger(r.temperature * load(p + k * n), largest);
         for (int64_t k = 0; k < beats; k++) {
@@ -104,15 +109,19 @@ template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
             store(a + k * n, e), all += e;
         }
         const V part = T(1) / all;
-        V up{}, square{};
+        V up{};
         for (int64_t k = 0; k < beats; k++) {
             const V share = load(a + k * n) * part;
             store(a + k * n, share), up += share * load(x + k * n);
         }
-        int64_t k = 0;
-        for (; k + 4 <= beats; k += 4) square += gram_times<4>(r.gram, beats, a, n, k, along);
-        for (; k < beats; k++) square += gram_times<1>(r.gram, beats, a, n, k, along);
-        store(r.root + j, larger(square, V{})), store(r.logit + j, up);
+        store(r.logit + j, up);
+    }
+    std::fill_n(r.along, beats * n, T(0));
+    add_product_(r.gram, r.a, beats, n, r.along);
+    for (int64_t j = 0; j < n; j += LANES) {
+        V square{};
+        for (int64_t k = j; k < beats * n; k += n) square += load(r.a + k) * load(r.along + k);
+        store(r.root + j, larger(square, V{}));
     }
     for (int64_t j = 0; j < n; j++) {
         r.root[j] = std::sqrt(r.root[j]);
@@ -186,32 +195,17 @@ template <class T> static INLINE void beat_backward_(const Attention<T>& r, T* o
             }
 }
 
-// y (COUNT, n) += gram (COUNT, rows) x (rows, n)
-template <int COUNT, class T> static INLINE void add_some_products(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
-    int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) {
-        Vector<T> sums[COUNT];
-        for (int i = 0; i < COUNT; i++) sums[i] = load(y + i * n + j);
-        add_some_rows<COUNT>(gram, rows, x + j, n, sums);
-        for (int i = 0; i < COUNT; i++) store(y + i * n + j, sums[i]);
-    }
-    for (; j < n; j++)
-        for (int i = 0; i < COUNT; i++)
-            for (int64_t m = 0; m < rows; m++) y[i * n + j] += gram[i * rows + m] * x[m * n + j];
-}
-template <class T> static INLINE void add_product_(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
-    int64_t k = 0;
-    for (; k + 4 <= rows; k += 4) add_some_products<4>(gram + k * rows, x, rows, n, y + k * n);
-    for (; k < rows; k++) add_some_products<1>(gram + k * rows, x, rows, n, y + k * n);
+// The lower triangle of x (rows, rows) also above its diagonal.
+template <class T> static INLINE void mirror(T* x, int64_t rows) {
+    for (int64_t k = 0; k < rows; k++)
+        for (int64_t m = 0; m < k; m++) x[m * rows + k] = x[k * rows + m];
 }
 
 // x (rows, n) -> x x', (rows, rows)
 template <class T> static INLINE void gram_(const T* x, int64_t rows, int64_t n, T* gram) {
     std::fill_n(gram, rows * rows, T(0));
-    for (int64_t k = 0; k < rows; k++) {
-        add_dots(x + k * n, x, k + 1, n, gram + k * rows);
-        for (int64_t m = 0; m < k; m++) gram[m * rows + k] = gram[k * rows + m];
-    }
+    for (int64_t k = 0; k < rows; k++) add_dots(x + k * n, x, k + 1, n, gram + k * rows);
+    mirror(gram, rows);
 }
 
 // float for every processor; double, for checks, as it comes.
@@ -365,8 +359,7 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
                 for (int64_t s = 0; s < group.sentences; s++)
                     for (int64_t i = 0; i < group.texts; i++) dn[s * group.texts + i] += r.of_norm[s * r.wide + i];
             });
-            for (int64_t k = 0; k < count; k++)
-                for (int64_t m = 0; m < k; m++) dg[m * count + k] = dg[k * count + m];
+            mirror(dg, count);
         }
         Tensor mine = all.matrix(of_beats, first, last);
         at::mm_out(mine, of_scores, all.rows);
