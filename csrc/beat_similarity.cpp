@@ -9,136 +9,125 @@ namespace similarity {
 
 // ---- one ECG and some texts ------------------------------------------------------------------------------------------
 
-// Some texts of equally many sentences; their columns in the scores: all first sentences, then all second ones.
-struct Group { int64_t first_column, sentences, texts, first_text; };  // first_text: in the order of the groups
+// Some texts of about equally many sentences. Their columns in the scores: all first sentences, then all second ones; each filled up to
+// whole vectors (`wide`) with sentences of zeros, whose gradients are zero, too. `hidden` keeps those of a text out of its softmaxes.
+struct Group { int64_t first_column, sentences, texts, wide, first_text; };  // first_text: in the order of the groups
 
-// A row has a column for each sentence, as in Group, but the texts filled up to whole vectors (`wide`). All rows together fit into a
-// fast cache.
 template <class T> struct Attention {
     int64_t beats, sentences, texts, wide, n;  // n = sentences * wide
     T temperature, sharpness;                  // of the attention over beats; of the sum over sentences
     bool over_sentences, mean;
     const T* gram;                             // (beats, beats)
-    T *x, *p, *a, *along;                      // (beats, n): scores, softmax over sentences, over beats, gram times that
-    T *norm, *logit, *root, *cosine, *share;   // (n); norm: length of every sentence, root: of every attended beat
+    const T *x, *norm, *hidden;                // (beats, n), rows `stride` apart: scores; (n): lengths of sentences; HIDDEN or 0
+    T* of_x;                                   // as x, and may be x: its gradient
+    int64_t stride;
+    T *p, *a, *along;                          // (beats, n): softmax over sentences, over beats, gram times that
+    T *logit, *root, *cosine, *share;          // (n); root: length of every attended beat
     T *similarity, *grad;                      // (wide)
-    T *of_square, *of_norm;                    // (n): gradients, the first of twice the attended beat's squared length
+    T *of_square, *spare;                      // (n): gradient of twice the attended beat's squared length
 
-    static int64_t room(int64_t beats, int64_t widest) { return (4 * beats + 9) * widest; }
+    static int64_t room(int64_t beats, int64_t widest) { return (3 * beats + 8) * widest; }
     void use(T* memory) {
-        wide = (texts + LANES - 1) / LANES * LANES, n = sentences * wide;
-        for (T** some : {&x, &p, &a, &along}) *some = memory, memory += beats * n;
-        for (T** one : {&norm, &logit, &root, &cosine, &share, &similarity, &grad, &of_square, &of_norm}) *one = memory, memory += n;
-        if (!over_sentences) p = x;
+        for (T** some : {&p, &a, &along}) *some = memory, memory += beats * n;
+        for (T** one : {&logit, &root, &cosine, &share, &similarity, &grad, &of_square, &spare}) *one = memory, memory += n;
     }
 };
 
-// Rows of scores, `stride` apart, to rows of Attention, with zeros behind the texts; and back.
-template <class T> static INLINE void spread_(const Attention<T>& r, const T* from, int64_t stride, int64_t rows, T* to) {
-    for (int64_t k = 0; k < rows; k++, from += stride)
-        for (int64_t s = 0; s < r.sentences; s++, to += r.wide) {
-            store(to + r.wide - LANES, Vector<T>{});
-            for (int64_t i = 0; i < r.texts; i++) to[i] = from[s * r.texts + i];
-        }
-}
-template <class T> static INLINE void gather_(const Attention<T>& r, const T* from, int64_t rows, T* to, int64_t stride) {
-    for (int64_t k = 0; k < rows; k++, to += stride)
-        for (int64_t s = 0; s < r.sentences; s++, from += r.wide)
-            for (int64_t i = 0; i < r.texts; i++) to[s * r.texts + i] = from[i];
-}
-
 constexpr double SMALLEST = 1e-8;  // of a product of lengths, as torch.cosine_similarity has it
+constexpr double HIDDEN = -1e30;   // added to what no softmax shall see
 
-// x (rows, sentences, wide) -> y: softmax over the sentences of each text. top, sum: the largest, and the sum of exp, in the last row.
+// x (rows, sentences, wide), rows `stride` apart -> y, without gaps: softmax over the sentences of each text. top, sum: the largest, and
+// the sum of exp, in the last row.
 template <class T>
-static INLINE void softmax_over_sentences(const Attention<T>& r, const T* x, int64_t rows, T* y, T* top, T* sum) {
+static INLINE void softmax_over_sentences(const Attention<T>& r, const T* x, int64_t stride, int64_t rows, T* y, T* top, T* sum) {
+    using V = Vector<T>;
     const int64_t n = r.n, wide = r.wide;
-    for (int64_t k = 0; k < rows * n; k += n)
-        for (int64_t i = k; i < k + wide; i += LANES) {
-            Vector<T> largest = load(x + i);
-            for (int64_t s = i + wide; s < k + n; s += wide) largest = larger(load(x + s), largest);
-            for (int64_t s = i; s < k + n; s += wide) store(y + s, load(x + s) - largest);
-            store(top + i - k, largest);
+    for (int64_t k = 0; k < rows; k++, x += stride)
+        for (int64_t i = 0; i < wide; i += LANES) {
+            V largest = load<V>(x + i);  // the first is never hidden
+            for (int64_t s = i; s < n; s += wide) {
+                const V one = load<V>(x + s) + load<V>(r.hidden + s);
+                largest = larger(one, largest);
+                store(y + k * n + s, one);
+            }
+            for (int64_t s = i; s < n; s += wide) store(y + k * n + s, load<V>(y + k * n + s) - largest);
+            store(top + i, largest);
         }
-    for (int64_t j = 0; j < rows * n; j += LANES) store(y + j, exp_of(load(y + j)));
+    for_columns<T>(rows * n, [=](auto zero, int64_t j) INLINE_LAMBDA { store(y + j, exp_of(load<decltype(zero)>(y + j))); });
     for (int64_t k = 0; k < rows * n; k += n)
         for (int64_t i = k; i < k + wide; i += LANES) {
-            Vector<T> all{};
-            for (int64_t s = i; s < k + n; s += wide) all += load(y + s);
-            const Vector<T> part = T(1) / all;
-            for (int64_t s = i; s < k + n; s += wide) store(y + s, load(y + s) * part);
+            V all{};
+            for (int64_t s = i; s < k + n; s += wide) all += load<V>(y + s);
+            const V part = T(1) / all;
+            for (int64_t s = i; s < k + n; s += wide) store(y + s, load<V>(y + s) * part);
             store(sum + i - k, all);
         }
 }
 
-// y (COUNT, n) += gram (COUNT, rows) x (rows, n)
-template <int COUNT, class T> static INLINE void add_some_products(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
-    int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) {
-        Vector<T> sums[COUNT];
-        for (int i = 0; i < COUNT; i++) sums[i] = load(y + i * n + j);
-        for (int64_t m = 0; m < rows; m++) {
-            const Vector<T> one = load(x + m * n + j);
-            for (int i = 0; i < COUNT; i++) sums[i] += gram[i * rows + m] * one;
-        }
-        for (int i = 0; i < COUNT; i++) store(y + i * n + j, sums[i]);
-    }
-    for (; j < n; j++)
-        for (int i = 0; i < COUNT; i++)
-            for (int64_t m = 0; m < rows; m++) y[i * n + j] += gram[i * rows + m] * x[m * n + j];
-}
-template <class T> static INLINE void add_product_(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {
-    int64_t k = 0;
-    for (; k + 4 <= rows; k += 4) add_some_products<4>(gram + k * rows, x, rows, n, y + k * n);
-    for (; k < rows; k++) add_some_products<1>(gram + k * rows, x, rows, n, y + k * n);
+// Rows k to rows - 1 of y (rows, n) = gram (rows, rows) times x (rows, n), COUNT at a time.
+template <int COUNT, class T> static INLINE void gram_times(const T* gram, const T* x, int64_t k, int64_t rows, int64_t n, T* y) {
+    for (; k + COUNT <= rows; k += COUNT)
+        for_columns<T>(n, [=](auto zero, int64_t j) INLINE_LAMBDA {
+            using V = decltype(zero);
+            V sums[COUNT]{};
+            for (int64_t m = 0; m < rows; m++)
+                for (int i = 0; i < COUNT; i++) sums[i] += gram[(k + i) * rows + m] * load<V>(x + m * n + j);
+            for (int i = 0; i < COUNT; i++) store(y + (k + i) * n + j, sums[i]);
+        });
+    if constexpr (COUNT > 1) gram_times<1>(gram, x, k, rows, n, y);
 }
 
 // From r.x to r.similarity.
 template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
-    using V = Vector<T>;
     const int64_t beats = r.beats, n = r.n;
-    T *top = r.of_square, *sum = r.of_norm;  // not yet in use
-    if (r.over_sentences) softmax_over_sentences(r, r.x, beats, r.p, top, sum);
-    for (int64_t j = 0; j < n; j += LANES) {
+    T *top = r.of_square, *sum = r.spare;  // not yet in use
+    if (r.over_sentences) softmax_over_sentences(r, r.x, r.stride, beats, r.p, top, sum);
+    else for (int64_t k = 0; k < beats; k++) std::copy_n(r.x + k * r.stride, n, r.p + k * n);
+    for_columns<T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
+        using V = decltype(zero);
         const T *x = r.x + j, *p = r.p + j;
         T* a = r.a + j;
-        V largest = r.temperature * load(p), all{};
-        for (int64_t k = 1; k < beats; k++) largest = larger(r.temperature * load(p + k * n), largest);
+        V largest = r.temperature * load<V>(p), all{}, up{};
+        for (int64_t k = 1; k < beats; k++) largest = larger(r.temperature * load<V>(p + k * n), largest);
         for (int64_t k = 0; k < beats; k++) {
-            const V e = exp_of(r.temperature * load(p + k * n) - largest);
+            const V e = exp_of(r.temperature * load<V>(p + k * n) - largest);
             store(a + k * n, e), all += e;
         }
         const V part = T(1) / all;
-        V up{};
         for (int64_t k = 0; k < beats; k++) {
-            const V share = load(a + k * n) * part;
-            store(a + k * n, share), up += share * load(x + k * n);
+            const V share = load<V>(a + k * n) * part;
+            store(a + k * n, share), up += share * load<V>(x + k * r.stride);
         }
         store(r.logit + j, up);
-    }
-    std::fill_n(r.along, beats * n, T(0));
-    add_product_(r.gram, r.a, beats, n, r.along);
-    for (int64_t j = 0; j < n; j += LANES) {
+    });
+    gram_times<4>(r.gram, r.a, 0, beats, n, r.along);
+    for_columns<T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
+        using V = decltype(zero);
         V square{};
-        for (int64_t k = j; k < beats * n; k += n) square += load(r.a + k) * load(r.along + k);
+        for (int64_t k = j; k < beats * n; k += n) square += load<V>(r.a + k) * load<V>(r.along + k);
         store(r.root + j, larger(square, V{}));
-    }
+    });
     for (int64_t j = 0; j < n; j++) {
         r.root[j] = std::sqrt(r.root[j]);
         const T lengths = r.root[j] * r.norm[j];
         r.cosine[j] = r.logit[j] / (lengths > T(SMALLEST) ? lengths : T(SMALLEST));
         r.logit[j] = r.sharpness * r.cosine[j];
     }
-    softmax_over_sentences(r, r.logit, 1, r.share, top, sum);  // its sums are the result, its shares the gradient
-    for (int64_t i = 0; i < r.texts; i++) r.similarity[i] = top[i] + std::log(r.mean ? sum[i] / T(r.sentences) : sum[i]);
+    softmax_over_sentences(r, r.logit, n, 1, r.share, top, sum);  // its sums are the result, its shares the gradient
+    for (int64_t i = 0; i < r.texts; i++) {
+        int64_t count = r.sentences;
+        while (r.hidden[(count - 1) * r.wide + i]) count--;
+        r.similarity[i] = top[i] + std::log(r.mean ? sum[i] / T(count) : sum[i]);
+    }
 }
 
 // y[i] += x (n) times row i of rows (count, n)
 template <int COUNT, class T> static INLINE void add_some_dots(const T* x, const T* rows, int64_t n, T* y) {
-    Vector<T> sums[COUNT]{};
+    using V = Vector<T>;
+    V sums[COUNT]{};
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES)
-        for (int i = 0; i < COUNT; i++) sums[i] += load(x + j) * load(rows + i * n + j);
+        for (int i = 0; i < COUNT; i++) sums[i] += load<V>(x + j) * load<V>(rows + i * n + j);
     for (int i = 0; i < COUNT; i++) {
         for (int l = 0; l < LANES; l++) y[i] += sums[i][l];
         for (int64_t rest = j; rest < n; rest++) y[i] += x[rest] * rows[i * n + rest];
@@ -150,49 +139,51 @@ template <class T> static INLINE void add_dots(const T* x, const T* rows, int64_
     for (; i < count; i++) add_some_dots<1>(x, rows + i * n, n, y + i);
 }
 
-// After beat_forward_: r.x becomes the gradient of the scores; those of the Gram matrix (twice, its lower half), of temperature and
-// sharpness are added up. r.grad: gradient of r.similarity, 0 where no text is.
-template <class T> static INLINE void beat_backward_(const Attention<T>& r, T* of_gram, T* of_both) {
+// After beat_forward_: r.of_x becomes the gradient of the scores; those of the Gram matrix (twice, its lower half), of r.norm, of
+// temperature and sharpness are added up. r.grad: gradient of r.similarity, 0 where no text is.
+template <class T> static INLINE void beat_backward_(const Attention<T>& r, T* of_gram, T* of_norm, T* of_both) {
     using V = Vector<T>;
     const int64_t beats = r.beats, n = r.n;
     const V none{};
     V of_temperature{}, of_sharpness{};
     for (int64_t s = 0, j = 0; s < r.sentences; s++)
         for (int64_t i = 0; i < r.wide; i += LANES, j += LANES) {
-            const V share = load(r.share + j) * load(r.grad + i), cosine = load(r.cosine + j);
-            const V root = load(r.root + j), norm = load(r.norm + j), lengths = root * norm;
+            const V share = load<V>(r.share + j) * load<V>(r.grad + i), cosine = load<V>(r.cosine + j);
+            const V root = load<V>(r.root + j), norm = load<V>(r.norm + j), lengths = root * norm;
             const V d = share * r.sharpness;  // gradient of the cosine
             const auto large = lengths > V{} + T(SMALLEST);
             const V of_up = d / (large ? lengths : V{} + T(SMALLEST)), of_square = large ? -d * cosine / (root * root) : none;
-            store(r.of_square + j, of_square), store(r.of_norm + j, large ? -d * cosine / norm : none);
+            store(r.of_square + j, of_square), store(of_norm + j, load<V>(of_norm + j) + (large ? -d * cosine / norm : none));
             of_sharpness += share * cosine;
-            T *x = r.x + j, *dz = r.along + j;
-            const T *a = r.a + j, *p = r.p + j;
+            T *of_x = r.of_x + j, *dz = r.along + j;
+            const T *x = r.x + j, *a = r.a + j, *p = r.p + j;
             V inner{};
             for (int64_t k = 0; k < beats; k++) {
-                const V dk = of_up * load(x + k * n) + of_square * load(dz + k * n);
-                store(dz + k * n, dk), inner += load(a + k * n) * dk;
+                const V dk = of_up * load<V>(x + k * r.stride) + of_square * load<V>(dz + k * n);
+                store(dz + k * n, dk), inner += load<V>(a + k * n) * dk;
             }
             for (int64_t k = 0; k < beats; k++) {
-                const V ak = load(a + k * n), dk = ak * (load(dz + k * n) - inner);
-                of_temperature += dk * load(p + k * n);
+                const V ak = load<V>(a + k * n), dk = ak * (load<V>(dz + k * n) - inner);
+                of_temperature += dk * load<V>(p + k * n);
                 store(dz + k * n, r.temperature * dk);  // gradient of p
-                store(x + k * n, of_up * ak + (r.over_sentences ? none : r.temperature * dk));
+                store(of_x + k * r.stride, of_up * ak + (r.over_sentences ? none : r.temperature * dk));
             }
         }
     for (int l = 0; l < LANES; l++) of_both[0] += of_temperature[l], of_both[1] += of_sharpness[l];
     for (int64_t k = 0; k < beats; k++) {
-        for (int64_t j = 0; j < n; j += LANES) store(r.logit + j, load(r.of_square + j) * load(r.a + k * n + j));
+        for (int64_t j = 0; j < n; j += LANES) store(r.logit + j, load<V>(r.of_square + j) * load<V>(r.a + k * n + j));
         add_dots(r.logit, r.a, k + 1, n, of_gram + k * beats);
     }
     if (r.over_sentences)
-        for (int64_t k = 0; k < beats; k++)
-            for (int64_t i = k * n; i < k * n + r.wide; i += LANES) {
+        for (int64_t k = 0; k < beats; k++) {
+            const T *p = r.p + k * n, *dp = r.along + k * n;
+            T* of_x = r.of_x + k * r.stride;
+            for (int64_t i = 0; i < r.wide; i += LANES) {
                 V whole{};
-                for (int64_t s = i; s < i + n; s += r.wide) whole += load(r.p + s) * load(r.along + s);
-                for (int64_t s = i; s < i + n; s += r.wide)
-                    store(r.x + s, load(r.x + s) + load(r.p + s) * (load(r.along + s) - whole));
+                for (int64_t s = i; s < n; s += r.wide) whole += load<V>(p + s) * load<V>(dp + s);
+                for (int64_t s = i; s < n; s += r.wide) store(of_x + s, load<V>(of_x + s) + load<V>(p + s) * (load<V>(dp + s) - whole));
             }
+        }
 }
 
 // The lower triangle of x (rows, rows) also above its diagonal.
@@ -211,17 +202,10 @@ template <class T> static INLINE void gram_(const T* x, int64_t rows, int64_t n,
 // float for every processor; double, for checks, as it comes.
 #define FOR_EVERY_CPU(T)                                                                                                           \
     EVERY_CPU static void beat_forward(const Attention<T>& r) { beat_forward_(r); }                                                \
-    EVERY_CPU static void beat_backward(const Attention<T>& r, T* of_gram, T* of_both) { beat_backward_(r, of_gram, of_both); }    \
-    EVERY_CPU static void spread(const Attention<T>& r, const T* from, int64_t stride, int64_t rows, T* to) {                      \
-        spread_(r, from, stride, rows, to);                                                                                        \
+    EVERY_CPU static void beat_backward(const Attention<T>& r, T* of_gram, T* of_norm, T* of_both) {                               \
+        beat_backward_(r, of_gram, of_norm, of_both);                                                                              \
     }                                                                                                                              \
-    EVERY_CPU static void gather(const Attention<T>& r, const T* from, int64_t rows, T* to, int64_t stride) {                      \
-        gather_(r, from, rows, to, stride);                                                                                        \
-    }                                                                                                                              \
-    EVERY_CPU static void gram_of(const T* x, int64_t rows, int64_t n, T* gram) { gram_(x, rows, n, gram); }                       \
-    EVERY_CPU static void add_product(const T* gram, const T* x, int64_t rows, int64_t n, T* y) {                                  \
-        add_product_(gram, x, rows, n, y);                                                                                         \
-    }
+    EVERY_CPU static void gram_of(const T* x, int64_t rows, int64_t n, T* gram) { gram_(x, rows, n, gram); }
 FOR_EVERY_CPU(float)
 FOR_EVERY_CPU(double)
 
@@ -231,11 +215,13 @@ constexpr int64_t GROUP = 128;      // sentences of a group of texts: what one E
 constexpr int64_t BLOCK = 1 << 17;  // scores of a block of ECGs: half a megabyte
 constexpr int64_t SUMS = 1 << 24;   // numbers that all threads' sums may have together
 
-template <class T> struct Beats : Rows {  // rows (N, D): the sentences, by groups
-    Tensor beats, norm;
-    std::vector<int64_t> counts, order;  // order: which text is the i-th
+static int64_t filled_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+template <class T> struct Beats {
+    Tensor beats, place, column, rows, norm, hidden;  // rows (n, D): the sentences, by groups; row column[i] is number place[i] of all
+    std::vector<int64_t> counts, order;       // order: which text is the i-th, the longest first
     std::vector<Group> groups;
-    int64_t records, texts, most, dim, n, widest = 0;  // most: beats; widest: columns of a group, filled up
+    int64_t records, texts, most, dim, filled, n = 0, widest = 0;  // most: beats; n: columns of the scores, filled: of the groups
     Attention<T> common;
 
     Beats(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
@@ -243,63 +229,81 @@ template <class T> struct Beats : Rows {  // rows (N, D): the sentences, by grou
         : beats(beats), counts(counts_of(beat_count, beats.size(1))), records(beats.size(0)), texts(sentences.size(0)),
           most(beats.size(1)), dim(beats.size(2)) {
         const std::vector<int64_t> sizes = counts_of(sentence_count, sentences.size(1));
-        std::vector<int64_t> places;
-        for (int64_t size = 1; size <= sentences.size(1); size++) {
-            std::vector<int64_t> alike;
-            for (int64_t c = 0; c < texts; c++) if (sizes[c] == size) alike.push_back(c);
-            const int64_t step = std::max<int64_t>(LANES, GROUP / size / LANES * LANES);
-            for (int64_t first = 0, count; first < int64_t(alike.size()); first += count) {
-                count = std::min<int64_t>(step, alike.size() - first);
-                groups.push_back({int64_t(places.size()), size, count, int64_t(order.size())});
-                for (int64_t s = 0; s < size; s++)
-                    for (int64_t i = first; i < first + count; i++) places.push_back(alike[i] * sentences.size(1) + s);
-                order.insert(order.end(), alike.begin() + first, alike.begin() + first + count);
-                widest = std::max(widest, size * (count + LANES - 1));
+        for (int64_t c = 0; c < texts; c++) if (sizes[c]) order.push_back(c);
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return sizes[a] > sizes[b]; });
+        std::vector<int64_t> places, columns;
+        std::vector<T> mask;
+        for (int64_t first = 0, count; first < int64_t(order.size()); first += count) {
+            const int64_t size = sizes[order[first]], left = order.size() - first;
+            count = 1;
+            while (count < left && sizes[order[first + count]] == size) count++;
+            const int64_t wide = std::min(filled_up(count, LANES), std::max<int64_t>(LANES, GROUP / size / LANES * LANES));
+            count = std::min(wide, left);  // the last vector may hold shorter texts
+            groups.push_back({n, size, count, wide, first});
+            widest = std::max(widest, size * wide);
+            for (int64_t s = 0; s < size; s++, n += wide) {
+                mask.resize(n + wide);
+                for (int64_t i = 0; i < count; i++) {
+                    const int64_t c = order[first + i];
+                    if (s < sizes[c]) places.push_back(c * sentences.size(1) + s), columns.push_back(n + i);
+                    else mask[n + i] = HIDDEN;
+                }
             }
         }
-        static_cast<Rows&>(*this) = Rows(sentences, places);
-        n = places.size();
+        hidden = at::tensor(mask, beats.options());
+        filled = n;
+        n = filled_up(n, PANEL);
+        place = at::tensor(places, at::kLong), column = at::tensor(columns, at::kLong);
+        rows = at::zeros({n, dim}, beats.options()).index_copy_(0, column, sentences.reshape({-1, dim}).index_select(0, place));
         norm = rows.norm(2, 1);
         const Tensor both = temperatures.to(beats.scalar_type()).contiguous();
         common.temperature = both.const_data_ptr<T>()[0], common.sharpness = both.const_data_ptr<T>()[1];
-        common.over_sentences = over_sentences, common.mean = mean;
+        common.over_sentences = over_sentences, common.mean = mean, common.stride = n;
     }
 
     Tensor matrix(const Tensor& of_ecgs, int64_t first, int64_t last) const {  // (B, K, D) -> ((last - first) * K, D)
         return of_ecgs.narrow(0, first, last - first).view({-1, dim});
     }
+    Tensor unpack(const Tensor& packed, const Tensor& sentences) const {  // (n, D) -> (C, S, D), zeros where no sentence is
+        Tensor whole = at::zeros_like(sentences);
+        whole.view({-1, dim}).index_copy_(0, place, packed.index_select(0, column));
+        return whole;
+    }
 
     // Each of the threads has some ECGs, and takes as many of them at a time as have their scores in a cache:
-    // block(thread, first ECG, end, scores ((end - first) * K, N)). kept: room for all scores, or null; there: do they stand in it?
+    // block(thread, first ECG, end, scores ((end - first) * K, n)). kept: room for all scores, or null; there: do they stand in it?
     template <class Block> void for_every_block(int64_t threads, T* kept, bool there, Block block) const {
         if (!n || !most) return;
         const int64_t step = std::max<int64_t>(1, BLOCK / (most * n));
+        const Tensor sentences = there ? at::empty({0, 0, PANEL}, beats.options()) : panels_of(rows.t());
         at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
             const c10::NoGradGuard guard;
             const Tensor room = at::empty({kept ? 0 : step * most * n}, beats.options());
             for (int64_t thread = begin; thread < end; thread++)
                 for (int64_t first = records * thread / threads, stop = records * (thread + 1) / threads, last; first < stop; first = last) {
                     last = std::min(stop, first + step);
-                    T* place = kept ? kept + first * most * n : room.template mutable_data_ptr<T>();
-                    Tensor scores = at::from_blob(place, {(last - first) * most, n}, beats.options());
-                    if (!there) at::mm_out(scores, matrix(beats, first, last), rows.t());
-                    block(thread, first, last, place);
+                    T* scores = kept ? kept + first * most * n : room.template mutable_data_ptr<T>();
+                    const Left<T> vectors{beats.template const_data_ptr<T>() + first * most * dim, dim, 1, (last - first) * most};
+                    if (!there) multiply(vectors, Right<T>(sentences, n), dim, scores, n, false);
+                    block(thread, first, last, scores);
                 }
         });
     }
 
-    // Calls pair(Attention, group) for ECG b, which has beats, and every group of texts. scores (K, N): of the ECG; memory: to work in.
-    template <class Pair> void for_every_group(int64_t b, const T* scores, std::vector<T>& memory, Pair pair) const {
+    // Calls pair(Attention, group) for ECG b, which has beats, and every group of texts. scores (K, n): of the ECG; of_scores: their
+    // gradients' place; memory: to work in.
+    template <class Pair> void for_every_group(int64_t b, const T* scores, T* of_scores, std::vector<T>& memory, Pair pair) const {
         Attention<T> r = common;
         r.beats = counts[b];
         memory.resize(most * most + Attention<T>::room(most, widest));
         gram_of(beats.template const_data_ptr<T>() + b * most * dim, r.beats, dim, memory.data());
         r.gram = memory.data();
         for (const Group& g : groups) {
-            r.sentences = g.sentences, r.texts = g.texts;
+            r.sentences = g.sentences, r.texts = g.texts, r.wide = g.wide, r.n = g.sentences * g.wide;
+            r.x = scores + g.first_column, r.norm = norm.template const_data_ptr<T>() + g.first_column;
+            r.hidden = hidden.template const_data_ptr<T>() + g.first_column;
+            if (of_scores) r.of_x = of_scores + g.first_column;
             r.use(memory.data() + most * most);
-            spread(r, scores + g.first_column, n, r.beats, r.x);
-            spread(r, norm.template const_data_ptr<T>() + g.first_column, n, 1, r.norm);
             pair(r, g);
         }
     }
@@ -310,6 +314,7 @@ static std::tuple<Tensor, Tensor> beat_forward(const Tensor& beats, const Tensor
                                                const Tensor& sentence_count, const Tensor& temperatures, bool over_sentences,
                                                bool mean, int64_t keep) {
     const Beats<T> all(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
+    TORCH_CHECK(!keep || keep >= all.most * all.n, "beat_similarity: room for ", keep, " scores; there are ", all.most * all.n);
     Tensor similarity = at::zeros({all.records, all.texts}, beats.options()), kept = at::empty({all.records, keep}, beats.options());
     T* out = similarity.mutable_data_ptr<T>();
     all.for_every_block(at::get_num_threads(), keep ? kept.mutable_data_ptr<T>() : nullptr, false,
@@ -317,7 +322,7 @@ static std::tuple<Tensor, Tensor> beat_forward(const Tensor& beats, const Tensor
         std::vector<T> memory;
         for (int64_t b = first; b < last; b++, x += all.most * all.n)
             if (all.counts[b])
-                all.for_every_group(b, x, memory, [&](const Attention<T>& r, const Group& g) {
+                all.for_every_group(b, x, nullptr, memory, [&](const Attention<T>& r, const Group& g) {
                     beat_forward(r);
                     for (int64_t i = 0; i < g.texts; i++) out[b * all.texts + all.order[g.first_text + i]] = r.similarity[i];
                 });
@@ -338,35 +343,39 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
     Tensor of_beats = n && most ? at::empty_like(beats) : at::zeros_like(beats);
     Tensor of_rows = at::zeros({threads, n, dim}, beats.options());
     Tensor of_norm = at::zeros({threads, n}, beats.options()), of_both = at::zeros({threads, 2}, beats.options());
-    const T *g = grad.const_data_ptr<T>(), *vectors = beats.const_data_ptr<T>();
-    T *dx = of_beats.mutable_data_ptr<T>(), *norms = of_norm.mutable_data_ptr<T>(), *both = of_both.mutable_data_ptr<T>();
-    all.for_every_block(threads, kept.numel() ? const_cast<T*>(kept.const_data_ptr<T>()) : nullptr, kept.numel() > 0,
-                        [&](int64_t thread, int64_t first, int64_t last, const T* x) {
+    const Tensor columns = panels_of(all.rows);
+    const bool there = kept.numel() > 0;
+    const T* g = grad.const_data_ptr<T>();
+    T *dx = of_beats.mutable_data_ptr<T>(), *dy = of_rows.mutable_data_ptr<T>(), *norms = of_norm.mutable_data_ptr<T>();
+    T* both = of_both.mutable_data_ptr<T>();
+    all.for_every_block(threads, there ? const_cast<T*>(kept.const_data_ptr<T>()) : nullptr, there,
+                        [&](int64_t thread, int64_t first, int64_t last, T* scores) {
         std::vector<T> memory, of_gram((last - first) * most * most);
-        const Tensor of_scores = at::empty({(last - first) * most, n}, beats.options());
-        T *ds = of_scores.mutable_data_ptr<T>(), *dg = of_gram.data();
-        for (int64_t b = first; b < last; b++, x += most * n, ds += most * n, dg += most * most) {
-            const int64_t count = all.counts[b];
-            std::fill_n(ds + count * n, (most - count) * n, T(0));
-            if (!count) continue;
-            all.for_every_group(b, x, memory, [&](const Attention<T>& r, const Group& group) {
-                for (int64_t i = 0; i < r.wide; i++)
-                    r.grad[i] = i < group.texts ? g[b * all.texts + all.order[group.first_text + i]] : T(0);
-                beat_forward(r);
-                beat_backward(r, dg, both + 2 * thread);
-                gather(r, r.x, count, ds + group.first_column, n);
-                T* dn = norms + thread * n + group.first_column;
-                for (int64_t s = 0; s < group.sentences; s++)
-                    for (int64_t i = 0; i < group.texts; i++) dn[s * group.texts + i] += r.of_norm[s * r.wide + i];
-            });
+        const Tensor apart = at::empty({there ? (last - first) * most * n : 0}, beats.options());  // kept scores must stay as they are
+        T* const of_scores = there ? apart.mutable_data_ptr<T>() : scores;
+        for (int64_t b = first; b < last; b++) {
+            const int64_t count = all.counts[b], start = (b - first) * most * n;
+            for (int64_t k = 0; k < most; k++)  // where no group writes
+                std::fill(of_scores + start + k * n + (k < count ? all.filled : 0), of_scores + start + (k + 1) * n, T(0));
+            T* dg = of_gram.data() + (b - first) * most * most;
+            if (count)
+                all.for_every_group(b, scores + start, of_scores + start, memory, [&](const Attention<T>& r, const Group& group) {
+                    for (int64_t i = 0; i < r.wide; i++)
+                        r.grad[i] = i < group.texts ? g[b * all.texts + all.order[group.first_text + i]] : T(0);
+                    beat_forward(r);
+                    beat_backward(r, dg, norms + thread * n + group.first_column, both + 2 * thread);
+                });
             mirror(dg, count);
         }
-        Tensor mine = all.matrix(of_beats, first, last);
-        at::mm_out(mine, of_scores, all.rows);
-        of_rows[thread].addmm_(of_scores.t(), all.matrix(beats, first, last));
-        dg = of_gram.data();
-        for (int64_t b = first; b < last; b++, dg += most * most)
-            add_product(dg, vectors + b * most * dim, all.counts[b], dim, dx + b * most * dim);
+        const int64_t rows = (last - first) * most;
+        multiply(Left<T>{of_scores, n, 1, rows}, Right<T>(columns, dim), n, dx + first * most * dim, dim, false);
+        const Tensor panels = panels_of(all.matrix(beats, first, last));
+        Right<T> vectors(panels, dim);
+        multiply(Left<T>{of_scores, 1, n, n}, vectors, rows, dy + thread * n * dim, dim, true);
+        for (int64_t b = first; b < last; b++, vectors.x += most * PANEL) {
+            const int64_t count = all.counts[b];
+            multiply(Left<T>{of_gram.data() + (b - first) * most * most, count, 1, count}, vectors, count, dx + b * most * dim, dim, true);
+        }
     });
     const Tensor of_lengths = of_norm.sum(0) / all.norm.clamp_min(SMALLEST);
     return {of_beats, all.unpack(of_rows.sum(0).addcmul_(all.rows, of_lengths.unsqueeze(1)), sentences), of_both.sum(0)};

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> token_similarity(const Tensor& tokens, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> token_similarity_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
                                                              const Tensor& token_count, const Tensor& word_count,
                                                              const std::optional<Tensor>& temperature, const Tensor& best);
-// keep: scores for each ECG that `kept` has room for, at least K C S; with 0 the backward pass makes them again.
+// keep: scores for each ECG that `kept` has room for, at least K ((C + 7) S + 32); with 0 the backward pass makes them again.
 std::tuple<Tensor, Tensor> beat_similarity(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count,
                                            const Tensor& sentence_count, const Tensor& temperatures, bool over_sentences, bool mean,
                                            int64_t keep);

@@ -12,9 +12,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu.h"
-
-#pragma GCC optimize("fp-contract=fast")  // fused multiply-add, which CFLAGS forbids for the sake of the beats
+#include "product.h"
 
 namespace similarity {
 
@@ -41,19 +39,26 @@ struct Rows {  // some rows of a padded tensor (C, most, D), and where they stan
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 constexpr int LANES = 8;
-template <class T> struct VectorOf { typedef T type __attribute__((vector_size(LANES * sizeof(T)))); };  // GCC's and Clang's
+template <class T, int N = LANES> struct VectorOf { typedef T type __attribute__((vector_size(N * sizeof(T)))); };  // GCC's and Clang's
 template <class T> using Vector = typename VectorOf<T>::type;
 
 template <class V> static INLINE V larger(V x, V y) { return x > y ? x : y; }  // a NaN in y is not lost
-template <class T> static INLINE Vector<T> load(const T* from) {
-    Vector<T> x;
+template <class V, class T> static INLINE V load(const T* from) {
+    V x;
     memcpy(&x, from, sizeof x);
     return x;
 }
-template <class T> static INLINE void store(T* to, Vector<T> x) { memcpy(to, &x, sizeof x); }
+template <class V, class T> static INLINE void store(T* to, V x) { memcpy(to, &x, sizeof x); }
+
+// work(vector of zeros, j) for n columns, a multiple of LANES, by vectors of two sizes.
+template <class T, class Work> static INLINE void for_columns(int64_t n, Work work) {
+    int64_t j = 0;
+    for (; j + 2 * LANES <= n; j += 2 * LANES) work(typename VectorOf<T, 2 * LANES>::type{}, j);
+    for (; j < n; j += LANES) work(Vector<T>{}, j);
+}
 
 // exp within 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. V: float, or a vector of them; W: whole numbers of that size.
-template <class V, class W> static INLINE V exp_by_polynomial(V x) {
+template <class W, class V> static INLINE V exp_by_polynomial(V x) {
     x = larger(V{} - 87.f, x);
     x = x > V{} + 88.f ? V{} + 88.f : x;
     const V shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;  // rounds to the nearest integer
@@ -68,11 +73,11 @@ template <class V, class W> static INLINE V exp_by_polynomial(V x) {
     memcpy(&scale, &bits, sizeof scale);
     return y * scale;
 }
-static INLINE float exp_of(float x) { return exp_by_polynomial<float, int32_t>(x); }
+static INLINE float exp_of(float x) { return exp_by_polynomial<int32_t>(x); }
 static INLINE double exp_of(double x) { return std::exp(x); }
-static INLINE Vector<float> exp_of(Vector<float> x) { return exp_by_polynomial<Vector<float>, Vector<int32_t>>(x); }
-static INLINE Vector<double> exp_of(Vector<double> x) {
-    for (int i = 0; i < LANES; i++) x[i] = std::exp(x[i]);
+template <class V> static INLINE V exp_of(V x) {  // of a vector
+    if constexpr (sizeof x[0] == sizeof(float)) return exp_by_polynomial<typename VectorOf<int32_t, sizeof x / sizeof x[0]>::type>(x);
+    else for (size_t i = 0; i < sizeof x / sizeof x[0]; i++) x[i] = std::exp(x[i]);
     return x;
 }
 

