@@ -213,15 +213,12 @@ FOR_EVERY_CPU(double)
 
 constexpr int64_t GROUP = 128;      // sentences of a group of texts: what one ECG has with them is about 32 KB
 constexpr int64_t BLOCK = 1 << 17;  // scores of a block of ECGs: half a megabyte
-constexpr int64_t SUMS = 1 << 24;   // numbers that all threads' sums may have together
 
-static int64_t filled_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
-template <class T> struct Beats {
-    Tensor beats, place, column, rows, norm, hidden;  // rows (n, D): the sentences, by groups; row column[i] is number place[i] of all
+template <class T> struct Beats : Rows {  // rows: the sentences, by groups
+    Tensor beats, norm, hidden;
     std::vector<int64_t> counts, order;       // order: which text is the i-th, the longest first
     std::vector<Group> groups;
-    int64_t records, texts, most, dim, filled, n = 0, widest = 0;  // most: beats; n: columns of the scores, filled: of the groups
+    int64_t records, texts, most, dim, filled, widest = 0;  // most: beats; filled: columns of all groups; widest: of a group
     Attention<T> common;
 
     Beats(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
@@ -253,8 +250,7 @@ template <class T> struct Beats {
         hidden = at::tensor(mask, beats.options());
         filled = n;
         n = filled_up(n, PANEL);
-        place = at::tensor(places, at::kLong), column = at::tensor(columns, at::kLong);
-        rows = at::zeros({n, dim}, beats.options()).index_copy_(0, column, sentences.reshape({-1, dim}).index_select(0, place));
+        pack(sentences, places, columns);
         norm = rows.norm(2, 1);
         const Tensor both = temperatures.to(beats.scalar_type()).contiguous();
         common.temperature = both.const_data_ptr<T>()[0], common.sharpness = both.const_data_ptr<T>()[1];
@@ -263,11 +259,6 @@ template <class T> struct Beats {
 
     Tensor matrix(const Tensor& of_ecgs, int64_t first, int64_t last) const {  // (B, K, D) -> ((last - first) * K, D)
         return of_ecgs.narrow(0, first, last - first).view({-1, dim});
-    }
-    Tensor unpack(const Tensor& packed, const Tensor& sentences) const {  // (n, D) -> (C, S, D), zeros where no sentence is
-        Tensor whole = at::zeros_like(sentences);
-        whole.view({-1, dim}).index_copy_(0, place, packed.index_select(0, column));
-        return whole;
     }
 
     // Each of the threads has some ECGs, and takes as many of them at a time as have their scores in a cache:
@@ -336,10 +327,7 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
                                                         const Tensor& temperatures, bool over_sentences, bool mean,
                                                         const Tensor& kept) {
     const Beats<T> all(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
-    const int64_t most = all.most, dim = all.dim, n = all.n;
-    // Each thread adds up on its own, in order: the same result every time.
-    const int64_t threads = std::min<int64_t>({at::get_num_threads(), std::max<int64_t>(1, SUMS / std::max<int64_t>(1, n * dim)),
-                                               std::max<int64_t>(1, all.records)});
+    const int64_t most = all.most, dim = all.dim, n = all.n, threads = threads_for(all.records, n * dim);
     Tensor of_beats = n && most ? at::empty_like(beats) : at::zeros_like(beats);
     Tensor of_rows = at::zeros({threads, n, dim}, beats.options());
     Tensor of_norm = at::zeros({threads, n}, beats.options()), of_both = at::zeros({threads, 2}, beats.options());

@@ -48,7 +48,7 @@ static INLINE void multiply_rows(const Left<T>& left, int64_t first, const T* pa
 #pragma GCC unroll 12
         for (int i = 0; i < COUNT; i++) done(first + i, low[i], high[i]);
     }
-    if constexpr (COUNT > 1) multiply_rows<std::max(1, COUNT / 3), V>(left, first, panel, depth, done);
+    if constexpr (COUNT > 1) multiply_rows<COUNT / 2, V>(left, first, panel, depth, done);
 }
 
 // left (rows, depth) times right (depth, columns): done(row, column, sums, sums), a vector of BYTES bytes from the column on and the next.

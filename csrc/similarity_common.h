@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "product.h"
@@ -23,18 +25,29 @@ static std::vector<int64_t> counts_of(const Tensor& count, int64_t most) {
     return {whole.const_data_ptr<int64_t>(), whole.const_data_ptr<int64_t>() + whole.numel()};
 }
 
-struct Rows {  // some rows of a padded tensor (C, most, D), and where they stand in it
-    Tensor place, rows;  // (N,), (N, D)
+static int64_t filled_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-    Rows() = default;
-    Rows(const Tensor& padded, const std::vector<int64_t>& places)
-        : place(at::tensor(places, at::kLong)), rows(padded.reshape({-1, padded.size(2)}).index_select(0, place)) {}
-    Tensor unpack(const Tensor& packed, const Tensor& padded) const {  // (N, D) -> like padded, zeros where no row stands
+struct Rows {  // some rows of a padded tensor (C, most, D), with rows of zeros between them
+    Tensor place, column, rows;  // row column[i] of rows (n, D) is number place[i] of all; rows are columns in the scores
+    int64_t n = 0;
+
+    void pack(const Tensor& padded, const std::vector<int64_t>& places, const std::vector<int64_t>& columns) {
+        place = at::tensor(places, at::kLong), column = at::tensor(columns, at::kLong);
+        const Tensor all = padded.reshape({-1, padded.size(2)});
+        rows = at::zeros({n, all.size(1)}, all.options()).index_copy_(0, column, all.index_select(0, place));
+    }
+    Tensor unpack(const Tensor& packed, const Tensor& padded) const {  // (n, D) -> like padded, zeros where no row stands
         Tensor whole = at::zeros_like(padded);
-        whole.view({-1, padded.size(2)}).index_copy_(0, place, packed);
+        whole.view({-1, padded.size(2)}).index_copy_(0, place, packed.index_select(0, column));
         return whole;
     }
 };
+
+// Threads that take some ECGs each and add up `numbers` numbers of their own, in order: the same result every time.
+static int64_t threads_for(int64_t records, int64_t numbers) {
+    constexpr int64_t SUMS = 1 << 24;  // that all of them may have together
+    return std::max<int64_t>(1, std::min<int64_t>({at::get_num_threads(), SUMS / std::max<int64_t>(1, numbers), records}));
+}
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 

@@ -1,43 +1,61 @@
 // token_similarity on the CPU, forward and backward. What it computes: similarity.py.
 //
-// Scores are made by matrix products in blocks that fit into the caches, reduced at once and forgotten; there is no tensor of ECG x
-// text x token x word. Texts are ragged, so their words are packed first, without the padding. The backward pass knows which token each
-// word took; with a temperature it makes the scores again.
+// A word's best token is found while its scores are in registers: they are never written. With a temperature, scores are made in blocks
+// that fit into the caches, reduced at once and forgotten; the backward pass makes them again. There is no tensor of ECG x text x token x
+// word. Texts are ragged, so their words are packed first, without the padding.
 #include "similarity_common.h"
 
 namespace similarity {
 
-struct Packed : Rows {  // all texts one behind the other: text c has rows starts[c] to starts[c + 1] - 1
-    std::vector<int64_t> starts;
+constexpr int64_t COLUMNS = 512;  // words of a block: with 128 tokens the scores are 256 KB
 
-    Packed(const Tensor& padded, const std::vector<int64_t>& counts) : starts(counts.size() + 1, 0) {
-        std::vector<int64_t> places;
-        for (size_t c = 0; c < counts.size(); c++) {
-            for (int64_t w = 0; w < counts[c]; w++) places.push_back(c * padded.size(1) + w);
-            starts[c + 1] = places.size();
+struct Words : Rows {  // rows: the words of all texts, one behind the other in blocks of whole texts, each from a whole panel on
+    struct Block { int64_t first, last, start, n; };  // texts; columns
+    std::vector<Block> blocks;
+    std::vector<int64_t> starts;  // column of a text's first word
+    int64_t widest = 0;
+
+    Words(const Tensor& padded, const std::vector<int64_t>& counts) {
+        std::vector<int64_t> places, columns;
+        for (int64_t c = 0; c < int64_t(counts.size()); c++) {
+            if (blocks.empty() || n + counts[c] > blocks.back().start + COLUMNS) {
+                n = filled_up(n, PANEL);
+                blocks.push_back({c, c, n, 0});
+            }
+            starts.push_back(n);
+            for (int64_t w = 0; w < counts[c]; w++) places.push_back(c * padded.size(1) + w), columns.push_back(n++);
+            Block& block = blocks.back();
+            block.last = c + 1, block.n = n - block.start, widest = std::max(widest, filled_up(block.n, PANEL));
         }
-        static_cast<Rows&>(*this) = Rows(padded, places);
-    }
-    // Texts from .. to - 1 whose rows are at most `rows`, one text at least.
-    int64_t block_end(int64_t from, int64_t rows) const {
-        int64_t to = from + 1;
-        while (to + 1 < int64_t(starts.size()) && starts[to + 1] - starts[from] <= rows) to++;
-        return to;
+        n = filled_up(n, PANEL);
+        pack(padded, places, columns);
     }
 };
 
-// s (rows, n) -> the largest of every column, and its row. NaN is larger than all else: it must not get lost.
-template <class T>
-static INLINE void column_max_(const T* __restrict s, int64_t rows, int64_t n, T* __restrict top, int32_t* __restrict at) {
-    for (int64_t j = 0; j < n; j++) top[j] = s[j], at[j] = 0;
-    for (int64_t t = 1; t < rows; t++)
-        for (int64_t j = 0; j < n; j++) {
-            const T x = s[t * n + j];
-            const bool more = !(x <= top[j]) & (top[j] == top[j]);
-            at[j] = more ? int32_t(t) : at[j];
-            top[j] = more ? x : top[j];
-        }
-}
+// ---- columns of scores -----------------------------------------------------------------------------------------------
+
+template <class T> struct Best {  // keeps the largest of every column, and its row. NaN is larger than all else: it must not get lost.
+    using Place = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    T* top;
+    Place* at;
+    T infinity = std::numeric_limits<T>::infinity();  // only NaN is not <= that
+
+    template <class V> INLINE void keep(int64_t i, int64_t j, const V& x) const {
+        using P = typename VectorOf<Place, sizeof(V) / sizeof(T)>::type;
+        const V old = load<V>(top + j), nan = old <= V{} + infinity ? V{} : old;  // nested choices GCC would do number by number
+        store(top + j, (x <= old ? old : x) + nan), store(at + j, x <= old ? load<P>(at + j) : P{} + Place(i));
+    }
+    template <class V> INLINE void operator()(int64_t i, int64_t j, const V& low, const V& high) const {
+        keep(i, j, low), keep(i, int64_t(j + sizeof(V) / sizeof(T)), high);
+    }
+};
+
+#define DEFINE_FIND_BEST(T, COUNT, BYTES)                                                                                          \
+    static void find_best(const Left<T>& left, const Right<T>& right, int64_t depth, const Best<T>& best) {                        \
+        multiply<COUNT, BYTES>(left, right, depth, best);                                                                          \
+    }
+FOR_EVERY_VECTOR(DEFINE_FIND_BEST, float)
+FOR_EVERY_VECTOR(DEFINE_FIND_BEST, double)
 
 // s (rows, n) -> of every column the mean under its softmax at a temperature; also the largest, and the sum of
 // exp((s - top) / temperature).
@@ -74,9 +92,6 @@ static INLINE T column_softmax_grad_(T* __restrict s, int64_t rows, int64_t n, T
 
 // float for every processor; double, for checks, as it comes.
 #define FOR_EVERY_CPU(T)                                                                                                           \
-    EVERY_CPU static void column_max(const T* s, int64_t rows, int64_t n, T* top, int32_t* at) {                                   \
-        column_max_(s, rows, n, top, at);                                                                                          \
-    }                                                                                                                              \
     EVERY_CPU static void column_softmax(const T* s, int64_t rows, int64_t n, T temperature, T* top, T* sum, T* mean) {            \
         column_softmax_(s, rows, n, temperature, top, sum, mean);                                                                  \
     }                                                                                                                              \
@@ -90,118 +105,128 @@ static INLINE T column_softmax_grad_(T* __restrict s, int64_t rows, int64_t n, T
 FOR_EVERY_CPU(float)
 FOR_EVERY_CPU(double)
 
-// ---- blocks of scores ------------------------------------------------------------------------------------------------
-
-constexpr int64_t COLUMNS = 512;  // words of a block: with 128 tokens the scores are 256 KB
-
-// Calls reduce(scores (T', n), ECG, texts from, to) with the scores of every ECG and every block of texts, on all threads.
-template <class T, class Reduce>
-static void for_every_block(const Tensor& tokens, const std::vector<int64_t>& token_count, const Packed& words, Reduce reduce) {
-    std::vector<int64_t> ends;
-    const int64_t texts = words.starts.size() - 1, records = tokens.size(0);
-    for (int64_t c = 0; c < texts; c = ends.back()) ends.push_back(words.block_end(c, COLUMNS));
-    int64_t widest = 0;
-    for (size_t i = 0; i < ends.size(); i++) widest = std::max(widest, words.starts[ends[i]] - words.starts[i ? ends[i - 1] : 0]);
-    const Tensor columns = words.rows.t();
-    at::parallel_for(0, records * int64_t(ends.size()), 1, [&](int64_t begin, int64_t end) {
-        const c10::NoGradGuard guard;
-        const Tensor room = at::empty({tokens.size(1) * widest}, tokens.options());
-        for (int64_t task = begin; task < end; task++) {
-            const int64_t b = task / ends.size(), i = task % ends.size(), from = i ? ends[i - 1] : 0;
-            const int64_t n = words.starts[ends[i]] - words.starts[from];
-            if (!n || !token_count[b]) continue;
-            Tensor scores = room.narrow(0, 0, token_count[b] * n).view({token_count[b], n});
-            at::mm_out(scores, tokens[b].narrow(0, 0, token_count[b]), columns.narrow(1, words.starts[from], n));
-            reduce(scores.template mutable_data_ptr<T>(), n, b, from, ends[i]);
-        }
-    });
-}
+// ---- all ECGs and texts ----------------------------------------------------------------------------------------------
 
 template <class T>
 static std::tuple<Tensor, Tensor> token_forward(const Tensor& tokens, const Tensor& words, const Tensor& token_count,
                                                 const Tensor& word_count, const std::optional<Tensor>& temperature) {
-    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1);
-    const std::vector<int64_t> tc = counts_of(token_count, tokens.size(1));
-    const Packed packed(words, counts_of(word_count, most));
+    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1), length = tokens.size(1), dim = tokens.size(2);
+    const std::vector<int64_t> tc = counts_of(token_count, length), wc = counts_of(word_count, most);
+    const Words all(words, wc);
     Tensor similarity = at::zeros({records, texts}, tokens.options());
     const auto places = tokens.options().dtype(at::kShort);
     Tensor best = temperature ? at::zeros({0}, places) : at::zeros({records, texts, most}, places);
+    if (!all.n) return {similarity, best};
+    const T warm = temperature ? temperature->item<T>() : T(0), *x = tokens.const_data_ptr<T>();
     T* out = similarity.mutable_data_ptr<T>();
-    int16_t* chosen = temperature ? nullptr : best.mutable_data_ptr<int16_t>();
-    const T warm = temperature ? temperature->item<T>() : T(0);
-    for_every_block<T>(tokens, tc, packed, [&](const T* scores, int64_t n, int64_t b, int64_t from, int64_t to) {
-        std::vector<T> value(n), top(temperature ? n : 0), sum(temperature ? n : 0);
-        std::vector<int32_t> at(temperature ? 0 : n);
-        if (temperature) column_softmax(scores, tc[b], n, warm, top.data(), sum.data(), value.data());
-        else column_max(scores, tc[b], n, value.data(), at.data());
-        for (int64_t c = from, j = 0; c < to; c++) {
-            const int64_t count = packed.starts[c + 1] - packed.starts[c];
-            T whole = 0;
-            for (int64_t w = 0; w < count; w++, j++) {
-                whole += value[j];
-                if (chosen) chosen[(b * texts + c) * most + w] = int16_t(at[j]);
+    int16_t* chosen = best.mutable_data_ptr<int16_t>();
+    const Tensor panels = panels_of(all.rows.t());
+    const int64_t blocks = all.blocks.size();
+    at::parallel_for(0, records * blocks, 1, [&](int64_t begin, int64_t end) {
+        const int64_t wide = all.widest;
+        std::vector<T> value(wide), top(temperature ? wide : 0), sum(temperature ? wide : 0), scores(temperature ? length * wide : 0);
+        std::vector<typename Best<T>::Place> at(wide);
+        for (int64_t task = begin; task < end; task++) {
+            const int64_t b = task / blocks;
+            const Words::Block& block = all.blocks[task % blocks];
+            if (!tc[b] || !block.n) continue;
+            const Left<T> mine{x + b * length * dim, dim, 1, tc[b]};
+            Right<T> columns(panels, block.n);
+            columns.x += block.start * dim;
+            if (temperature) {
+                multiply(mine, columns, dim, scores.data(), block.n, false);
+                column_softmax(scores.data(), tc[b], block.n, warm, top.data(), sum.data(), value.data());
+            } else {
+                std::fill_n(value.data(), wide, -std::numeric_limits<T>::infinity()), std::fill_n(at.data(), wide, 0);
+                find_best(mine, columns, dim, Best<T>{value.data(), at.data()});
             }
-            out[b * texts + c] = count ? whole / T(count) : T(0);
+            for (int64_t c = block.first; c < block.last; c++) {
+                T whole = 0;
+                for (int64_t w = 0, j = all.starts[c] - block.start; w < wc[c]; w++, j++) {
+                    whole += value[j];
+                    if (!temperature) chosen[(b * texts + c) * most + w] = int16_t(at[j]);
+                }
+                if (wc[c]) out[b * texts + c] = whole / T(wc[c]);
+            }
         }
     });
     return {similarity, best};
+}
+
+// A word's gradient goes to the token it took, and back.
+template <class T>
+static std::tuple<Tensor, Tensor> best_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
+                                                const std::vector<int64_t>& tc, const std::vector<int64_t>& wc, const Tensor& best) {
+    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1), length = tokens.size(1), dim = tokens.size(2);
+    Tensor of_tokens = at::zeros_like(tokens), of_words = at::zeros_like(words);
+    const T *g = grad.const_data_ptr<T>(), *x = tokens.const_data_ptr<T>(), *y = words.const_data_ptr<T>();
+    T *dx = of_tokens.mutable_data_ptr<T>(), *dy = of_words.mutable_data_ptr<T>();
+    const int16_t* chosen = best.const_data_ptr<int16_t>();
+    const auto pair = [&](int64_t b, int64_t c, bool to_tokens) {
+        if (!tc[b] || !wc[c]) return;
+        const T factor = g[b * texts + c] / T(wc[c]);
+        for (int64_t w = 0; w < wc[c]; w++) {
+            const int64_t t = (b * length + chosen[(b * texts + c) * most + w]) * dim, u = (c * most + w) * dim;
+            if (to_tokens) add(factor, y + u, dim, dx + t);
+            else add(factor, x + t, dim, dy + u);
+        }
+    };
+    at::parallel_for(0, records, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; b++) for (int64_t c = 0; c < texts; c++) pair(b, c, true);
+    });
+    at::parallel_for(0, texts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; c++) for (int64_t b = 0; b < records; b++) pair(b, c, false);
+    });
+    return {of_tokens, of_words};
+}
+
+// Scores of a block are made again and become their gradients. Every thread has its own ECGs.
+template <class T>
+static std::tuple<Tensor, Tensor, Tensor> softmax_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
+                                                           const std::vector<int64_t>& tc, const std::vector<int64_t>& wc, T warm) {
+    const Words all(words, wc);
+    const int64_t records = tokens.size(0), texts = words.size(0), length = tokens.size(1), dim = tokens.size(2), wide = all.widest;
+    const int64_t threads = threads_for(records, all.n * dim);
+    Tensor of_tokens = at::zeros_like(tokens), of_rows = at::zeros({threads, all.n, dim}, tokens.options());
+    Tensor of_temperature = at::zeros({threads}, tokens.options());
+    const Tensor columns = panels_of(all.rows.t()), rows = panels_of(all.rows);
+    const T *g = grad.const_data_ptr<T>(), *x = tokens.const_data_ptr<T>();
+    T *dx = of_tokens.mutable_data_ptr<T>(), *dy = of_rows.mutable_data_ptr<T>(), *of_warm = of_temperature.mutable_data_ptr<T>();
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        const c10::NoGradGuard guard;
+        std::vector<T> scores(length * wide), top(wide), sum(wide), mean(wide), share(wide), spare(wide);
+        for (int64_t thread = begin; thread < end; thread++)
+            for (int64_t b = records * thread / threads; b < records * (thread + 1) / threads; b++) {
+                if (!tc[b]) continue;
+                const Tensor mine = panels_of(tokens[b].narrow(0, 0, tc[b]));
+                for (const Words::Block& block : all.blocks) {
+                    if (!block.n) continue;
+                    Right<T> words_down(columns, block.n), words_across(rows, dim);
+                    words_down.x += block.start * dim, words_across.x += block.start * PANEL;
+                    for (int64_t c = block.first; c < block.last; c++)
+                        std::fill_n(share.data() + all.starts[c] - block.start, wc[c], g[b * texts + c] / T(wc[c]));
+                    T* s = scores.data();
+                    multiply(Left<T>{x + b * length * dim, dim, 1, tc[b]}, words_down, dim, s, block.n, false);
+                    column_softmax(s, tc[b], block.n, warm, top.data(), sum.data(), mean.data());
+                    of_warm[thread] += column_softmax_grad(s, tc[b], block.n, warm, top.data(), sum.data(), mean.data(), share.data(),
+                                                           spare.data());
+                    multiply(Left<T>{s, block.n, 1, tc[b]}, words_across, block.n, dx + b * length * dim, dim, true);
+                    multiply(Left<T>{s, 1, block.n, block.n}, Right<T>(mine, dim), tc[b], dy + (thread * all.n + block.start) * dim, dim,
+                             true);
+                }
+            }
+    });
+    return {of_tokens, all.unpack(of_rows.sum(0), words), of_temperature.sum()};
 }
 
 template <class T>
 static std::tuple<Tensor, Tensor, Tensor> token_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
                                                          const Tensor& token_count, const Tensor& word_count,
                                                          const std::optional<Tensor>& temperature, const Tensor& best) {
-    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1);
-    const int64_t length = tokens.size(1), dim = tokens.size(2);
-    const std::vector<int64_t> tc = counts_of(token_count, length), wc = counts_of(word_count, most);
-    Tensor of_tokens = at::zeros_like(tokens), of_words = at::zeros_like(words), of_temperature = at::zeros({}, tokens.options());
-    const T *g = grad.const_data_ptr<T>(), *x = tokens.const_data_ptr<T>(), *y = words.const_data_ptr<T>();
-    T *dx = of_tokens.mutable_data_ptr<T>(), *dy = of_words.mutable_data_ptr<T>();
-    if (!temperature) {  // a word's gradient goes to the token it took, and back
-        const int16_t* chosen = best.const_data_ptr<int16_t>();
-        const auto pair = [&](int64_t b, int64_t c, bool to_tokens) {
-            if (!tc[b] || !wc[c]) return;
-            const T factor = g[b * texts + c] / T(wc[c]);
-            for (int64_t w = 0; w < wc[c]; w++) {
-                const int64_t t = (b * length + chosen[(b * texts + c) * most + w]) * dim, u = (c * most + w) * dim;
-                if (to_tokens) add(factor, y + u, dim, dx + t);
-                else add(factor, x + t, dim, dy + u);
-            }
-        };
-        at::parallel_for(0, records, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t b = begin; b < end; b++) for (int64_t c = 0; c < texts; c++) pair(b, c, true);
-        });
-        at::parallel_for(0, texts, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t c = begin; c < end; c++) for (int64_t b = 0; b < records; b++) pair(b, c, false);
-        });
-        return {of_tokens, of_words, of_temperature};
-    }
-    // Scores become their gradients block by block; the products with them use all threads.
-    const Packed packed(words, wc);
-    const T warm = temperature->item<T>();
-    Tensor of_packed = at::zeros_like(packed.rows);
-    T all = 0;
-    for (int64_t from = 0, to; from < texts; from = to) {
-        to = packed.block_end(from, 2048);
-        const int64_t n = packed.starts[to] - packed.starts[from];
-        if (!n) continue;
-        const Tensor rows = packed.rows.narrow(0, packed.starts[from], n);
-        std::vector<T> top(n), sum(n), mean(n), share(n), spare(n);
-        for (int64_t b = 0; b < records; b++) {
-            if (!tc[b]) continue;
-            const Tensor mine = tokens[b].narrow(0, 0, tc[b]);
-            Tensor scores = at::mm(mine, rows.t());
-            T* s = scores.mutable_data_ptr<T>();
-            for (int64_t c = from, j = 0; c < to; c++)
-                for (int64_t w = 0; w < wc[c]; w++) share[j++] = g[b * texts + c] / T(wc[c]);
-            column_softmax(s, tc[b], n, warm, top.data(), sum.data(), mean.data());
-            all += column_softmax_grad(s, tc[b], n, warm, top.data(), sum.data(), mean.data(), share.data(), spare.data());
-            of_tokens[b].narrow(0, 0, tc[b]).addmm_(scores, rows);
-            of_packed.narrow(0, packed.starts[from], n).addmm_(scores.t(), mine);
-        }
-    }
-    of_temperature.fill_(all);
-    return {of_tokens, packed.unpack(of_packed, words), of_temperature};
+    const std::vector<int64_t> tc = counts_of(token_count, tokens.size(1)), wc = counts_of(word_count, words.size(1));
+    if (temperature) return softmax_backward<T>(grad, tokens, words, tc, wc, temperature->item<T>());
+    const auto [of_tokens, of_words] = best_backward<T>(grad, tokens, words, tc, wc, best);
+    return {of_tokens, of_words, at::zeros({}, tokens.options())};
 }
 
 // ---- types ----------------------------------------------------------------------------------------------------------
