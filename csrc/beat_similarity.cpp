@@ -22,14 +22,14 @@ template <class T> struct Attention {
     T* of_x;                                   // as x, and may be x: its gradient
     int64_t stride;
     T *p, *a, *along;                          // (beats, n): softmax over sentences, over beats, gram times that
-    T *logit, *root, *cosine, *share;          // (n); root: length of every attended beat
+    T *up, *root, *cosine, *logit, *share;     // (n); up: attended beat times sentence, root: length of the former
     T *similarity, *grad;                      // (wide)
     T *of_square, *spare;                      // (n): gradient of twice the attended beat's squared length
 
-    static int64_t room(int64_t beats, int64_t widest) { return (3 * beats + 8) * widest; }
+    static int64_t room(int64_t beats, int64_t widest) { return (3 * beats + 9) * widest; }
     void use(T* memory) {
         for (T** some : {&p, &a, &along}) *some = memory, memory += beats * n;
-        for (T** one : {&logit, &root, &cosine, &share, &similarity, &grad, &of_square, &spare}) *one = memory, memory += n;
+        for (T** one : {&up, &root, &cosine, &logit, &share, &similarity, &grad, &of_square, &spare}) *one = memory, memory += n;
     }
 };
 
@@ -98,7 +98,7 @@ template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
             const V share = load<V>(a + k * n) * part;
             store(a + k * n, share), up += share * load<V>(x + k * r.stride);
         }
-        store(r.logit + j, up);
+        store(r.up + j, up);
     });
     gram_times<4>(r.gram, r.a, 0, beats, n, r.along);
     for_columns<T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
@@ -107,12 +107,12 @@ template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
         for (int64_t k = j; k < beats * n; k += n) square += load<V>(r.a + k) * load<V>(r.along + k);
         store(r.root + j, larger(square, V{}));
     });
-    for (int64_t j = 0; j < n; j++) {
-        r.root[j] = std::sqrt(r.root[j]);
-        const T lengths = r.root[j] * r.norm[j];
-        r.cosine[j] = r.logit[j] / (lengths > T(SMALLEST) ? lengths : T(SMALLEST));
-        r.logit[j] = r.sharpness * r.cosine[j];
-    }
+    for (T* root = r.root; root < r.root + n; root++) *root = std::sqrt(*root);
+    for_columns<T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
+        using V = decltype(zero);
+        const V cosine = load<V>(r.up + j) / larger(load<V>(r.root + j) * load<V>(r.norm + j), zero + T(SMALLEST));
+        store(r.cosine + j, cosine), store(r.logit + j, r.sharpness * cosine);
+    });
     softmax_over_sentences(r, r.logit, n, 1, r.share, top, sum);  // its sums are the result, its shares the gradient
     for (int64_t i = 0; i < r.texts; i++) {
         int64_t count = r.sentences;
@@ -144,31 +144,29 @@ template <class T> static INLINE void add_dots(const T* x, const T* rows, int64_
 template <class T> static INLINE void beat_backward_(const Attention<T>& r, T* of_gram, T* of_norm, T* of_both) {
     using V = Vector<T>;
     const int64_t beats = r.beats, n = r.n;
-    const V none{};
-    V of_temperature{}, of_sharpness{};
-    for (int64_t s = 0, j = 0; s < r.sentences; s++)
-        for (int64_t i = 0; i < r.wide; i += LANES, j += LANES) {
-            const V share = load<V>(r.share + j) * load<V>(r.grad + i), cosine = load<V>(r.cosine + j);
-            const V root = load<V>(r.root + j), norm = load<V>(r.norm + j), lengths = root * norm;
-            const V d = share * r.sharpness;  // gradient of the cosine
-            const auto large = lengths > V{} + T(SMALLEST);
-            const V of_up = d / (large ? lengths : V{} + T(SMALLEST)), of_square = large ? -d * cosine / (root * root) : none;
-            store(r.of_square + j, of_square), store(of_norm + j, load<V>(of_norm + j) + (large ? -d * cosine / norm : none));
-            of_sharpness += share * cosine;
-            T *of_x = r.of_x + j, *dz = r.along + j;
-            const T *x = r.x + j, *a = r.a + j, *p = r.p + j;
-            V inner{};
-            for (int64_t k = 0; k < beats; k++) {
-                const V dk = of_up * load<V>(x + k * r.stride) + of_square * load<V>(dz + k * n);
-                store(dz + k * n, dk), inner += load<V>(a + k * n) * dk;
-            }
-            for (int64_t k = 0; k < beats; k++) {
-                const V ak = load<V>(a + k * n), dk = ak * (load<V>(dz + k * n) - inner);
-                of_temperature += dk * load<V>(p + k * n);
-                store(dz + k * n, r.temperature * dk);  // gradient of p
-                store(of_x + k * r.stride, of_up * ak + (r.over_sentences ? none : r.temperature * dk));
-            }
+    for (int64_t j = 0; j < n; j += r.wide)
+        for (int64_t i = 0; i < r.wide; i += LANES) store(r.share + j + i, load<V>(r.share + j + i) * load<V>(r.grad + i));
+    for_columns<T>(n, [&](auto none, int64_t j) INLINE_LAMBDA {
+        using V = decltype(none);
+        const V cosine = load<V>(r.cosine + j), root = load<V>(r.root + j), norm = load<V>(r.norm + j), lengths = root * norm;
+        const V d = load<V>(r.share + j) * r.sharpness;  // gradient of the cosine
+        const auto large = lengths > none + T(SMALLEST);
+        const V of_up = d / (large ? lengths : none + T(SMALLEST)), of_square = large ? -d * cosine / (root * root) : none;
+        const V inner = of_up * load<V>(r.up + j) + of_square * root * root;  // sum of a over the beats times its gradient
+        store(r.of_square + j, of_square), store(of_norm + j, load<V>(of_norm + j) + (large ? -d * cosine / norm : none));
+        const T *x = r.x + j, *a = r.a + j, *p = r.p + j;
+        T *of_x = r.of_x + j, *of_p = r.along + j;
+        V of_temperature{};
+        for (int64_t k = 0; k < beats; k++, x += r.stride, of_x += r.stride, a += n, p += n, of_p += n) {
+            const V ak = load<V>(a), dk = ak * (of_up * load<V>(x) + of_square * load<V>(of_p) - inner);
+            of_temperature += dk * load<V>(p);
+            store(of_p, r.temperature * dk), store(of_x, of_up * ak + (r.over_sentences ? none : r.temperature * dk));
         }
+        store(r.spare + j, of_temperature);
+    });
+    V of_temperature{}, of_sharpness{};
+    for (int64_t j = 0; j < n; j += LANES)
+        of_temperature += load<V>(r.spare + j), of_sharpness += load<V>(r.share + j) * load<V>(r.cosine + j);
     for (int l = 0; l < LANES; l++) of_both[0] += of_temperature[l], of_both[1] += of_sharpness[l];
     for (int64_t k = 0; k < beats; k++) {
         for (int64_t j = 0; j < n; j += LANES) store(r.logit + j, load<V>(r.of_square + j) * load<V>(r.a + k * n + j));
@@ -281,20 +279,22 @@ template <class T> struct Beats : Rows {  // rows: the sentences, by groups
         });
     }
 
+    int64_t working() const { return Attention<T>::room(most, widest); }
+    Tensor memory() const { return at::empty({working() + most * most}, beats.options()); }
+
     // Calls pair(Attention, group) for ECG b, which has beats, and every group of texts. scores (K, n): of the ECG; of_scores: their
     // gradients' place; memory: to work in.
-    template <class Pair> void for_every_group(int64_t b, const T* scores, T* of_scores, std::vector<T>& memory, Pair pair) const {
+    template <class Pair> void for_every_group(int64_t b, const T* scores, T* of_scores, T* memory, Pair pair) const {
         Attention<T> r = common;
         r.beats = counts[b];
-        memory.resize(most * most + Attention<T>::room(most, widest));
-        gram_of(beats.template const_data_ptr<T>() + b * most * dim, r.beats, dim, memory.data());
-        r.gram = memory.data();
+        gram_of(beats.template const_data_ptr<T>() + b * most * dim, r.beats, dim, memory + working());
+        r.gram = memory + working();
         for (const Group& g : groups) {
             r.sentences = g.sentences, r.texts = g.texts, r.wide = g.wide, r.n = g.sentences * g.wide;
             r.x = scores + g.first_column, r.norm = norm.template const_data_ptr<T>() + g.first_column;
             r.hidden = hidden.template const_data_ptr<T>() + g.first_column;
             if (of_scores) r.of_x = of_scores + g.first_column;
-            r.use(memory.data() + most * most);
+            r.use(memory);
             pair(r, g);
         }
     }
@@ -310,10 +310,10 @@ static std::tuple<Tensor, Tensor> beat_forward(const Tensor& beats, const Tensor
     T* out = similarity.mutable_data_ptr<T>();
     all.for_every_block(at::get_num_threads(), keep ? kept.mutable_data_ptr<T>() : nullptr, false,
                         [&](int64_t, int64_t first, int64_t last, const T* x) {
-        std::vector<T> memory;
+        const Tensor memory = all.memory();
         for (int64_t b = first; b < last; b++, x += all.most * all.n)
             if (all.counts[b])
-                all.for_every_group(b, x, nullptr, memory, [&](const Attention<T>& r, const Group& g) {
+                all.for_every_group(b, x, nullptr, memory.mutable_data_ptr<T>(), [&](const Attention<T>& r, const Group& g) {
                     beat_forward(r);
                     for (int64_t i = 0; i < g.texts; i++) out[b * all.texts + all.order[g.first_text + i]] = r.similarity[i];
                 });
@@ -338,7 +338,8 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
     T* both = of_both.mutable_data_ptr<T>();
     all.for_every_block(threads, there ? const_cast<T*>(kept.const_data_ptr<T>()) : nullptr, there,
                         [&](int64_t thread, int64_t first, int64_t last, T* scores) {
-        std::vector<T> memory, of_gram((last - first) * most * most);
+        const Tensor memory = all.memory();
+        std::vector<T> of_gram((last - first) * most * most);
         const Tensor apart = at::empty({there ? (last - first) * most * n : 0}, beats.options());  // kept scores must stay as they are
         T* const of_scores = there ? apart.mutable_data_ptr<T>() : scores;
         for (int64_t b = first; b < last; b++) {
@@ -347,7 +348,7 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
                 std::fill(of_scores + start + k * n + (k < count ? all.filled : 0), of_scores + start + (k + 1) * n, T(0));
             T* dg = of_gram.data() + (b - first) * most * most;
             if (count)
-                all.for_every_group(b, scores + start, of_scores + start, memory, [&](const Attention<T>& r, const Group& group) {
+                all.for_every_group(b, scores + start, of_scores + start, memory.mutable_data_ptr<T>(), [&](const Attention<T>& r, const Group& group) {
                     for (int64_t i = 0; i < r.wide; i++)
                         r.grad[i] = i < group.texts ? g[b * all.texts + all.order[group.first_text + i]] : T(0);
                     beat_forward(r);

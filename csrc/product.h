@@ -14,6 +14,7 @@
 namespace similarity {
 
 constexpr int64_t PANEL = 32;
+constexpr int64_t TOGETHER = 48;  // rows of the left side that meet all panels before the next do: both then stay in the second cache
 
 // (depth, columns) -> its panels, one behind the other: all rows of PANEL columns, zeros behind the last column.
 static at::Tensor panels_of(const at::Tensor& matrix) {
@@ -30,10 +31,10 @@ template <class T> struct Right {  // panels; x may be moved by PANEL for every 
     Right(const at::Tensor& panels, int64_t columns) : x(panels.const_data_ptr<T>()), panel(panels.size(1) * PANEL), columns(columns) {}
 };
 
-// Rows first to left.rows - 1, COUNT at a time, times two vectors of a panel's columns: done(row, sums, sums of the second vector).
+// Rows first to last - 1, COUNT at a time, times two vectors of a panel's columns: done(row, sums, sums of the second vector).
 template <int COUNT, class V, class T, class Done>
-static INLINE void multiply_rows(const Left<T>& left, int64_t first, const T* panel, int64_t depth, Done done) {
-    for (; first + COUNT <= left.rows; first += COUNT) {
+static INLINE void multiply_rows(const Left<T>& left, int64_t first, int64_t last, const T* panel, int64_t depth, Done done) {
+    for (; first + COUNT <= last; first += COUNT) {
         V low[COUNT]{}, high[COUNT]{};
         const T *x = left.x + first * left.row, *y = panel;
         for (int64_t k = 0; k < depth; k++, x += left.step, y += PANEL) {
@@ -48,16 +49,17 @@ static INLINE void multiply_rows(const Left<T>& left, int64_t first, const T* pa
 #pragma GCC unroll 12
         for (int i = 0; i < COUNT; i++) done(first + i, low[i], high[i]);
     }
-    if constexpr (COUNT > 1) multiply_rows<COUNT / 2, V>(left, first, panel, depth, done);
+    if constexpr (COUNT > 1) multiply_rows<COUNT / 2, V>(left, first, last, panel, depth, done);
 }
 
 // left (rows, depth) times right (depth, columns): done(row, column, sums, sums), a vector of BYTES bytes from the column on and the next.
 template <int COUNT, int BYTES, class T, class Done>
 static INLINE void multiply(const Left<T>& left, const Right<T>& right, int64_t depth, Done done) {
     typedef T V __attribute__((vector_size(BYTES)));
-    for (int64_t j = 0; j < right.columns; j += 2 * BYTES / sizeof(T))
-        multiply_rows<COUNT, V>(left, 0, right.x + j / PANEL * right.panel + j % PANEL, depth,
-                                [&](int64_t i, const V& low, const V& high) INLINE_LAMBDA { done(i, j, low, high); });
+    for (int64_t first = 0; first < left.rows; first += TOGETHER)
+        for (int64_t j = 0; j < right.columns; j += 2 * BYTES / sizeof(T))
+            multiply_rows<COUNT, V>(left, first, std::min(first + TOGETHER, left.rows), right.x + j / PANEL * right.panel + j % PANEL, depth,
+                                    [&](int64_t i, const V& low, const V& high) INLINE_LAMBDA { done(i, j, low, high); });
 }
 
 // DEFINE(T, rows at a time, bytes of a vector) for every processor: so many sums as it has registers for.

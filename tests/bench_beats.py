@@ -143,10 +143,12 @@ def accuracy(folder, others):
 
 
 def seconds(calls, rounds=15):
-    """Median seconds of each call, taken in turns: a busy moment of the machine meets all of them."""
+    """Median seconds of each call, taken in turns: a busy moment of the machine meets all of them. Each is called once before it is timed:
+    its turn begins with the caches as it leaves them, not as another left them."""
     times = [[] for _ in calls]
     for _ in range(rounds):
         for call, spent in zip(calls, times):
+            call()
             start = time.perf_counter()
             call()
             spent.append(time.perf_counter() - start)
