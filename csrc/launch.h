@@ -1,8 +1,10 @@
-// What the CUDA files share: launching a kernel, and what became of it. tests/cuda_on_host.h brings a LAUNCH of its own.
+// What the CUDA files share: launching a kernel, and what became of it. tests/cuda_on_host.h brings its own.
 #pragma once
 
 #ifdef __CUDACC__
-#define LAUNCH(kernel, groups, threads, stream, ...) kernel<<<groups, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define LAUNCH_WITH_MEMORY(kernel, groups, threads, bytes, stream, ...) \
+    kernel<<<groups, threads, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define LAUNCH(kernel, groups, threads, stream, ...) LAUNCH_WITH_MEMORY(kernel, groups, threads, 0, stream, __VA_ARGS__)
 #endif
 
 static inline const char* what_failed() {

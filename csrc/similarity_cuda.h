@@ -1,7 +1,9 @@
-// What similarity_cuda.cu offers: the token scale for bf16 on the GPU. No PyTorch in here: nvcc must compile it without.
+// What similarity_cuda.cu and beat_similarity_cuda.cu offer. No PyTorch in here: nvcc must compile it without. All on the stream, without
+// waiting. They return what failed, or null.
+//
+// The token scale for bf16.
 // tokens (records, length, dim), words (texts, most, dim) bf16, 16-byte aligned, no size 0, dim a multiple of 8; counts (records,) and
-// (texts,), at most length and most; similarity and grad (records, texts); best (records, texts, most). On the stream, without waiting.
-// They return what failed, or null.
+// (texts,), at most length and most; similarity and grad (records, texts); best (records, texts, most).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,5 +16,25 @@ const char* token_forward_cuda(const void* tokens, const void* words, const int6
 const char* token_backward_cuda(const float* grad, const void* tokens, const void* words, const int64_t* token_count,
                                 const int64_t* word_count, const int16_t* best, int records, int texts, int length, int most, int dim,
                                 float* of_tokens, float* of_words, void* stream);
+
+// The beat scale for float32. Sentences stand one behind the other, text by text; so do the texts' groups, of beat_columns() sentences at
+// most. Nothing has size 0. Pointers are into the device's memory.
+struct BeatScale {
+    const float *gram, *norm, *temperatures;                 // (records, beats, beats), (sentences,), (2,)
+    const int64_t *beat_count, *starts, *text, *first_text;  // (records,); of a text its first sentence (texts + 1,); of a sentence its
+                                                             // text (sentences,); of a group its first text (groups + 1,)
+    int records, texts, groups, beats, sentences;
+    bool over_sentences, mean;
+};
+constexpr float SMALLEST = 1e-8f;  // of a product of lengths, as torch.cosine_similarity has it
+
+// Sentences that fit into a group beside so many beats; 0: the beats alone are too many.
+int beat_columns(int beats, bool over_sentences);
+// scores (records, beats, sentences) -> similarity (records, texts), written where both sides have rows.
+const char* beat_forward_cuda(const BeatScale& r, const float* scores, float* similarity, void* stream);
+// grad (records, texts) -> scores: their gradient in their place; of_gram (groups, records, beats, beats): what times the beats is their
+// gradient by way of the Gram matrix; of_sentences (3, records, sentences): gradients of norm and of the two temperatures. Both must come
+// as zeros; their sums are the gradients.
+const char* beat_backward_cuda(const BeatScale& r, const float* grad, float* scores, float* of_gram, float* of_sentences, void* stream);
 
 }  // namespace similarity

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -16,12 +17,14 @@
 #define __device__
 #define __shared__ static  // one group runs at a time
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct uint4 { unsigned x, y, z, w; };
 struct Place { unsigned x; };
 static thread_local Place threadIdx, blockIdx, blockDim;
 static pthread_barrier_t group_barrier;
+static float* group_memory;  // as much as the launch asks for
+inline float* shared_memory() { return group_memory; }
 
 inline void __syncthreads() { pthread_barrier_wait(&group_barrier); }
 inline int atomicAdd(int* x, int value) { return __atomic_fetch_add(x, value, __ATOMIC_RELAXED); }
@@ -93,7 +96,9 @@ static int lowest(unsigned bits) { return __builtin_ctz(bits); }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-template <class Kernel> void run_on_host(unsigned groups, unsigned threads, Kernel kernel) {
+template <class Kernel> void run_on_host(unsigned groups, unsigned threads, size_t bytes, Kernel kernel) {
+    const std::unique_ptr<float[]> memory(new float[bytes / sizeof(float)]);
+    group_memory = memory.get();
     pthread_barrier_init(&group_barrier, nullptr, threads);
     for (unsigned w = 0; w < threads / 32; w++) pthread_barrier_init(&warp_barriers[w], nullptr, 32);
     std::vector<std::thread> team;
@@ -110,4 +115,5 @@ template <class Kernel> void run_on_host(unsigned groups, unsigned threads, Kern
     pthread_barrier_destroy(&group_barrier);
     for (unsigned w = 0; w < threads / 32; w++) pthread_barrier_destroy(&warp_barriers[w]);
 }
-#define LAUNCH(kernel, groups, threads, stream, ...) run_on_host(groups, threads, [=] { kernel(__VA_ARGS__); })
+#define LAUNCH_WITH_MEMORY(kernel, groups, threads, bytes, stream, ...) run_on_host(groups, threads, bytes, [=] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, groups, threads, stream, ...) LAUNCH_WITH_MEMORY(kernel, groups, threads, 0, stream, __VA_ARGS__)
