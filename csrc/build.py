@@ -93,7 +93,9 @@ def sources_in(folder, made):
     stamp = Path(folder) / "recipe.cpp"
     text = f"recipe {json.dumps(made)} end of recipe"
     stamp.write_text(f'extern "C" __attribute__((used)) const char ecg_recipe[] = R"json({text})json";\n')
-    names = ["ops.cpp", "beats.cpp", "token_similarity.cpp", "beat_similarity.cpp"] + (["beats_cuda.cu", "similarity_cuda.cu"] if made["cuda"] else [])
+    names = ["ops.cpp", "beats.cpp", "token_similarity.cpp", "beat_similarity.cpp"]
+    if made["cuda"]:
+        names += ["beats_cuda.cu", "similarity_cuda.cu", "beat_similarity_cuda.cu", "beat_similarity_gpu.cpp"]
     return [str(FOLDER / name) for name in names] + [str(stamp)]
 
 

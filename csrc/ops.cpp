@@ -122,6 +122,22 @@ std::tuple<Tensor, Tensor> token_similarity_backward_bf16(const Tensor& grad, co
     TORCH_CHECK(!failed, "token_similarity: ", failed);
     return {of_tokens.to(tokens.scalar_type()), of_words.to(words.scalar_type())};
 }
+
+Tensor beat_similarity_kernel(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
+                              const Tensor& temperatures, bool over_sentences, bool mean, int64_t block) {
+    const c10::cuda::CUDAGuard guard(beats.device());
+    return similarity::beat_similarity_kernel(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, block,
+                                              c10::cuda::getCurrentCUDAStream().stream());
+}
+
+std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward_kernel(const Tensor& grad, const Tensor& beats, const Tensor& sentences,
+                                                                   const Tensor& beat_count, const Tensor& sentence_count,
+                                                                   const Tensor& temperatures, bool over_sentences, bool mean,
+                                                                   int64_t block) {
+    const c10::cuda::CUDAGuard guard(beats.device());
+    return similarity::beat_similarity_backward_kernel(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences,
+                                                       mean, block, c10::cuda::getCurrentCUDAStream().stream());
+}
 #endif
 
 }  // namespace
@@ -141,5 +157,7 @@ TORCH_LIBRARY_IMPL(ecg, CUDA, m) {
     m.impl("beat_of_token", beat_of_token_cuda);
     m.impl("token_similarity_bf16", token_similarity_bf16);
     m.impl("token_similarity_backward_bf16", token_similarity_backward_bf16);
+    m.impl("beat_similarity_kernel", beat_similarity_kernel);
+    m.impl("beat_similarity_backward_kernel", beat_similarity_backward_kernel);
 }
 #endif

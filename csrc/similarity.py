@@ -1,7 +1,8 @@
 """token_beat_rhythm: the similarity of every ECG with every text at three scales, without a tensor of ECG x text x token x word.
 
 The two large scales are operators, token_similarity and beat_similarity: compiled for the CPU (token_similarity.cpp,
-beat_similarity.cpp), the token scale in bf16 for the GPU (similarity_cuda.cu); for all else the plain definitions below, block by block.
+beat_similarity.cpp), for the GPU the token scale in bf16 (similarity_cuda.cu) and the beat scale in float32 within the limits of
+suits_beat_kernel (beat_similarity_cuda.cu); for all else the plain definitions below, block by block.
 Everywhere: B ECGs and C texts; token_count, beat_count (B,) and word_count, sentence_count (C,) say how many rows of the padded tensors
 are real. A pair of which one side is empty has similarity 0 and no gradient.
 """
@@ -20,6 +21,8 @@ torch.library.define("ecg::token_similarity_bf16", f"({TOKEN.rpartition(',')[0]}
 torch.library.define("ecg::token_similarity_backward_bf16", f"(Tensor grad, {TOKEN.rpartition(',')[0]}, Tensor best) -> (Tensor, Tensor)")
 torch.library.define("ecg::beat_similarity", f"({BEAT}, SymInt keep=0) -> (Tensor, Tensor)")
 torch.library.define("ecg::beat_similarity_backward", f"(Tensor grad, {BEAT}, Tensor kept) -> (Tensor, Tensor, Tensor)")
+torch.library.define("ecg::beat_similarity_kernel", f"({BEAT}, SymInt block) -> Tensor")
+torch.library.define("ecg::beat_similarity_backward_kernel", f"(Tensor grad, {BEAT}, SymInt block) -> (Tensor, Tensor, Tensor)")
 
 
 def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhythm=None, report=None, *, token_count=None,
@@ -85,6 +88,12 @@ def given(scale, ecg, text, ecg_name, text_name, dims):
 def full_precision(x):
     """No autocast: at scale 100 the three digits of bf16 are not enough."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def suits_beat_kernel(beats, sentences, over_sentences):
+    """Can beat_similarity_cuda.cu take them? What an ECG has with the longest text must fit into 48 KB."""
+    k, s = beats.shape[1], sentences.shape[1]
+    return KERNELS and beats.dtype == torch.float32 and k <= 64 and s <= 128 and (3 if over_sentences else 1) * k * s <= 4800
 
 
 def suits_kernel(tokens, words, temperature):
@@ -197,6 +206,10 @@ def token_backward(grad, tokens, words, token_count, word_count, temperature, be
 
 
 def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, keep=0):
+    if suits_beat_kernel(beats, sentences, over_sentences):
+        similarity = torch.ops.ecg.beat_similarity_kernel(beats, sentences, beat_count, sentence_count, temperatures, over_sentences,
+                                                          mean, BLOCK)
+        return similarity, beats.new_empty(len(beats), keep)
     similarity = beats.new_zeros(len(beats), len(sentences))
     if beats.shape[1] and sentences.numel():
         for b in blocks(beats, beats.shape[1] * sentences.shape[0] * sentences.shape[1]):
@@ -206,6 +219,9 @@ def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, ove
 
 
 def beat_backward(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, kept):
+    if suits_beat_kernel(beats, sentences, over_sentences):
+        return torch.ops.ecg.beat_similarity_backward_kernel(grad, beats, sentences, beat_count, sentence_count, temperatures,
+                                                             over_sentences, mean, BLOCK)
     return backward(beats_by_sentences, grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean)
 
 

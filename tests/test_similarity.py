@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import csrc
-from conftest import SHARED
+from conftest import ROOT, SHARED
+from csrc import build
 from csrc import similarity as plain
 from test_csrc import compiled, compiler, on_host, python
 
@@ -340,3 +341,74 @@ def test_kernels_on_the_host_are_the_definition(kernels, sizes, whole):
     kernels.backward(ctypes.c_void_p(grad.data_ptr()), *inputs, outputs[1], *sizes, *(ctypes.c_void_p(x.data_ptr()) for x in (of_tokens, of_words)))
     for ours, theirs in zip((of_tokens, of_words), torch.autograd.grad(expected, exact, grad.double())):
         assert torch.allclose(ours.double(), theirs, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def beat_operators(tmp_path_factory):
+    """csrc/beat_similarity_gpu.cpp as operators for the CPU, its kernels run on the host."""
+    from torch.utils import cpp_extension
+    build.find_ninja()
+    sources = [ROOT / "tests/beat_similarity_on_host.cpp", build.FOLDER / "beat_similarity_gpu.cpp"]
+    cpp_extension.load("beat_on_host", list(map(str, sources)), extra_cflags=["-O1", "-pthread", "-Wno-unknown-pragmas"],
+                       build_directory=str(tmp_path_factory.mktemp("beat")), is_python_module=False)
+
+
+@pytest.fixture
+def by_kernels(beat_operators, monkeypatch):
+    """The beat scale as on a GPU, by the kernels alone, in blocks of few scores."""
+    monkeypatch.setattr(plain, "KERNELS", True)
+    monkeypatch.setattr(plain, "BLOCK", 2000)
+    definition = plain.beats_by_sentences
+    monkeypatch.setattr(plain, "beats_by_sentences", None)
+    return definition
+
+
+@compiled
+@pytest.mark.parametrize("flags", [(s, m) for s in (True, False) for m in (False, True)])
+@pytest.mark.parametrize("sizes", [
+    {}, dict(records=1, texts=1), dict(sentences=1, beats=1), dict(records=4, texts=60, dim=24, sentences=9, beats=13),
+    dict(records=7, texts=8, beats=17, sentences=6), dict(records=3, texts=7, dim=32, beats=63, sentences=20),
+    dict(records=2, texts=3, beats=33, sentences=48), dict(records=2, texts=3, beats=12, sentences=128)])
+def test_beat_kernels_on_the_host_are_the_definition(by_kernels, sizes, flags):
+    ecgs, texts, *counts = ragged(torch.float32, **sizes)["beat"]
+    exact = ecgs.detach().double().requires_grad_(), texts.detach().double().requires_grad_(), scalar(4.0, 5.0)
+    inputs = ecgs.detach(), texts.detach(), *counts, exact[2].detach().float(), *flags
+    expected = by_kernels(*exact[:2], *counts, exact[2], *flags)
+    seed = draw(*expected.shape, dtype=torch.float32).detach()
+    similarity, kept = plain.beat_forward(*inputs)
+    assert difference(similarity, expected) < 1e-5 and not similarity[expected == 0].any() and kept.shape == (len(ecgs), 0)
+    for ours, theirs in zip(plain.beat_backward(seed, *inputs, kept), torch.autograd.grad(expected, exact, seed.double())):
+        assert difference(ours, theirs) < 1e-4 and not ours[theirs == 0].any()
+
+
+@compiled
+def test_beat_kernels_on_the_host_take_empty_sides_and_lose_no_nan(by_kernels):
+    def run(x, y):
+        inputs = x, y, plain.counts_of(None, x, ""), plain.counts_of(None, y, ""), torch.tensor([4.0, 5.0]), True, False
+        out, kept = plain.beat_forward(*inputs)
+        return out, *plain.beat_backward(torch.ones_like(out), *inputs, kept)
+    for b, c, n, m in ((0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0)):
+        found = run(torch.ones(b, n, 8), torch.ones(c, m, 8))
+        assert [x.shape for x in found] == [(b, c), (b, n, 8), (c, m, 8), (2,)] and not any(x.any() for x in found)
+    for where in (0, 3, 4):
+        x, y = draw(3, 5, 8, dtype=torch.float32).detach(), draw(2, 4, 8, dtype=torch.float32).detach()
+        x[1, where, 2] = torch.nan
+        out = run(x, y)[0]
+        assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+@compiled
+def test_what_suits_the_beat_kernels_has_room_and_the_rest_is_plain(by_kernels, monkeypatch):
+    counts, warm = (torch.empty(0, dtype=torch.int64), torch.tensor([1])), torch.tensor([4.0, 5.0])
+    for over in (True, False):
+        for k in range(1, 65):
+            s = max(s for s in range(1, 130) if plain.suits_beat_kernel(torch.empty(0, k, 4), torch.empty(1, s, 4), over))
+            OPS.beat_similarity_kernel(torch.empty(0, k, 4), torch.empty(1, s, 4), *counts, warm, over, False, 1)
+    monkeypatch.setattr(plain, "beats_by_sentences", by_kernels)
+    for beats, sentences in ((65, 2), (2, 129), (64, 33)):
+        x, y, *counts = ragged(torch.float32, beats=beats, sentences=sentences)["beat"]
+        x, y = x.detach(), y.detach()
+        ours, theirs = plain.beat_forward(x, y, *counts, warm, True, False)[0], by_kernels(x, y, *counts, warm, True, False)
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    with pytest.raises(RuntimeError, match="129 sentences in a text; beside 4 beats there is room for 128"):
+        OPS.beat_similarity_kernel(torch.empty(0, 4, 4), torch.empty(1, 129, 4), *counts, warm, True, False, 1)
