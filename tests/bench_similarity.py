@@ -1,11 +1,12 @@
 """token_beat_rhythm against what it replaces, forward and backward: time on the CPU's threads, and memory.
 
-    python tests/bench_similarity.py [--memory]     --memory: the table over batch sizes, some minutes; on a GPU also its token scale
+    python tests/bench_similarity.py [--memory]     --memory: the table over batch sizes, some minutes; on a GPU also its kernels
 """
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import csrc
+from csrc import similarity as plain
 from bench_beats import gpu_seconds, print_table, seconds
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -127,14 +129,16 @@ def memory():
     print_table(("all three scales, B = C (T 128, W 64, K 12, S 6, D 256)", "ours, MB", "bytes a pair", "replaced, MB"), rows)
 
 
+def gpu_memory_of(call):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - start) / 2**20
+
+
 def gpu():
     """The token scale in bf16 on the GPU: forward against the bare product, forward + backward against eager and torch.compile."""
-    def memory_of(call):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - start) / 2**20
     batch, length, most, dim = 512, 64, 32, 128
     tokens, words = (torch.randn(batch, n, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (length, most))
     x, y = tokens.detach().view(-1, dim), words.detach().view(-1, dim)
@@ -146,11 +150,28 @@ def gpu():
         for name, call in (("torch.matmul of the same product", lambda: x @ y.T), ("ours, forward", lambda: ours(tokens, words)),
                            ("eager, forward", lambda: eager(tokens, words)), ("torch.compile, forward", lambda: compiled(tokens, words))):
             ms = gpu_seconds([call])[0] * 1e3
-            rows.append((name, f"{ms:.2f}", f"{work / ms:,.0f}", f"{memory_of(call):,.0f}"))
+            rows.append((name, f"{ms:.2f}", f"{work / ms:,.0f}", f"{gpu_memory_of(call):,.0f}"))
     for name, similarity in (("ours", ours), ("eager", eager), ("torch.compile", compiled)):
         call = there_and_back(similarity, tokens, words)
-        rows.append((f"{name}, forward + backward", f"{gpu_seconds([call])[0] * 1e3:.2f}", "", f"{memory_of(call):,.0f}"))
+        rows.append((f"{name}, forward + backward", f"{gpu_seconds([call])[0] * 1e3:.2f}", "", f"{gpu_memory_of(call):,.0f}"))
     print_table((f"{torch.cuda.get_device_name()}, token scale, B = C = 512, T = 64, W = 32, D = 128, bf16", "ms", "TFLOP/s", "MB"), rows)
+
+
+def gpu_beats():
+    """The beat scale in float32 on the GPU, forward + backward: the kernels, the plain version in blocks, its definition compiled."""
+    rows = []
+    for batch, beats, most, over_sentences in ((512, 12, 6, True), (128, 63, 20, False)):
+        x, y = (torch.randn(batch, n, 256, device="cuda", requires_grad=True) for n in (beats, most))
+        counts = torch.full((batch,), beats).cuda(), torch.randint(1, most + 1, (batch,), generator=GENERATOR).cuda()
+        rest = *counts, torch.tensor([4.0, 5.0], device="cuda"), over_sentences, False
+        ours, compiled = lambda u, v: torch.ops.ecg.beat_similarity(u, v, *rest)[0], torch.compile(plain.beats_by_sentences)
+        for name, similarity, kernels in (("the kernels", ours, True), ("plain, in blocks", ours, False),
+                                          ("torch.compile", lambda u, v: compiled(u, v, *rest), False)):
+            with mock.patch.object(plain, "KERNELS", kernels):
+                call = there_and_back(similarity, x, y)
+                rows.append((f"{name}: B = C = {batch}, K = {beats}, S = 1-{most}", f"{gpu_seconds([call])[0] * 1e3:.2f}",
+                             f"{gpu_memory_of(call):,.0f}"))
+    print_table((f"{torch.cuda.get_device_name()}, beat scale, D = 256, float32, forward + backward", "ms", "MB"), rows)
 
 
 def main():
@@ -158,6 +179,7 @@ def main():
     speed()
     if torch.cuda.is_available():
         gpu()
+        gpu_beats()
     if "--memory" in sys.argv[1:]:
         memory()
 

@@ -9,6 +9,7 @@ import eval as evaluation
 import model as models
 import test_similarity
 import train
+from csrc import similarity
 from test_csrc import RATES, random_batch, real, recordings, strips  # noqa: F401 (a fixture)
 from test_model import NOTHING_RANDOM, toy_batch, toy_method
 from test_train import TINY, tiny_store  # noqa: F401 (a fixture)
@@ -121,3 +122,38 @@ def test_token_similarity_in_bf16(sizes):
     assert (results[0][0] - results[1][0]).abs().max() < 1e-4 * results[0][0].abs().max()
     for cpu, gpu in zip(results[0][1:], results[1][1:]):
         assert (cpu - gpu).abs().mean() < 1e-2 * cpu.abs().mean()  # where two tokens are equally good, either may be taken
+
+
+@pytest.mark.parametrize("flags", [(s, m) for s in (True, False) for m in (False, True)])
+@pytest.mark.parametrize("sizes", [{}, dict(sentences=1, beats=1), dict(records=150, texts=130, dim=256, beats=12, sentences=6),
+                                   dict(records=40, texts=50, dim=256, beats=63, sentences=20),
+                                   dict(records=9, texts=20, dim=64, beats=12, sentences=128)])
+def test_beat_similarity_by_kernels(monkeypatch, sizes, flags):
+    """That of the CPU, the same twice, also in blocks; a NaN shows. The plain version is not there to help."""
+    data = test_similarity.ragged(torch.float32, **sizes)["beat"]
+    x, y, *counts = (v.detach().cuda() for v in data)
+    warm, seed = torch.tensor([4.0, 5.0]), torch.randn(len(x), len(y), generator=torch.Generator().manual_seed(0))
+
+    def run(x, y, *counts):
+        leaves = x.detach().requires_grad_(), y.detach().requires_grad_(), warm.to(x.device).requires_grad_()
+        out = torch.ops.ecg.beat_similarity(*leaves[:2], *counts, leaves[2], *flags)[0]
+        return out, *torch.autograd.grad(out, leaves, seed.to(x.device))
+    expected = run(*data)
+    monkeypatch.setattr(similarity, "beats_by_sentences", None)
+    once, twice = run(x, y, *counts), run(x, y, *counts)
+    monkeypatch.setattr(similarity, "BLOCK", 2**16)
+    for cpu, gpu, again, in_blocks in zip(expected, once, twice, run(x, y, *counts)):
+        assert torch.equal(gpu, again)
+        assert all((cpu - g.cpu()).abs().max() < 3e-4 * cpu.abs().max() for g in (gpu, in_blocks))
+    x[0, 0, 1] = torch.nan
+    out = run(x, y, *counts)[0]
+    assert out[0, counts[1] > 0].isnan().all() and out[1:].isfinite().all()
+
+
+def test_beat_similarity_in_a_graph():
+    data = tuple(x.detach().cuda() for x in test_similarity.ragged(torch.float32)["beat"])
+    warm = torch.tensor([4.0, 5.0], device="cuda")
+    leaves = *(x.requires_grad_() for x in data[:2]), *data[2:], warm.requires_grad_()
+    torch.library.opcheck(torch.ops.ecg.beat_similarity.default, (*leaves, True, False))
+    similarity_of = lambda x, y: csrc.token_beat_rhythm(beats=x, sentences=y, beat_count=data[2], sentence_count=data[3])
+    assert torch.allclose(torch.compile(similarity_of, fullgraph=True)(*leaves[:2]), similarity_of(*leaves[:2]), atol=1e-5)
