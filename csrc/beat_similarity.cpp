@@ -38,7 +38,7 @@ constexpr double HIDDEN = -1e30;   // added to what no softmax shall see
 
 // x (rows, sentences, wide), rows `stride` apart -> y, without gaps: softmax over the sentences of each text. top, sum: the largest, and
 // the sum of exp, in the last row.
-template <class T>
+template <int BYTES, class T>
 static INLINE void softmax_over_sentences(const Attention<T>& r, const T* x, int64_t stride, int64_t rows, T* y, T* top, T* sum) {
     using V = Vector<T>;
     const int64_t n = r.n, wide = r.wide;
@@ -53,7 +53,7 @@ static INLINE void softmax_over_sentences(const Attention<T>& r, const T* x, int
             for (int64_t s = i; s < n; s += wide) store(y + k * n + s, load<V>(y + k * n + s) - largest);
             store(top + i, largest);
         }
-    for_columns<T>(rows * n, [=](auto zero, int64_t j) INLINE_LAMBDA { store(y + j, exp_of(load<decltype(zero)>(y + j))); });
+    for_columns<BYTES, T>(rows * n, [=](auto zero, int64_t j) INLINE_LAMBDA { store(y + j, exp_of(load<decltype(zero)>(y + j))); });
     for (int64_t k = 0; k < rows * n; k += n)
         for (int64_t i = k; i < k + wide; i += LANES) {
             V all{};
@@ -65,25 +65,26 @@ static INLINE void softmax_over_sentences(const Attention<T>& r, const T* x, int
 }
 
 // Rows k to rows - 1 of y (rows, n) = gram (rows, rows) times x (rows, n), COUNT at a time.
-template <int COUNT, class T> static INLINE void gram_times(const T* gram, const T* x, int64_t k, int64_t rows, int64_t n, T* y) {
+template <int COUNT, int BYTES, class T>
+static INLINE void gram_times(const T* gram, const T* x, int64_t k, int64_t rows, int64_t n, T* y) {
     for (; k + COUNT <= rows; k += COUNT)
-        for_columns<T>(n, [=](auto zero, int64_t j) INLINE_LAMBDA {
+        for_columns<BYTES, T>(n, [=](auto zero, int64_t j) INLINE_LAMBDA {
             using V = decltype(zero);
             V sums[COUNT]{};
             for (int64_t m = 0; m < rows; m++)
                 for (int i = 0; i < COUNT; i++) sums[i] += gram[(k + i) * rows + m] * load<V>(x + m * n + j);
             for (int i = 0; i < COUNT; i++) store(y + (k + i) * n + j, sums[i]);
         });
-    if constexpr (COUNT > 1) gram_times<1>(gram, x, k, rows, n, y);
+    if constexpr (COUNT > 1) gram_times<1, BYTES>(gram, x, k, rows, n, y);
 }
 
 // From r.x to r.similarity.
-template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
+template <int BYTES, class T> static INLINE void beat_forward_(const Attention<T>& r) {
     const int64_t beats = r.beats, n = r.n;
     T *top = r.of_square, *sum = r.spare;  // not yet in use
-    if (r.over_sentences) softmax_over_sentences(r, r.x, r.stride, beats, r.p, top, sum);
+    if (r.over_sentences) softmax_over_sentences<BYTES>(r, r.x, r.stride, beats, r.p, top, sum);
     else for (int64_t k = 0; k < beats; k++) std::copy_n(r.x + k * r.stride, n, r.p + k * n);
-    for_columns<T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
+    for_columns<BYTES, T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
         using V = decltype(zero);
         const T *x = r.x + j, *p = r.p + j;
         T* a = r.a + j;
@@ -100,20 +101,20 @@ template <class T> static INLINE void beat_forward_(const Attention<T>& r) {
         }
         store(r.up + j, up);
     });
-    gram_times<4>(r.gram, r.a, 0, beats, n, r.along);
-    for_columns<T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
+    gram_times<4, BYTES>(r.gram, r.a, 0, beats, n, r.along);
+    for_columns<BYTES, T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
         using V = decltype(zero);
         V square{};
         for (int64_t k = j; k < beats * n; k += n) square += load<V>(r.a + k) * load<V>(r.along + k);
         store(r.root + j, larger(square, V{}));
     });
     for (T* root = r.root; root < r.root + n; root++) *root = std::sqrt(*root);
-    for_columns<T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
+    for_columns<BYTES, T>(n, [&](auto zero, int64_t j) INLINE_LAMBDA {
         using V = decltype(zero);
         const V cosine = load<V>(r.up + j) / larger(load<V>(r.root + j) * load<V>(r.norm + j), zero + T(SMALLEST));
         store(r.cosine + j, cosine), store(r.logit + j, r.sharpness * cosine);
     });
-    softmax_over_sentences(r, r.logit, n, 1, r.share, top, sum);  // its sums are the result, its shares the gradient
+    softmax_over_sentences<BYTES>(r, r.logit, n, 1, r.share, top, sum);  // its sums are the result, its shares the gradient
     for (int64_t i = 0; i < r.texts; i++) {
         int64_t count = r.sentences;
         while (r.hidden[(count - 1) * r.wide + i]) count--;
@@ -141,12 +142,12 @@ template <class T> static INLINE void add_dots(const T* x, const T* rows, int64_
 
 // After beat_forward_: r.of_x becomes the gradient of the scores; those of the Gram matrix (twice, its lower half), of r.norm, of
 // temperature and sharpness are added up. r.grad: gradient of r.similarity, 0 where no text is.
-template <class T> static INLINE void beat_backward_(const Attention<T>& r, T* of_gram, T* of_norm, T* of_both) {
+template <int BYTES, class T> static INLINE void beat_backward_(const Attention<T>& r, T* of_gram, T* of_norm, T* of_both) {
     using V = Vector<T>;
     const int64_t beats = r.beats, n = r.n;
     for (int64_t j = 0; j < n; j += r.wide)
         for (int64_t i = 0; i < r.wide; i += LANES) store(r.share + j + i, load<V>(r.share + j + i) * load<V>(r.grad + i));
-    for_columns<T>(n, [&](auto none, int64_t j) INLINE_LAMBDA {
+    for_columns<BYTES, T>(n, [&](auto none, int64_t j) INLINE_LAMBDA {
         using V = decltype(none);
         const V cosine = load<V>(r.cosine + j), root = load<V>(r.root + j), norm = load<V>(r.norm + j), lengths = root * norm;
         const V d = load<V>(r.share + j) * r.sharpness;  // gradient of the cosine
@@ -197,15 +198,18 @@ template <class T> static INLINE void gram_(const T* x, int64_t rows, int64_t n,
     mirror(gram, rows);
 }
 
-// float for every processor; double, for checks, as it comes.
-#define FOR_EVERY_CPU(T)                                                                                                           \
-    EVERY_CPU static void beat_forward(const Attention<T>& r) { beat_forward_(r); }                                                \
-    EVERY_CPU static void beat_backward(const Attention<T>& r, T* of_gram, T* of_norm, T* of_both) {                               \
-        beat_backward_(r, of_gram, of_norm, of_both);                                                                              \
-    }                                                                                                                              \
-    EVERY_CPU static void gram_of(const T* x, int64_t rows, int64_t n, T* gram) { gram_(x, rows, n, gram); }
-FOR_EVERY_CPU(float)
-FOR_EVERY_CPU(double)
+#define DEFINE_FORWARD(T, COUNT, BYTES) static void beat_forward(const Attention<T>& r) { beat_forward_<BYTES>(r); }
+#define DEFINE_BACKWARD(T, COUNT, BYTES)                                                             \
+    static void beat_backward(const Attention<T>& r, T* of_gram, T* of_norm, T* of_both) {           \
+        beat_backward_<BYTES>(r, of_gram, of_norm, of_both);                                         \
+    }
+#define DEFINE_GRAM(T, COUNT, BYTES) static void gram_of(const T* x, int64_t rows, int64_t n, T* gram) { gram_(x, rows, n, gram); }
+FOR_EVERY_VECTOR(DEFINE_FORWARD, float)
+FOR_EVERY_VECTOR(DEFINE_FORWARD, double)
+FOR_EVERY_VECTOR(DEFINE_BACKWARD, float)
+FOR_EVERY_VECTOR(DEFINE_BACKWARD, double)
+FOR_EVERY_VECTOR(DEFINE_GRAM, float)
+FOR_EVERY_VECTOR(DEFINE_GRAM, double)
 
 // ---- all ECGs and texts ----------------------------------------------------------------------------------------------
 

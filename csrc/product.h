@@ -68,6 +68,8 @@ static INLINE void multiply(const Left<T>& left, const Right<T>& right, int64_t 
     __attribute__((target("arch=x86-64-v4"))) DEFINE(T, 12, 64)              \
     __attribute__((target("arch=x86-64-v3"))) DEFINE(T, 6, 32)               \
     __attribute__((target("default"))) DEFINE(T, 6, 16)
+#elif defined(__aarch64__)
+#define FOR_EVERY_VECTOR(DEFINE, T) DEFINE(T, 12, 16)
 #elif defined(__AVX512F__)
 #define FOR_EVERY_VECTOR(DEFINE, T) DEFINE(T, 12, 64)
 #elif defined(__AVX__)

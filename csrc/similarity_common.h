@@ -63,10 +63,11 @@ template <class V, class T> static INLINE V load(const T* from) {
 }
 template <class V, class T> static INLINE void store(T* to, V x) { memcpy(to, &x, sizeof x); }
 
-// work(vector of zeros, j) for n columns, a multiple of LANES, by vectors of two sizes.
-template <class T, class Work> static INLINE void for_columns(int64_t n, Work work) {
+// work(vector of zeros, j) for n columns, a multiple of LANES: by vectors of BYTES bytes where these are larger, the rest by LANES.
+template <int BYTES, class T, class Work> static INLINE void for_columns(int64_t n, Work work) {
+    constexpr int64_t WIDE = std::max<int64_t>(LANES, BYTES / sizeof(T));
     int64_t j = 0;
-    for (; j + 2 * LANES <= n; j += 2 * LANES) work(typename VectorOf<T, 2 * LANES>::type{}, j);
+    for (; j + WIDE <= n; j += WIDE) work(typename VectorOf<T, WIDE>::type{}, j);
     for (; j < n; j += LANES) work(Vector<T>{}, j);
 }
 
