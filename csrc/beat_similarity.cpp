@@ -216,11 +216,13 @@ FOR_EVERY_VECTOR(DEFINE_GRAM, double)
 constexpr int64_t GROUP = 128;      // sentences of a group of texts: what one ECG has with them is about 32 KB
 constexpr int64_t BLOCK = 1 << 17;  // scores of a block of ECGs: half a megabyte
 
-template <class T> struct Beats : Rows {  // rows: the sentences, by groups
+template <class T> struct Beats : Rows<T> {
+    using Rows<T>::n;
+    using Rows<T>::rows;  // rows: the sentences, by groups
     Tensor beats, norm, hidden;
     std::vector<int64_t> counts, order;       // order: which text is the i-th, the longest first
     std::vector<Group> groups;
-    int64_t records, texts, most, dim, filled, widest = 0;  // most: beats; filled: columns of all groups; widest: of a group
+    int64_t records, texts, most, dim, filled, step, widest = 0;  // most: beats; filled: columns of all groups; widest: of a group
     Attention<T> common;
 
     Beats(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
@@ -230,7 +232,6 @@ template <class T> struct Beats : Rows {  // rows: the sentences, by groups
         const std::vector<int64_t> sizes = counts_of(sentence_count, sentences.size(1));
         for (int64_t c = 0; c < texts; c++) if (sizes[c]) order.push_back(c);
         std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return sizes[a] > sizes[b]; });
-        std::vector<int64_t> places, columns;
         std::vector<T> mask;
         for (int64_t first = 0, count; first < int64_t(order.size()); first += count) {
             const int64_t size = sizes[order[first]], left = order.size() - first;
@@ -244,7 +245,7 @@ template <class T> struct Beats : Rows {  // rows: the sentences, by groups
                 mask.resize(n + wide);
                 for (int64_t i = 0; i < count; i++) {
                     const int64_t c = order[first + i];
-                    if (s < sizes[c]) places.push_back(c * sentences.size(1) + s), columns.push_back(n + i);
+                    if (s < sizes[c]) this->take(c * sentences.size(1) + s, n + i);
                     else mask[n + i] = HIDDEN;
                 }
             }
@@ -252,22 +253,19 @@ template <class T> struct Beats : Rows {  // rows: the sentences, by groups
         hidden = at::tensor(mask, beats.options());
         filled = n;
         n = filled_up(n, PANEL);
-        pack(sentences, places, columns);
+        step = std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, most * n));  // ECGs of a block
+        this->pack(sentences);
         norm = rows.norm(2, 1);
         const Tensor both = temperatures.to(beats.scalar_type()).contiguous();
         common.temperature = both.const_data_ptr<T>()[0], common.sharpness = both.const_data_ptr<T>()[1];
         common.over_sentences = over_sentences, common.mean = mean, common.stride = n;
     }
 
-    Tensor matrix(const Tensor& of_ecgs, int64_t first, int64_t last) const {  // (B, K, D) -> ((last - first) * K, D)
-        return of_ecgs.narrow(0, first, last - first).view({-1, dim});
-    }
 
     // Each of the threads has some ECGs, and takes as many of them at a time as have their scores in a cache:
     // block(thread, first ECG, end, scores ((end - first) * K, n)). kept: room for all scores, or null; there: do they stand in it?
     template <class Block> void for_every_block(int64_t threads, T* kept, bool there, Block block) const {
         if (!n || !most) return;
-        const int64_t step = std::max<int64_t>(1, BLOCK / (most * n));
         const Tensor sentences = there ? at::empty({0, 0, PANEL}, beats.options()) : panels_of(rows.t());
         at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
             const c10::NoGradGuard guard;
@@ -335,8 +333,10 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
     Tensor of_beats = n && most ? at::empty_like(beats) : at::zeros_like(beats);
     Tensor of_rows = at::zeros({threads, n, dim}, beats.options());
     Tensor of_norm = at::zeros({threads, n}, beats.options()), of_both = at::zeros({threads, 2}, beats.options());
-    const Tensor columns = panels_of(all.rows);
-    const bool there = kept.numel() > 0;
+    const Tensor columns = panels_of(all.rows), ecgs = panels_of(beats.view({all.records * most, dim}));
+    const bool there = kept.numel() > 0;  // these must stay as they are: gradients stand apart
+    const Tensor apart = at::empty({there ? threads * all.step * most * n : 0}, beats.options());
+    T* const aside = apart.mutable_data_ptr<T>();
     const T* g = grad.const_data_ptr<T>();
     T *dx = of_beats.mutable_data_ptr<T>(), *dy = of_rows.mutable_data_ptr<T>(), *norms = of_norm.mutable_data_ptr<T>();
     T* both = of_both.mutable_data_ptr<T>();
@@ -344,8 +344,7 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
                         [&](int64_t thread, int64_t first, int64_t last, T* scores) {
         const Tensor memory = all.memory();
         std::vector<T> of_gram((last - first) * most * most);
-        const Tensor apart = at::empty({there ? (last - first) * most * n : 0}, beats.options());  // kept scores must stay as they are
-        T* const of_scores = there ? apart.mutable_data_ptr<T>() : scores;
+        T* const of_scores = there ? aside + thread * all.step * most * n : scores;
         for (int64_t b = first; b < last; b++) {
             const int64_t count = all.counts[b], start = (b - first) * most * n;
             for (int64_t k = 0; k < most; k++)  // where no group writes
@@ -362,8 +361,8 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
         }
         const int64_t rows = (last - first) * most;
         multiply(Left<T>{of_scores, n, 1, rows}, Right<T>(columns, dim), n, dx + first * most * dim, dim, false);
-        const Tensor panels = panels_of(all.matrix(beats, first, last));
-        Right<T> vectors(panels, dim);
+        Right<T> vectors(ecgs, dim);
+        vectors.x += first * most * PANEL;
         multiply(Left<T>{of_scores, 1, n, n}, vectors, rows, dy + thread * n * dim, dim, true);
         for (int64_t b = first; b < last; b++, vectors.x += most * PANEL) {
             const int64_t count = all.counts[b];
@@ -371,7 +370,8 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
         }
     });
     const Tensor of_lengths = of_norm.sum(0) / all.norm.clamp_min(SMALLEST);
-    return {of_beats, all.unpack(of_rows.sum(0).addcmul_(all.rows, of_lengths.unsqueeze(1)), sentences), of_both.sum(0)};
+    of_rows[0].addcmul_(all.rows, of_lengths.unsqueeze(1));
+    return {of_beats, all.unpack(of_rows, sentences), of_both.sum(0)};
 }
 
 // ---- types ----------------------------------------------------------------------------------------------------------

@@ -27,19 +27,37 @@ static std::vector<int64_t> counts_of(const Tensor& count, int64_t most) {
 
 static int64_t filled_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-struct Rows {  // some rows of a padded tensor (C, most, D), with rows of zeros between them
-    Tensor place, column, rows;  // row column[i] of rows (n, D) is number place[i] of all; rows are columns in the scores
+template <class T> struct Rows {  // some rows of a padded tensor (C, most, D), with rows of zeros between them
+    std::vector<int64_t> places, columns;  // row columns[i] of rows (n, D) is number places[i] of all; rows are columns in the scores
+    Tensor rows;
     int64_t n = 0;
 
-    void pack(const Tensor& padded, const std::vector<int64_t>& places, const std::vector<int64_t>& columns) {
-        place = at::tensor(places, at::kLong), column = at::tensor(columns, at::kLong);
-        const Tensor all = padded.reshape({-1, padded.size(2)});
-        rows = at::zeros({n, all.size(1)}, all.options()).index_copy_(0, column, all.index_select(0, place));
+    void take(int64_t place, int64_t column) { places.push_back(place), columns.push_back(column); }
+    void pack(const Tensor& padded) {
+        const int64_t dim = padded.size(2);
+        rows = at::zeros({n, dim}, padded.options());
+        const T* from = padded.const_data_ptr<T>();
+        T* to = rows.mutable_data_ptr<T>();
+        for_every_row([=](int64_t place, int64_t column) { std::copy_n(from + place * dim, dim, to + column * dim); });
     }
-    Tensor unpack(const Tensor& packed, const Tensor& padded) const {  // (n, D) -> like padded, zeros where no row stands
+    // The sum of parts (threads, n, D) -> like padded, zeros where no row stands.
+    Tensor unpack(const Tensor& parts, const Tensor& padded) const {
+        const int64_t dim = padded.size(2), threads = parts.size(0), part = n * dim;
         Tensor whole = at::zeros_like(padded);
-        whole.view({-1, padded.size(2)}).index_copy_(0, place, packed.index_select(0, column));
+        const T* from = parts.const_data_ptr<T>();
+        T* to = whole.mutable_data_ptr<T>();
+        for_every_row([=](int64_t place, int64_t column) {
+            for (int64_t thread = 0; thread < threads; thread++)
+                for (int64_t d = 0; d < dim; d++) to[place * dim + d] += from[thread * part + column * dim + d];
+        });
         return whole;
+    }
+
+  private:
+    template <class Work> void for_every_row(Work work) const {
+        at::parallel_for(0, places.size(), 64, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) work(places[i], columns[i]);
+        });
     }
 };
 

@@ -9,26 +9,26 @@ namespace similarity {
 
 constexpr int64_t COLUMNS = 512;  // words of a block: with 128 tokens the scores are 256 KB
 
-struct Words : Rows {  // rows: the words of all texts, one behind the other in blocks of whole texts, each from a whole panel on
+template <class T> struct Words : Rows<T> {  // rows: the words of all texts, one behind the other in blocks of whole texts, each from a whole panel on
     struct Block { int64_t first, last, start, n; };  // texts; columns
     std::vector<Block> blocks;
     std::vector<int64_t> starts;  // column of a text's first word
     int64_t widest = 0;
 
     Words(const Tensor& padded, const std::vector<int64_t>& counts) {
-        std::vector<int64_t> places, columns;
+        int64_t& n = this->n;
         for (int64_t c = 0; c < int64_t(counts.size()); c++) {
             if (blocks.empty() || n + counts[c] > blocks.back().start + COLUMNS) {
                 n = filled_up(n, PANEL);
                 blocks.push_back({c, c, n, 0});
             }
             starts.push_back(n);
-            for (int64_t w = 0; w < counts[c]; w++) places.push_back(c * padded.size(1) + w), columns.push_back(n++);
+            for (int64_t w = 0; w < counts[c]; w++) this->take(c * padded.size(1) + w, n++);
             Block& block = blocks.back();
             block.last = c + 1, block.n = n - block.start, widest = std::max(widest, filled_up(block.n, PANEL));
         }
         n = filled_up(n, PANEL);
-        pack(padded, places, columns);
+        this->pack(padded);
     }
 };
 
@@ -112,7 +112,7 @@ static std::tuple<Tensor, Tensor> token_forward(const Tensor& tokens, const Tens
                                                 const Tensor& word_count, const std::optional<Tensor>& temperature) {
     const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1), length = tokens.size(1), dim = tokens.size(2);
     const std::vector<int64_t> tc = counts_of(token_count, length), wc = counts_of(word_count, most);
-    const Words all(words, wc);
+    const Words<T> all(words, wc);
     Tensor similarity = at::zeros({records, texts}, tokens.options());
     const auto places = tokens.options().dtype(at::kShort);
     Tensor best = temperature ? at::zeros({0}, places) : at::zeros({records, texts, most}, places);
@@ -128,7 +128,7 @@ static std::tuple<Tensor, Tensor> token_forward(const Tensor& tokens, const Tens
         std::vector<typename Best<T>::Place> at(wide);
         for (int64_t task = begin; task < end; task++) {
             const int64_t b = task / blocks;
-            const Words::Block& block = all.blocks[task % blocks];
+            const auto& block = all.blocks[task % blocks];
             if (!tc[b] || !block.n) continue;
             const Left<T> mine{x + b * length * dim, dim, 1, tc[b]};
             Right<T> columns(panels, block.n);
@@ -184,7 +184,7 @@ static std::tuple<Tensor, Tensor> best_backward(const Tensor& grad, const Tensor
 template <class T>
 static std::tuple<Tensor, Tensor, Tensor> softmax_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
                                                            const std::vector<int64_t>& tc, const std::vector<int64_t>& wc, T warm) {
-    const Words all(words, wc);
+    const Words<T> all(words, wc);
     const int64_t records = tokens.size(0), texts = words.size(0), length = tokens.size(1), dim = tokens.size(2), wide = all.widest;
     const int64_t threads = threads_for(records, all.n * dim);
     Tensor of_tokens = at::zeros_like(tokens), of_rows = at::zeros({threads, all.n, dim}, tokens.options());
@@ -199,7 +199,7 @@ static std::tuple<Tensor, Tensor, Tensor> softmax_backward(const Tensor& grad, c
             for (int64_t b = records * thread / threads; b < records * (thread + 1) / threads; b++) {
                 if (!tc[b]) continue;
                 const Tensor mine = panels_of(tokens[b].narrow(0, 0, tc[b]));
-                for (const Words::Block& block : all.blocks) {
+                for (const auto& block : all.blocks) {
                     if (!block.n) continue;
                     Right<T> words_down(columns, block.n), words_across(rows, dim);
                     words_down.x += block.start * dim, words_across.x += block.start * PANEL;
@@ -216,7 +216,7 @@ static std::tuple<Tensor, Tensor, Tensor> softmax_backward(const Tensor& grad, c
                 }
             }
     });
-    return {of_tokens, all.unpack(of_rows.sum(0), words), of_temperature.sum()};
+    return {of_tokens, all.unpack(of_rows, words), of_temperature.sum()};
 }
 
 template <class T>
