@@ -217,8 +217,7 @@ constexpr int64_t GROUP = 128;      // sentences of a group of texts: what one E
 constexpr int64_t BLOCK = 1 << 17;  // scores of a block of ECGs: half a megabyte
 
 template <class T> struct Beats : Rows<T> {
-    using Rows<T>::n;
-    using Rows<T>::rows;  // rows: the sentences, by groups
+    using Rows<T>::n, Rows<T>::rows;  // rows: the sentences, by groups
     Tensor beats, norm, hidden;
     std::vector<int64_t> counts, order;       // order: which text is the i-th, the longest first
     std::vector<Group> groups;
@@ -260,7 +259,6 @@ template <class T> struct Beats : Rows<T> {
         common.temperature = both.const_data_ptr<T>()[0], common.sharpness = both.const_data_ptr<T>()[1];
         common.over_sentences = over_sentences, common.mean = mean, common.stride = n;
     }
-
 
     // Each of the threads has some ECGs, and takes as many of them at a time as have their scores in a cache:
     // block(thread, first ECG, end, scores ((end - first) * K, n)). kept: room for all scores, or null; there: do they stand in it?

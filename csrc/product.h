@@ -9,7 +9,11 @@
 
 #include "cpu.h"
 
-#pragma GCC optimize("fp-contract=fast")  // fused multiply-add, which CFLAGS forbids for the sake of the beats
+#ifdef __clang__  // fused multiply-add, which CFLAGS forbids for the sake of the beats
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
 
 namespace similarity {
 
