@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather, all_reduce
 
-from csrc import beat_of_token, segment_beats, token_beat_rhythm
+from csrc import beat_of_token, segment_beats, sigmoid_loss, token_beat_rhythm
 
 
 class ModelError(ValueError):
@@ -681,14 +681,6 @@ def l1_similarity(like, target):
     return (like - target).abs().sum() / len(like)
 
 
-def ets_loss(x, y, positive):
-    """ECG-text sigmoid loss of D-BETA (METHODS 2.4): mean_ij softplus(-s_ij x_i.y_j), x (B, D) and y (C, D) not normalised, s_ij = 1
-    where positive (B, C) bool, -1 elsewhere."""
-    sign = 2 * positive.float() - 1
-    with torch.autocast(x.device.type, enabled=False):
-        return F.softplus(-sign * (x.float() @ y.float().T)).mean()
-
-
 def frames_of(ecg, size=16):
     """What a masked ECG is to be rebuilt as (METHODS 2.4): each lead with mean 0 and variance 1 over the whole record, cut into
     frames. (B, L, N) -> (B, N // size, L * size), lead by lead."""
@@ -1007,7 +999,7 @@ class CMELT(Method):
         masked = labels >= 0  # only these need the vocabulary
         wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
         etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
-        ets = ets_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), torch.diag(gather(aligned)))
+        ets = sigmoid_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), positive=gather(aligned))
         return {"mlm": told(self.tell_word(fused_text[masked]), labels[masked]),
                 "mem": rebuilt_loss(self.rebuild(half, order.argsort(1)), wanted, hidden), "etm": told(etm, aligned.long()),
                 "ets": ets * (len(batch.ids) * world() if self.config.ets_sum else 1)}

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from . import build, reference, similarity
+from .sigmoid import sigmoid_loss
 from .similarity import token_beat_rhythm
 
-__all__ = ["segment_beats", "beat_of_token", "token_beat_rhythm", "build_info"]
+__all__ = ["segment_beats", "beat_of_token", "token_beat_rhythm", "sigmoid_loss", "build_info"]
 
 torch.library.define("ecg::segment_beats", "(Tensor ecg, float fs) -> (Tensor, Tensor)")
 torch.library.define("ecg::beat_of_token", "(Tensor peaks, Tensor count, SymInt tokens, SymInt samples) -> Tensor")

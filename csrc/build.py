@@ -95,7 +95,7 @@ def sources_in(folder, made):
     stamp.write_text(f'extern "C" __attribute__((used)) const char ecg_recipe[] = R"json({text})json";\n')
     names = ["ops.cpp", "beats.cpp", "token_similarity.cpp", "beat_similarity.cpp"]
     if made["cuda"]:
-        names += ["beats_cuda.cu", "similarity_cuda.cu", "beat_similarity_cuda.cu", "beat_similarity_gpu.cpp"]
+        names += ["beats_cuda.cu", "similarity_cuda.cu", "beat_similarity_cuda.cu", "beat_similarity_gpu.cpp", "sigmoid_cuda.cu"]
     return [str(FOLDER / name) for name in names] + [str(stamp)]
 
 

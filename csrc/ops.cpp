@@ -138,6 +138,21 @@ std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward_kernel(const Tensor&
     return similarity::beat_similarity_backward_kernel(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences,
                                                        mean, block, c10::cuda::getCurrentCUDAStream().stream());
 }
+
+std::tuple<Tensor, Tensor> sigmoid_terms(const Tensor& scores, int64_t first, const Tensor& both, const Tensor& positive, at::ScalarType dtype) {
+    const c10::cuda::CUDAGuard guard(scores.device());
+    TORCH_CHECK(scores.scalar_type() == at::kFloat && scores.is_contiguous() && both.scalar_type() == at::kFloat && both.is_contiguous() &&
+                positive.scalar_type() == at::kBool && positive.is_contiguous() && first + scores.size(0) <= positive.numel() &&
+                (dtype == at::kFloat || dtype == at::kBFloat16), "sigmoid_terms: contiguous float32 scores; gradients float32 or bf16");
+    const Tensor x = aligned(scores);
+    Tensor gradient = at::empty_like(scores, scores.options().dtype(dtype)), sums = at::zeros({scores.size(0), 3}, scores.options());
+    if (!scores.numel()) return {gradient, sums.sum(0)};
+    const char* failed = similarity::sigmoid_terms_cuda(
+        x.const_data_ptr<float>(), x.size(0), x.size(1), first, both.const_data_ptr<float>(), positive.const_data_ptr<bool>(),
+        dtype == at::kBFloat16, gradient.mutable_data_ptr(), sums.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(!failed, "sigmoid_terms: ", failed);
+    return {gradient, sums.sum(0)};
+}
 #endif
 
 }  // namespace
@@ -159,5 +174,6 @@ TORCH_LIBRARY_IMPL(ecg, CUDA, m) {
     m.impl("token_similarity_backward_bf16", token_similarity_backward_bf16);
     m.impl("beat_similarity_kernel", beat_similarity_kernel);
     m.impl("beat_similarity_backward_kernel", beat_similarity_backward_kernel);
+    m.impl("sigmoid_terms", sigmoid_terms);
 }
 #endif

@@ -1,4 +1,4 @@
-// What similarity_cuda.cu and beat_similarity_cuda.cu offer. No PyTorch in here: nvcc must compile it without. All on the stream, without
+// What similarity_cuda.cu, beat_similarity_cuda.cu and sigmoid_cuda.cu offer. No PyTorch in here: nvcc must compile it without. All on the stream, without
 // waiting. They return what failed, or null.
 //
 // The token scale for bf16.
@@ -36,5 +36,10 @@ const char* beat_forward_cuda(const BeatScale& r, const float* scores, float* si
 // gradient by way of the Gram matrix; of_sentences (3, records, sentences): gradients of norm and of the two temperatures. Both must come
 // as zeros; their sums are the gradients.
 const char* beat_backward_cuda(const BeatScale& r, const float* grad, float* scores, float* of_gram, float* of_sentences, void* stream);
+
+// The sigmoid loss. scores (rows, columns), 16-byte aligned: of rows `first` and on of all pairs; both (2,): scale and bias; positive:
+// (all rows,). -> gradient (rows, columns), bf16 or float32, 16-byte aligned; sums (rows, 3): losses, gradients of scale and of bias.
+const char* sigmoid_terms_cuda(const float* scores, int64_t rows, int columns, int64_t first, const float* both, const bool* positive,
+                               bool half, void* gradient, float* sums, void* stream);
 
 }  // namespace similarity

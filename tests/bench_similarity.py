@@ -174,12 +174,35 @@ def gpu_beats():
     print_table((f"{torch.cuda.get_device_name()}, beat scale, D = 256, float32, forward + backward", "ms", "MB"), rows)
 
 
+def gpu_sigmoid():
+    """The sigmoid loss of bf16 vectors on the GPU, forward + backward: with all pairs at once, ours, and the package siglip-kernel."""
+    batch, dim = 16384, 512
+    x, y = (F.normalize(torch.randn(batch, dim, device="cuda"), dim=1).bfloat16().requires_grad_() for _ in range(2))
+    warmth, bias = (torch.tensor(v, device="cuda", requires_grad=True) for v in (2.3, -10.0))
+
+    def eager(x, y, warmth, bias):
+        return F.binary_cross_entropy_with_logits((x @ y.T).float() * warmth.exp() + bias, torch.eye(batch, device="cuda"))
+    losses = {"all pairs at once": eager, "ours": lambda x, y, warmth, bias: csrc.sigmoid_loss(x, y, warmth.exp(), bias)}
+    try:
+        import siglip_kernel
+        losses["siglip-kernel"] = lambda *leaves: siglip_kernel.fused_siglip_loss(*leaves) / batch  # it is a mean over rows
+    except ImportError:
+        print("siglip-kernel is not installed (pip install siglip-kernel): no row for it")
+    rows, leaves = [], (x, y, warmth, bias)
+    for name, loss in losses.items():
+        call = lambda: torch.autograd.grad(loss(*leaves), leaves)
+        rows.append((name, f"{gpu_seconds([call])[0] * 1e3:.2f}", f"{gpu_memory_of(call):,.0f}", f"{loss(*leaves).item() * batch:.4f}"))
+    print_table((f"{torch.cuda.get_device_name()}, sigmoid loss, B = 16,384, D = 512, bf16, forward + backward", "ms", "MB",
+                 "loss, mean over rows"), rows)
+
+
 def main():
     print(f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}, csrc {csrc.build_info()['implementation']}")
     speed()
     if torch.cuda.is_available():
         gpu()
         gpu_beats()
+        gpu_sigmoid()
     if "--memory" in sys.argv[1:]:
         memory()
 

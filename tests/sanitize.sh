@@ -13,8 +13,10 @@ g++ -O1 -fsanitize=address,undefined -fno-sanitize-recover=all "-DEVERY_CPU=" "$
 g++ -O1 -fsanitize=thread "-DEVERY_CPU=" "${flags[@]}" -o "$folder/thread"
 export TSAN_OPTIONS=halt_on_error=1
 "$folder/thread" 16 both
-flags=(-std=c++17 -g -O1 -pthread -Wno-unknown-pragmas -DFUZZ similarity_on_host.cpp)
-g++ -fsanitize=address,undefined -fno-sanitize-recover=all "${flags[@]}" -o "$folder/address"
-"$folder/address"
-g++ -fsanitize=thread "${flags[@]}" -o "$folder/thread"
-"$folder/thread"
+for source in similarity_on_host.cpp sigmoid_on_host.cpp; do
+    flags=(-std=c++17 -g -O1 -pthread -Wno-unknown-pragmas -DFUZZ "$source")
+    g++ -fsanitize=address,undefined -fno-sanitize-recover=all "${flags[@]}" -o "$folder/address"
+    "$folder/address"
+    g++ -fsanitize=thread "${flags[@]}" -o "$folder/thread"
+    "$folder/thread"
+done

@@ -371,7 +371,7 @@ def test_build_info_says_what_runs():
 # ---- CUDA, without a GPU ----------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("source", ["beats_cuda.cu", "similarity_cuda.cu", "beat_similarity_cuda.cu"])
+@pytest.mark.parametrize("source", ["beats_cuda.cu", "similarity_cuda.cu", "beat_similarity_cuda.cu", "sigmoid_cuda.cu"])
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_without_spills(tmp_path, architecture, source):
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"

@@ -9,7 +9,7 @@ import eval as evaluation
 import model as models
 import test_similarity
 import train
-from csrc import similarity
+from csrc import sigmoid, similarity
 from test_csrc import RATES, random_batch, real, recordings, strips  # noqa: F401 (a fixture)
 from test_model import NOTHING_RANDOM, toy_batch, toy_method
 from test_train import TINY, tiny_store  # noqa: F401 (a fixture)
@@ -157,3 +157,22 @@ def test_beat_similarity_in_a_graph():
     torch.library.opcheck(torch.ops.ecg.beat_similarity.default, (*leaves, True, False))
     similarity_of = lambda x, y: csrc.token_beat_rhythm(beats=x, sentences=y, beat_count=data[2], sentence_count=data[3])
     assert torch.allclose(torch.compile(similarity_of, fullgraph=True)(*leaves[:2]), similarity_of(*leaves[:2]), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("size, dim", [(1, 8), (301, 64), (1024, 256)])
+def test_sigmoid_loss_is_that_of_the_cpu(monkeypatch, size, dim, dtype, tolerance):
+    """Also in blocks, and the same twice."""
+    g = torch.Generator().manual_seed(size)
+    leaves = [torch.randn(size, dim, generator=g).to(dtype) / dim**0.5 for _ in range(2)] + [torch.tensor(3.0), torch.tensor(-2.0)]
+    positive = torch.arange(size) % 5 != 1
+
+    def run(device):
+        moved = [v.to(device).requires_grad_() for v in leaves]
+        loss = csrc.sigmoid_loss(*moved, positive.to(device))
+        return [v.float().cpu() for v in (loss, *torch.autograd.grad(loss, moved))]
+    expected, once, twice = run("cpu"), run("cuda"), run("cuda")
+    monkeypatch.setitem(sigmoid.PAIRS, "cuda", 100 * size)
+    for cpu, gpu, again, in_blocks in zip(expected, once, twice, run("cuda")):
+        assert torch.equal(gpu, again)
+        assert all((cpu - v).abs().max() <= tolerance * cpu.abs().max() for v in (gpu, in_blocks))
