@@ -268,14 +268,16 @@ template <class T> struct Beats : Rows<T> {
         at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
             const c10::NoGradGuard guard;
             const Tensor room = at::empty({kept ? 0 : step * most * n}, beats.options());
-            for (int64_t thread = begin; thread < end; thread++)
-                for (int64_t first = records * thread / threads, stop = records * (thread + 1) / threads, last; first < stop; first = last) {
+            for (int64_t thread = begin; thread < end; thread++) {
+                const int64_t stop = records * (thread + 1) / threads;
+                for (int64_t first = records * thread / threads, last; first < stop; first = last) {
                     last = std::min(stop, first + step);
                     T* scores = kept ? kept + first * most * n : room.template mutable_data_ptr<T>();
                     const Left<T> vectors{beats.template const_data_ptr<T>() + first * most * dim, dim, 1, (last - first) * most};
                     if (!there) multiply(vectors, Right<T>(sentences, n), dim, scores, n, false);
                     block(thread, first, last, scores);
                 }
+            }
         });
     }
 
@@ -340,7 +342,8 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
     T* both = of_both.mutable_data_ptr<T>();
     all.for_every_block(threads, there ? const_cast<T*>(kept.const_data_ptr<T>()) : nullptr, there,
                         [&](int64_t thread, int64_t first, int64_t last, T* scores) {
-        const Tensor memory = all.memory();
+        const Tensor room = all.memory();
+        T* const memory = room.mutable_data_ptr<T>();
         std::vector<T> of_gram((last - first) * most * most);
         T* const of_scores = there ? aside + thread * all.step * most * n : scores;
         for (int64_t b = first; b < last; b++) {
@@ -349,7 +352,7 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
                 std::fill(of_scores + start + k * n + (k < count ? all.filled : 0), of_scores + start + (k + 1) * n, T(0));
             T* dg = of_gram.data() + (b - first) * most * most;
             if (count)
-                all.for_every_group(b, scores + start, of_scores + start, memory.mutable_data_ptr<T>(), [&](const Attention<T>& r, const Group& group) {
+                all.for_every_group(b, scores + start, of_scores + start, memory, [&](const Attention<T>& r, const Group& group) {
                     for (int64_t i = 0; i < r.wide; i++)
                         r.grad[i] = i < group.texts ? g[b * all.texts + all.order[group.first_text + i]] : T(0);
                     beat_forward(r);

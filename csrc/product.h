@@ -61,9 +61,11 @@ template <int COUNT, int BYTES, class T, class Done>
 static INLINE void multiply(const Left<T>& left, const Right<T>& right, int64_t depth, Done done) {
     typedef T V __attribute__((vector_size(BYTES)));
     for (int64_t first = 0; first < left.rows; first += TOGETHER)
-        for (int64_t j = 0; j < right.columns; j += 2 * BYTES / sizeof(T))
-            multiply_rows<COUNT, V>(left, first, std::min(first + TOGETHER, left.rows), right.x + j / PANEL * right.panel + j % PANEL, depth,
+        for (int64_t j = 0; j < right.columns; j += 2 * BYTES / sizeof(T)) {
+            const T* panel = right.x + j / PANEL * right.panel + j % PANEL;
+            multiply_rows<COUNT, V>(left, first, std::min(first + TOGETHER, left.rows), panel, depth,
                                     [&](int64_t i, const V& low, const V& high) INLINE_LAMBDA { done(i, j, low, high); });
+        }
 }
 
 // DEFINE(T, rows at a time, bytes of a vector) for every processor: so many sums as it has registers for.

@@ -1,8 +1,8 @@
 """sigmoid_loss: the sigmoid loss over all pairs of a batch, without a tensor of all pairs.
 
-Some rows of pairs after others: their scores are one matrix product, and become their own gradients in place; two more products take these
-to both sides. So one pass gives the loss and, where they will be wanted, the gradients. On a GPU a kernel (sigmoid_cuda.cu) does what stands
-between the products, and these are bf16 where the inputs are.
+Some rows of pairs after others: their scores are one matrix product, and become gradients; two more products take these to both sides.
+So one pass gives the loss and, where they will be wanted, the gradients. On a GPU a kernel (sigmoid_cuda.cu) does what stands between
+the products, and these are of bf16 where the inputs are.
 """
 import torch
 
@@ -12,7 +12,8 @@ from .similarity import full_precision
 PAIRS = {"cpu": 2**18, "cuda": 2**24}            # that may be there at a time
 HALF = "dtype" in torch.ops.aten.mm.overloads()  # can PyTorch return bf16 products in float32? (2.8 and newer, on a GPU)
 
-torch.library.define("ecg::sigmoid_loss", "(Tensor x, Tensor y, Tensor both, Tensor positive, bool gradients) -> (Tensor, Tensor, Tensor, Tensor)")
+torch.library.define("ecg::sigmoid_loss", "(Tensor x, Tensor y, Tensor both, Tensor positive, bool gradients) -> "
+                                          "(Tensor, Tensor, Tensor, Tensor)")
 torch.library.define("ecg::sigmoid_terms", "(Tensor scores, int first, Tensor both, Tensor positive, ScalarType dtype) -> (Tensor, Tensor)")
 
 
@@ -21,11 +22,12 @@ def sigmoid_loss(x, y, scale=1.0, bias=0.0, positive=None):
     2023, with its mean over the batch's rows replaced by one over all pairs; D-BETA's ETS, METHODS 2.4).
 
     x, y (B, D): not normalised here. positive (B,) bool: which pairs belong together; all where not given. scale, bias: numbers, or tensors
-    that may be learned. float32 and float64 are computed as they are, fp16 in float32, bf16 in float32 or on a GPU by bf16 products added in
-    float32. Returns a scalar, float32 or float64; gradients to all tensors, but no second ones. Errors: TypeError, ValueError."""
+    that may be learned. float32 and float64 are computed as they are, fp16 in float32, bf16 in float32, too, or on a GPU by bf16
+    products added in float32. Returns a scalar, float32 or float64; gradients to all tensors, but no second ones. Errors: TypeError,
+    ValueError."""
     if x.dim() != 2 or x.shape != y.shape or x.device != y.device:
-        raise ValueError(f"sigmoid_loss: x {tuple(x.shape)} on {x.device} and y {tuple(y.shape)} on {y.device}; both must be (B, D), on one "
-                         "device")
+        raise ValueError(f"sigmoid_loss: x {tuple(x.shape)} on {x.device} and y {tuple(y.shape)} on {y.device}; both must be (B, D), on "
+                         "one device")
     if not (x.is_floating_point() and y.is_floating_point()):
         raise TypeError(f"sigmoid_loss: x and y must be floating-point tensors, not {x.dtype} and {y.dtype}")
     if positive is None:

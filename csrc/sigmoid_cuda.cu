@@ -53,8 +53,9 @@ sigmoid_kernel(const float* scores, int columns, int64_t first, const float* bot
 
 const char* sigmoid_terms_cuda(const float* scores, int64_t rows, int columns, int64_t first, const float* both, const bool* positive,
                                bool half, void* gradient, float* sums, void* stream) {
-    if (half) LAUNCH((sigmoid_kernel<uint16_t>), rows, LINE, stream, scores, columns, first, both, positive, static_cast<uint16_t*>(gradient), sums);
-    else LAUNCH((sigmoid_kernel<float>), rows, LINE, stream, scores, columns, first, both, positive, static_cast<float*>(gradient), sums);
+    const auto launch = [&](auto* to) { LAUNCH(sigmoid_kernel, rows, LINE, stream, scores, columns, first, both, positive, to, sums); };
+    if (half) launch(static_cast<uint16_t*>(gradient));
+    else launch(static_cast<float*>(gradient));
     return what_failed();
 }
 

@@ -1,5 +1,5 @@
-// What similarity_cuda.cu, beat_similarity_cuda.cu and sigmoid_cuda.cu offer. No PyTorch in here: nvcc must compile it without. All on the stream, without
-// waiting. They return what failed, or null.
+// What similarity_cuda.cu, beat_similarity_cuda.cu and sigmoid_cuda.cu offer. No PyTorch in here: nvcc must compile it without. All on the
+// stream, without waiting. They return what failed, or null.
 //
 // The token scale for bf16.
 // tokens (records, length, dim), words (texts, most, dim) bf16, 16-byte aligned, no size 0, dim a multiple of 8; counts (records,) and

@@ -9,7 +9,8 @@ namespace similarity {
 
 constexpr int64_t COLUMNS = 512;  // words of a block: with 128 tokens the scores are 256 KB
 
-template <class T> struct Words : Rows<T> {  // rows: the words of all texts, one behind the other in blocks of whole texts, each from a whole panel on
+// The words of all texts, one behind the other in blocks of whole texts; each block begins with a panel.
+template <class T> struct Words : Rows<T> {
     struct Block { int64_t first, last, start, n; };  // texts; columns
     std::vector<Block> blocks;
     std::vector<int64_t> starts;  // column of a text's first word
