@@ -252,7 +252,7 @@ template <class T> struct Beats : Rows<T> {
         hidden = at::tensor(mask, beats.options());
         filled = n;
         n = filled_up(n, PANEL);
-        step = std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, most * n));  // ECGs of a block
+        step = std::max<int64_t>(1, std::min(records, BLOCK / std::max<int64_t>(1, most * n)));  // ECGs of a block
         this->pack(sentences);
         norm = rows.norm(2, 1);
         const Tensor both = temperatures.to(beats.scalar_type()).contiguous();
@@ -333,7 +333,7 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
     Tensor of_beats = n && most ? at::empty_like(beats) : at::zeros_like(beats);
     Tensor of_rows = at::zeros({threads, n, dim}, beats.options());
     Tensor of_norm = at::zeros({threads, n}, beats.options()), of_both = at::zeros({threads, 2}, beats.options());
-    const Tensor columns = panels_of(all.rows), ecgs = panels_of(beats.view({all.records * most, dim}));
+    const Tensor columns = panels_of(all.rows), ecgs = at::empty({threads, columns.size(0), all.step * most, PANEL}, beats.options());
     const bool there = kept.numel() > 0;  // these must stay as they are: gradients stand apart
     const Tensor apart = at::empty({there ? threads * all.step * most * n : 0}, beats.options());
     T* const aside = apart.mutable_data_ptr<T>();
@@ -362,8 +362,9 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
         }
         const int64_t rows = (last - first) * most;
         multiply(Left<T>{of_scores, n, 1, rows}, Right<T>(columns, dim), n, dx + first * most * dim, dim, false);
-        Right<T> vectors(ecgs, dim);
-        vectors.x += first * most * PANEL;
+        const Tensor panels = ecgs[thread];
+        panels.narrow(1, 0, rows).copy_(in_panels(beats.narrow(0, first, last - first).view({rows, dim})));
+        Right<T> vectors(panels, dim);
         multiply(Left<T>{of_scores, 1, n, n}, vectors, rows, dy + thread * n * dim, dim, true);
         for (int64_t b = first; b < last; b++, vectors.x += most * PANEL) {
             const int64_t count = all.counts[b];

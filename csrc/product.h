@@ -20,12 +20,13 @@ namespace similarity {
 constexpr int64_t PANEL = 32;
 constexpr int64_t TOGETHER = 48;  // rows of the left side that meet all panels before the next do: both then stay in the second cache
 
-// (depth, columns) -> its panels, one behind the other: all rows of PANEL columns, zeros behind the last column.
-static at::Tensor panels_of(const at::Tensor& matrix) {
+// (depth, columns) -> (panels, depth, PANEL): all rows of PANEL columns, then of the next; zeros behind the last column. Not yet moved.
+static at::Tensor in_panels(const at::Tensor& matrix) {
     const int64_t depth = matrix.size(0), panels = (matrix.size(1) + PANEL - 1) / PANEL, missing = panels * PANEL - matrix.size(1);
     const at::Tensor whole = missing ? at::constant_pad_nd(matrix, {0, missing}) : matrix;
-    return whole.view({depth, panels, PANEL}).transpose(0, 1).contiguous();
+    return whole.view({depth, panels, PANEL}).transpose(0, 1);
 }
+static at::Tensor panels_of(const at::Tensor& matrix) { return in_panels(matrix).contiguous(); }
 
 template <class T> struct Left { const T* x; int64_t row, step, rows; };  // its element (i, k) is x[i * row + k * step]
 template <class T> struct Right {  // panels; x may be moved by PANEL for every row that is to be left out
