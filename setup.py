@@ -31,7 +31,7 @@ ext_modules, cmdclass = extension()
 setup(
     name="ecg-language",
     version="0.2.0",
-    description="ECG-language pretraining: ETP, MERL and FG-CLEP side by side, and compiled operators",
+    description="ECG-language pretraining: ETP, MERL, C-MELT, MELP and FG-CLEP side by side, and compiled operators",
     license="MIT",
     python_requires=">=3.10",
     py_modules=["data", "model", "train", "eval"],
