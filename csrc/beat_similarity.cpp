@@ -203,13 +203,12 @@ template <class T> static INLINE void gram_(const T* x, int64_t rows, int64_t n,
     static void beat_backward(const Attention<T>& r, T* of_gram, T* of_norm, T* of_both) {           \
         beat_backward_<BYTES>(r, of_gram, of_norm, of_both);                                         \
     }
-#define DEFINE_GRAM(T, COUNT, BYTES) static void gram_of(const T* x, int64_t rows, int64_t n, T* gram) { gram_(x, rows, n, gram); }
 FOR_EVERY_VECTOR(DEFINE_FORWARD, float)
 FOR_EVERY_VECTOR(DEFINE_FORWARD, double)
 FOR_EVERY_VECTOR(DEFINE_BACKWARD, float)
 FOR_EVERY_VECTOR(DEFINE_BACKWARD, double)
-FOR_EVERY_VECTOR(DEFINE_GRAM, float)
-FOR_EVERY_VECTOR(DEFINE_GRAM, double)
+EVERY_CPU static void gram_of(const float* x, int64_t rows, int64_t n, float* gram) { gram_(x, rows, n, gram); }
+EVERY_CPU static void gram_of(const double* x, int64_t rows, int64_t n, double* gram) { gram_(x, rows, n, gram); }
 
 // ---- all ECGs and texts ----------------------------------------------------------------------------------------------
 
@@ -264,7 +263,7 @@ template <class T> struct Beats : Rows<T> {
     // block(thread, first ECG, end, scores ((end - first) * K, n)). kept: room for all scores, or null; there: do they stand in it?
     template <class Block> void for_every_block(int64_t threads, T* kept, bool there, Block block) const {
         if (!n || !most) return;
-        const Tensor sentences = there ? at::empty({0, 0, PANEL}, beats.options()) : panels_of(rows.t());
+        const Tensor sentences = there ? Tensor() : panels_of(rows.t());
         at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
             const c10::NoGradGuard guard;
             const Tensor room = at::empty({kept ? 0 : step * most * n}, beats.options());

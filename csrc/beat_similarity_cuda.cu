@@ -20,7 +20,7 @@ namespace similarity {
 constexpr int SENTENCES = 128;       // of a group at most; as many threads
 constexpr int ROOM = 48 * 1024 / 4;  // numbers in a group's shared memory, on every GPU
 
-struct alignas(16) Four { float of[4]; };
+using Four = Quad<float>;
 
 struct Workspace {  // a group's shared memory. Rows are `stride` apart: neither the threads of a warp nor rows meet in a bank
     Four* gram;            // (beats, quarters)

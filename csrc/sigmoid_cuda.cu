@@ -9,8 +9,6 @@ namespace similarity {
 
 constexpr int LINE = 256;  // threads of a group
 
-template <class T> struct alignas(4 * sizeof(T)) Quad { T of[4]; };
-
 static __device__ __forceinline__ void round_to(float* to, float x) { *to = x; }
 static __device__ __forceinline__ void round_to(uint16_t* to, float x) {  // bf16, the nearest; NaN stays NaN
     unsigned bits;
