@@ -94,8 +94,16 @@ def test_bad_input_is_explained(arguments, error, words):
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    """csrc/sigmoid_cuda.cu, run on the host."""
-    return on_host("sigmoid_on_host.cpp", tmp_path_factory.mktemp("kernels")).terms
+    """csrc/sigmoid_cuda.cu, run on the host: sigmoid.terms, but a row's sums apart, (R, 3)."""
+    function = on_host("sigmoid_on_host.cpp", tmp_path_factory.mktemp("kernels")).terms
+
+    def run(scores, first, both, positive, dtype):
+        gradient, sums = torch.full(scores.shape, 7.0, dtype=dtype), torch.full((len(scores), 3), 7.0)
+        pointer = lambda x: ctypes.c_void_p(x.data_ptr())
+        function(pointer(scores), ctypes.c_int64(len(scores)), scores.shape[1], ctypes.c_int64(first), pointer(both), pointer(positive),
+                 dtype == torch.bfloat16, pointer(gradient), pointer(sums))
+        return gradient, sums
+    return run
 
 
 @compiler
@@ -105,11 +113,7 @@ def test_kernel_on_the_host_is_the_definition(kernel, rows, columns, first, half
     scores = 4 * draw(rows, columns, dtype=torch.float32).detach()
     scores[0, first] = 40.0
     both, positive = torch.tensor([1.5, -0.5]), torch.arange(columns) % 3 != 2
-    gradient = torch.full((rows, columns), 7.0, dtype=torch.bfloat16 if half else torch.float32)
-    sums = torch.full((rows, 3), 7.0)
-    pointer = lambda x: ctypes.c_void_p(x.data_ptr())
-    kernel(pointer(scores), ctypes.c_int64(rows), columns, ctypes.c_int64(first), pointer(both), pointer(positive), half, pointer(gradient),
-           pointer(sums))
+    gradient, sums = kernel(scores, first, both, positive, torch.bfloat16 if half else torch.float32)
     expected, expected_sums = sigmoid.terms(scores.double(), first, both.double(), positive, torch.float64)
     assert torch.allclose(gradient.double(), expected, rtol=5e-3 if half else 1e-5, atol=0)
     assert torch.allclose(sums.double().sum(0), expected_sums, rtol=1e-4)
@@ -118,8 +122,6 @@ def test_kernel_on_the_host_is_the_definition(kernel, rows, columns, first, half
 
 @compiler
 def test_nan_shows_in_the_kernels_sums(kernel):
-    scores, sums, gradient = torch.tensor([[1.0, torch.nan]]), torch.zeros(1, 3), torch.zeros(1, 2, dtype=torch.bfloat16)
     both, positive = torch.tensor([1.0, 0.0]), torch.ones(2, dtype=torch.bool)
-    pointer = lambda x: ctypes.c_void_p(x.data_ptr())
-    kernel(pointer(scores), ctypes.c_int64(1), 2, ctypes.c_int64(0), pointer(both), pointer(positive), True, pointer(gradient), pointer(sums))
+    gradient, sums = kernel(torch.tensor([[1.0, torch.nan]]), 0, both, positive, torch.bfloat16)
     assert sums.isnan().all() and gradient.isnan().tolist() == [[False, True]]
