@@ -10,7 +10,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import fcntl
 import hashlib
 import inspect
 import io
@@ -19,6 +18,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 import zlib
@@ -27,12 +27,18 @@ from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.signal import resample_poly
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 LEAD_INDEX = {lead.upper(): i for i, lead in enumerate(LEADS)} | {"DI": 0, "DII": 1, "DIII": 2}
@@ -50,6 +56,136 @@ class DataError(ValueError):
     def __init__(self, message, reason=None):
         super().__init__(message)
         self.reason = reason or message
+
+
+# ---- files: what is opened by name is opened here, and what is wrong with it is one sentence ---------------------------
+
+def open_file(path):
+    """A regular file, opened for reading in binary (a pipe or a device would hang). Errors: OSError."""
+    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "no regular file", str(path))
+    return file
+
+
+def read_text(path, advice=""):
+    """A text file in UTF-8, whole. advice: what to do where that is not possible. Errors: DataError."""
+    try:
+        with open_file(path) as file:
+            text = file.read().decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a zero in it
+        fault = getattr(error, "strerror", None) or f"not readable ({error})"
+        raise DataError(f"{path}: {fault}{advice and '; ' + advice}") from error
+    if text.startswith("version https://git-lfs"):
+        raise DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+    return text
+
+
+def parse_json(text, where):
+    """A JSON text whose objects have every key once. Errors: DataError."""
+    def once(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs twice in one object")
+        return found
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError says in which line and column
+        raise DataError(f"{where}: {'empty' if not text.strip() else f'no JSON ({error})'}") from error
+
+
+def read_json(path, shape=dict, advice=""):
+    """A JSON file of a shape, see check. Errors: DataError."""
+    text = read_text(path, advice)
+    try:
+        return check(parse_json(text, path), shape, path)
+    except DataError as error:
+        raise DataError(f"{error}{advice and '; ' + advice}") from error
+
+
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object",
+         type(None): "null"}
+
+
+def check(value, shape, where):
+    """value, if what was read from a file has this shape, else a DataError that says where it has not: a type or a tuple of types
+    (float takes whole numbers, too); [shape] for a list; {"key": shape} for keys that an object must have, {str: shape} for all."""
+    kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
+    fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
+    if not fits or isinstance(value, bool) and bool not in kinds:
+        raise DataError(f"{where}: must be {' or '.join(KINDS[kind] for kind in kinds)}, not {json.dumps(value)[:60]}")
+    if isinstance(shape, list):
+        for i, item in enumerate(value):
+            check(item, shape[0], f"{where}, place {i + 1}")
+    elif isinstance(shape, dict):
+        for key in shape.keys() - {str}:
+            if key not in value:
+                raise DataError(f"{where}: has no {key!r}")
+        for key, item in value.items():
+            if inner := shape.get(key, shape.get(str)):
+                check(item, inner, f"{where}, {key}")
+    return value
+
+
+def write_atomic(path, write):
+    """write(temporary path), then rename: a reader, or a crash, never sees half a file. Errors: DataError where the disk is full or
+    the folder may not be written; what was there stays."""
+    temporary = f"{path}.tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
+        fault = getattr(error, "strerror", None) or f"no space left, it seems ({str(error).splitlines()[0]})"
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise DataError(f"{path}: cannot be written: {fault}; the last whole one is kept") from error
+
+
+def write_text(path, text):
+    """write_atomic of a text."""
+    write_atomic(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def locked(path, wait=True):
+    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free again when this process ends,
+    however it ends. Where the file system knows no locks: goes on without, and says so. Errors: DataError."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose a folder that can") from error
+    try:
+        mine = True
+        try:
+            if fcntl is None:
+                raise OSError("this system has none")
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            print(f"{path}: no file locks here ({error}); do not start the same work twice at a time", file=sys.stderr)
+        yield mine
+    finally:
+        os.close(handle)
+
+
+def guarded(main, *errors):
+    """Run a script: DataError and errors, and what the system refuses, end it with one sentence and exit status 2."""
+    try:
+        main()
+    except (DataError, *errors) as error:
+        sentence = str(error)
+    except OSError as error:
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -247,12 +383,7 @@ def read_state(folder):
 
 def write_state(folder, state):
     """Replace store.json in one step: after a crash it is the old one or the new one."""
-    name = os.path.join(folder, "store.json")
-    with open(name + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(name + ".tmp", name)
+    write_text(os.path.join(folder, "store.json"), json.dumps(state, indent=1))
 
 
 def crc_of(name):
@@ -303,11 +434,10 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
     workers = workers or min(os.cpu_count(), 1 + readable // 4000)  # starting one costs some thousand records
     if not os.path.exists(dst):
         os.makedirs(os.path.dirname(dst), exist_ok=True)
-        with open(dst + ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed, whatever happens to this process
+        with locked(dst + ".lock"):  # a second process waits here
             if not os.path.exists(dst):
                 build(settings, plan, total, dst, workers)
-                os.unlink(lock.name)  # whoever waits for it, or comes later, finds dst
+                os.unlink(dst + ".lock")  # whoever waits for it, or comes later, finds dst
     store = Store(dst)
     if store.meta["plan"] != plan:
         raise DataError(f"{dst}: made with other settings or from other records; {AGAIN}")
@@ -1336,8 +1466,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    guarded(main)
