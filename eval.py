@@ -5,21 +5,22 @@ table over runs and seeds, and writes comparison.json and comparison.png into th
 is ever used to choose a model or a threshold; rows are the official test split (PTB-XL fold 10) unless --folds says otherwise.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import os
-import pickle
 import re
-import sys
 import textwrap
+import zipfile
+import zlib
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ import model as models
 
 PTBXL = ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm")  # "ptbxl": the four published sets
 RESAMPLES = 1000  # of the bootstrap
+FACTS = {"records_per_second": float, "parameters": float, "warnings": [str]}  # what is read of training.json
 NO_MATTER = ("name", "seed", "threads", "workers", "save_every", "compile")  # config fields in which repetitions may differ
 ENOUGH = 10       # positives a class needs for the second mean: fewer make macro AUROC a lottery (METHODS 0.4)
 
@@ -41,28 +43,137 @@ def newest_run(folder="runs"):
 
 
 def read_config(run):
-    """config.json of a run folder as a dictionary. Errors: DataError where there is none."""
+    """(Config, what made it: a dictionary) of a run folder. Errors: DataError where there is none, or another
+    version's."""
     path = Path(run) / "config.json"
     if not path.exists():
         raise data.DataError(f"{run}: not a run folder (no config.json)")
-    return json.loads(path.read_text())
+    found = data.read_json(path, {"method": str, "preset": str, str: (str, int, float, bool, dict)})
+    made_by = found.pop("made_by", {})
+    try:
+        config = models.configure(**found)
+        wanted = models.settings_of(config).keys() | {"made_by"}
+        if lacking := sorted(wanted - found.keys() - ({"made_by"} if made_by else set())):
+            raise models.ModelError(f"there is no {lacking[0]!r}")
+        data.check(made_by, dict.fromkeys(("program", "torch", "csrc", "store"), str), "made_by")
+    except (models.ModelError, data.DataError) as error:
+        raise data.DataError(f"{path}: not of this version of the program, {models.VERSION}, or changed by hand: "
+                             f"{error}. Use the version that made it, or train anew") from error
+    return config, made_by
+
+
+def checksums(folder, patterns):
+    """{path in the folder: crc32} of the files that match."""
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): checksum(path, path.stat().st_mtime_ns) for path in paths}
+
+
+@lru_cache(64)
+def checksum(path, changed):
+    """crc32 of a file, read once as long as it does not change."""
+    return data.crc_of(str(path))
+
+
+def compare_checksums(folder, known):
+    """Errors: DataError where a file is not the one whose checksum is known."""
+    for name, crc in known.items():
+        path = Path(folder) / name
+        if checksums(folder, [name]).get(name) != crc:
+            fault = "damaged" if path.exists() else "missing"
+            raise data.DataError(f"{path}: {fault}, and the rest was made with it; restore it, or train anew")
+
+
+def save_weights(method, run):
+    """model.safetensors of a run, with checksums of its tensors and of the tokenizer."""
+    state = {k: v.cpu().clone(memory_format=torch.contiguous_format)  # tied tensors are written twice
+             for k, v in method.state_dict().items()}
+    facts = {"tensors": crc_of_tensors(state), "files": json.dumps(checksums(run, ["tokenizer/*"]))}
+    data.write_atomic(Path(run) / "model.safetensors", lambda path: save_file(state, path, facts))
+
+
+def crc_of_tensors(state):
+    """A checksum of named tensors, as text."""
+    crc = 0
+    for name in sorted(state):
+        bytes_of = state[name].contiguous().flatten().view(torch.uint8).numpy()
+        crc = zlib.crc32(bytes_of, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def read_torch(path):
+    """What torch.save wrote; nothing but tensors and plain values is unpickled, and the file's checksums hold.
+    Errors: DataError."""
+    try:
+        with data.open_file(path) as file:
+            with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} has another checksum")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile and torch fail in many ways on a damaged file
+        raise data.DataError(f"{path}: {damage(path, error)}") from error
+    if not isinstance(state, dict):
+        raise data.DataError(f"{path}: holds other things than named tensors")
+    return state
+
+
+def read_tensors(path):
+    """(named tensors, metadata) in a file of torch or safetensors, or in a training checkpoint. Errors: DataError."""
+    facts = {}
+    if Path(path).suffix == ".safetensors":
+        try:
+            data.open_file(path).close()
+            with safe_open(path, "pt") as file:
+                state, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            if facts.get("tensors", crc := crc_of_tensors(state)) != crc:
+                raise ValueError("the weights have another checksum")
+        except Exception as error:  # as above
+            raise data.DataError(f"{path}: {damage(path, error)}") from error
+    else:
+        state = read_torch(path)
+    for key in ("state_dict", "model", "model_state_dict"):  # what surrounds weights in a training checkpoint
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise data.DataError(f"{path}: holds other things than named tensors")
+    wrapped = bool(state) and all(name.startswith("module.") for name in state)  # DistributedDataParallel's
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}, facts
+
+
+def damage(path, error):
+    """What keeps a file of weights from being read, and what to do."""
+    head = b""
+    with contextlib.suppress(OSError), data.open_file(path) as file:
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    fault = f"{type(error).__name__}: {models.first_line(error)[:150]}"
+    return f"damaged, cut off, or no tensors that can be loaded safely ({fault}); copy it again, or train anew"
 
 
 def load_run(run, checkpoint=None, device="cpu", text_model=""):
     """(method in eval mode, its config) of a run folder. checkpoint: other weights than its model.safetensors, or NAME:FILE as the
     authors published them, for which the run does not matter (open_published). Errors: DataError, ModelError."""
-    if published := publication(checkpoint):
-        return open_published(*published, text_model, device)
-    run, config = Path(run), SimpleNamespace(**read_config(run))
+    if found := publication(checkpoint):
+        return open_published(*found, text_model, device)
+    run, (config, _) = Path(run), read_config(run)
     weights = Path(checkpoint or run / "model.safetensors")
     if not weights.exists():
         raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python train.py --resume {run}")
     if config.method == "cardiolm":
         raise models.ModelError(f"{run} is a language model without an ECG encoder: give it to another run with --text-model {run}")
-    method = models.build_method(config, models.rebuild_text_model(run / "tokenizer")).to(device)
-    method.load_state_dict(load_file(weights, device=str(device)))
-    return method.eval(), config
-
+    state, facts = read_tensors(weights)
+    if not checkpoint:
+        compare_checksums(run, json.loads(facts.get("files", "{}")))
+    method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        fault = " ".join(str(error).split())[:300]
+        raise data.DataError(f"{weights}: not of {run / 'config.json'}: {fault}") from error
+    return method.to(device).eval(), config
 
 @torch.no_grad()
 def embed_records(method, store, rows, device, what="encoding ECGs", batch=256):
@@ -99,142 +210,18 @@ def score_records(method, store, rows, prompts, scales, device, batch=256):
 
 
 # ---- published checkpoints -------------------------------------------------------------------------------------
-# --ckpt merl:FILE, melp:FILE, dbeta:FILE. Names in the authors' state dictionaries -> ours; * stands for anything, the same on both
-# sides in order. A name with +0, +1, +2 is a part (query, key, value) of a larger tensor of ours; "-" is what neither training nor
-# zero-shot here has a use for.
+# --ckpt merl:FILE, melp:FILE, dbeta:FILE. weights.json: names in the authors' state dictionaries -> ours; * stands for
+# anything, the same on both sides in order. A name with +0, +1, +2 is a part (query, key, value) of a larger tensor of
+# ours; "-" is what neither training nor zero-shot here has a use for. "optional": what a file may lack. D-BETA's T5 sees
+# no attention mask, but one text at a time has no padding: that is our tower with its mask, in any batch.
 
-MERL_NAMES = """
-*num_batches_tracked                      -
-ecg_encoder.linear.*                      -
-downconv.*                                down.*
-att_pool_head.positional_embedding        pool.positions
-att_pool_head.cls_token                   pool.cls
-att_pool_head.mhsa.*                      pool.attention.*
-att_pool_head.c_proj.*                    pool.out.*
-linear1.weight                            view1.weight
-linear2.weight                            view2.weight
-proj_t.*                                  project_text.*
-proj_e.*                                  project_ecg.*
-lm_model.*                                text.lm.*
-ecg_encoder.pos_embedding                 ecg.positions
-ecg_encoder.to_patch_embedding.*          ecg.patch.*
-ecg_encoder.block*.attn.norm.*            ecg.blocks.*.norm1.*
-ecg_encoder.block*.ff.norm.*              ecg.blocks.*.norm2.*
-ecg_encoder.block*.attn.fn.to_qkv.*       ecg.blocks.*.attention.in_proj_*
-ecg_encoder.block*.attn.fn.to_out.0.*     ecg.blocks.*.attention.out_proj.*
-ecg_encoder.block*.ff.fn.net.0.*          ecg.blocks.*.mlp.0.*
-ecg_encoder.block*.ff.fn.net.3.*          ecg.blocks.*.mlp.2.*
-ecg_encoder.layer*.conv1.*                ecg.layer*.convs.0.*
-ecg_encoder.layer*.conv2.*                ecg.layer*.convs.1.*
-ecg_encoder.layer*.conv3.*                ecg.layer*.convs.2.*
-ecg_encoder.layer*.bn1.*                  ecg.layer*.norms.0.*
-ecg_encoder.layer*.bn2.*                  ecg.layer*.norms.1.*
-ecg_encoder.layer*.bn3.*                  ecg.layer*.norms.2.*
-ecg_encoder.*                             ecg.*
-"""
-W2V_NAMES = """
-ecg_encoder.mask_emb                                      -
-ecg_encoder.quantizer.*                                   -
-ecg_encoder.project_q.*                                   -
-ecg_encoder.final_proj.*                                  -
-ecg_encoder.feature_extractor.conv_layers.0.0.weight      ecg.stem.0.weight
-ecg_encoder.feature_extractor.conv_layers.0.2.*           ecg.stem.1.*
-ecg_encoder.feature_extractor.conv_layers.1.0.weight      ecg.stem.3.weight
-ecg_encoder.feature_extractor.conv_layers.2.0.weight      ecg.stem.5.weight
-ecg_encoder.feature_extractor.conv_layers.3.0.weight      ecg.stem.7.weight
-ecg_encoder.layer_norm.*                                  ecg.norm_stem.*
-ecg_encoder.post_extract_proj.*                           ecg.project.*
-ecg_encoder.conv_pos.pos_conv.0.weight_g                  ecg.place.parametrizations.weight.original0
-ecg_encoder.conv_pos.pos_conv.0.weight_v                  ecg.place.parametrizations.weight.original1
-ecg_encoder.conv_pos.pos_conv.0.*                         ecg.place.*
-ecg_encoder.encoder.layer_norm.*                          ecg.norm.*
-ecg_encoder.encoder.layers.*.self_attn.q_proj.*           ecg.layers.*.self_attn.in_proj_*+0
-ecg_encoder.encoder.layers.*.self_attn.k_proj.*           ecg.layers.*.self_attn.in_proj_*+1
-ecg_encoder.encoder.layers.*.self_attn.v_proj.*           ecg.layers.*.self_attn.in_proj_*+2
-ecg_encoder.encoder.layers.*.self_attn.out_proj.*         ecg.layers.*.self_attn.out_proj.*
-ecg_encoder.encoder.layers.*.self_attn_layer_norm.*       ecg.layers.*.norm1.*
-ecg_encoder.encoder.layers.*.fc1.*                        ecg.layers.*.linear1.*
-ecg_encoder.encoder.layers.*.fc2.*                        ecg.layers.*.linear2.*
-ecg_encoder.encoder.layers.*.final_layer_norm.*           ecg.layers.*.norm2.*
-"""
-OPEN_CLIP_BLOCK = """
-THEIRS.*.ln_1.*             OURS.*.norm1.*
-THEIRS.*.ln_2.*             OURS.*.norm2.*
-THEIRS.*.ln_1_kv.*          OURS.*.norm_context.*
-THEIRS.*.attn.*             OURS.*.attention.*
-THEIRS.*.mlp.c_fc.*         OURS.*.mlp.0.*
-THEIRS.*.mlp.c_proj.*       OURS.*.mlp.2.*
-"""
-OPEN_CLIP_POOL = """
-attn_pool_THEIRS.query          OURS.query
-attn_pool_THEIRS.attn.*         OURS.attention.*
-attn_pool_THEIRS.ln_q.*         OURS.norm_query.*
-attn_pool_THEIRS.ln_k.*         OURS.norm_context.*
-ln_THEIRS.*                     OURS.norm.*
-"""
-BERT_LAYER = """
-THEIRS.*.attention.self.query.*                 OURS.*.self_attn.in_proj_*+0
-THEIRS.*.attention.self.key.*                   OURS.*.self_attn.in_proj_*+1
-THEIRS.*.attention.self.value.*                 OURS.*.self_attn.in_proj_*+2
-THEIRS.*.attention.output.dense.*               OURS.*.self_attn.out_proj.*
-THEIRS.*.attention.output.LayerNorm.*           OURS.*.norm1.*
-THEIRS.*.crossattention.self.query.*            OURS.*.multihead_attn.in_proj_*+0
-THEIRS.*.crossattention.self.key.*              OURS.*.multihead_attn.in_proj_*+1
-THEIRS.*.crossattention.self.value.*            OURS.*.multihead_attn.in_proj_*+2
-THEIRS.*.crossattention.output.dense.*          OURS.*.multihead_attn.out_proj.*
-THEIRS.*.crossattention.output.LayerNorm.*      OURS.*.norm2.*
-THEIRS.*.intermediate.dense.*                   OURS.*.linear1.*
-THEIRS.*.output.dense.*                         OURS.*.linear2.*
-THEIRS.*.output.LayerNorm.*                     OURS.*.norm3.*
-"""
+@lru_cache
+def published():
+    """weights.json: {kind: {"method", "optional", "names"}}."""
+    shape = {"method": str, "optional": [str], "names": {str: str}}
+    return data.read_json(Path(__file__).with_name("weights.json"), {str: shape})
 
 
-def of(table, theirs, ours):
-    """A table of a part, for the part of these names."""
-    return table.replace("THEIRS", theirs).replace("OURS", ours)
-
-
-MELP_NAMES = (W2V_NAMES + of(OPEN_CLIP_POOL, "contrast", "beat_pool") + of(OPEN_CLIP_POOL, "caption", "caption_pool")
-              + of(OPEN_CLIP_BLOCK, "resblocks", "decoder.blocks") + of(OPEN_CLIP_BLOCK, "cross_attn", "decoder.cross") + """
-proj_contrast           project_beats
-logit_scale             log_scale
-ecg_encoder.logit_scale -
-bn.*                    -
-ln_final.*              decoder.norm.*
-text_projection         decoder.vocabulary
-lm_model.cls.*          -
-lm_model.bert.*         text.lm.*
-proj_t.*                project_text.*
-sent_proj.*             project_sentences.*
-""")
-DBETA_NAMES = (W2V_NAMES + of(BERT_LAYER, "multi_modal_ecg_layers", "fuse_ecg")
-               + of(BERT_LAYER, "multi_modal_language_layers", "fuse_text")
-               + of(OPEN_CLIP_BLOCK, "mim_head.decoder.resblocks", "rebuild.blocks") + """
-class_embedding                         cls
-language_encoder.*                      text.lm.*
-multi_modal_language_proj.*             project_text.*
-multi_modal_ecg_proj.*                  project_ecg.*
-modality_type_embeddings.*              modality.*
-multi_modal_ecg_pooler.dense.*          pool_fused_ecg.0.*
-multi_modal_language_pooler.dense.*     pool_fused_text.0.*
-unimodal_ecg_pooler.dense.*             pool_ecg.0.*
-unimodal_language_pooler.dense.*        pool_text.0.*
-mlm_head.transform.dense.*              tell_word.0.*
-mlm_head.transform.LayerNorm.*          tell_word.2.*
-mlm_head.decoder.weight                 tell_word.3.weight
-mlm_head.decoder.bias                   -
-mlm_head.bias                           tell_word.3.bias
-mim_head.mask_token                     rebuild.mask
-mim_head.decoder_embed.*                rebuild.embed.*
-mim_head.decoder_pos_embed.pe           -
-mim_head.decoder_norm.*                 rebuild.norm.*
-mim_head.decoder_pred.*                 rebuild.predict.*
-itm_head.fc.*                           match.*
-""")
-# --ckpt NAME:FILE -> (our method, names, what a file may lack). D-BETA's T5 sees no attention mask, but one text at a time has no
-# padding: that is our tower with its mask, in any batch.
-PUBLISHED = {"merl": ("merl", MERL_NAMES, ()), "melp": ("melp", MELP_NAMES, ("decoder.", "caption_pool.", "project_sentences.")),
-             "dbeta": ("cmelt", DBETA_NAMES, ())}
 WRAPPER = re.compile(r"^((module|model)\.)*(ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)"
                      r"|\w*decoder\.(?=resblocks|cross_attn|ln_final|text_proj))?")
 DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # parts of a language model that a tower may do without
@@ -243,13 +230,14 @@ DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # parts of a l
 def publication(checkpoint):
     """"merl:FILE" -> ("merl", "FILE"), None for any other checkpoint."""
     kind, colon, file = str(checkpoint or "").partition(":")
-    return (kind, file) if colon and kind in PUBLISHED else None
+    return (kind, file) if colon and kind in published() else None
 
 
 def rename(state, names):
-    """The authors' state dictionary -> ours by a table of names. Errors: models.ModelError with the names that are not in it."""
-    rules, parts, unknown = [line.split() for line in names.strip().splitlines() if line], {}, []
-    rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours.split("*")) for theirs, ours in rules]
+    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: models.ModelError with unknown names."""
+    rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours.split("*"))
+             for theirs, ours in names.items()]
+    parts, unknown = {}, []
     for theirs, value in state.items():
         bare = WRAPPER.sub("", theirs)
         match, ours = next(((m, ours) for pattern, ours in rules if (m := pattern.fullmatch(bare))), (None, None))
@@ -265,10 +253,10 @@ def rename(state, names):
 
 
 def load_published(method, state, kind):
-    """Fill a method with the authors' weights, kind a key of PUBLISHED. Errors: models.ModelError that names what is missing,
-    unknown or misshapen."""
-    _, names, optional = PUBLISHED[kind]
-    given = rename(state, names)
+    """Fill a method with the authors' weights, kind a key of published(). Errors: models.ModelError that names what is
+    missing, unknown or misshapen."""
+    optional = tuple(published()[kind]["optional"])
+    given = rename(state, published()[kind]["names"])
     ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
     unused = {k for k in given.keys() - ours.keys() if k.startswith(DROPPED)}
     if unexpected := sorted(given.keys() - ours.keys() - unused):
@@ -290,13 +278,10 @@ def extent(x):
 def open_published(kind, file, text_model="", device="cpu"):
     """(method in eval mode, its config) of an authors' checkpoint, with the paper's preset; text_model: where the tokenizer and the
     shape of the text tower are, if not on the hub under the published name. Errors: ModelError, DataError."""
-    from train import Config  # here, since train.py imports this file: the defaults of all settings are its
-    if kind not in PUBLISHED:
-        raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(PUBLISHED)}")
-    state = read_tensors(file)
-    method, _, _ = PUBLISHED[kind]
-    _, small, paper = models.METHODS[method]
-    config = Config(**{**small, **paper, "method": method, "data": ""})
+    if kind not in published():
+        raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(published())}")
+    state, _ = read_tensors(file)
+    config = models.configure(published()[kind]["method"], "paper", data="")  # it brings none
     config.text_model = text_model or config.text_model
     if kind == "merl":
         vits = {width: name for name, (width, _, _) in models.ViT1d.SIZES.items()}
@@ -313,22 +298,6 @@ def open_published(kind, file, text_model="", device="cpu"):
         first = next(m for m in method.ecg.modules() if isinstance(m, torch.nn.Conv1d))
         first.weight.data = first.weight.data[:, [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11]].clone()
     return method.to(device).eval(), config
-
-
-def read_tensors(file):
-    """The state dictionary in a file of torch or safetensors; nothing but tensors is unpickled. Errors: data.DataError."""
-    try:
-        if str(file).endswith(".safetensors"):
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, SafetensorError) as error:
-        raise data.DataError(f"{file}: not a checkpoint of tensors that can be loaded safely ({type(error).__name__})") from error
-    for key in ("state_dict", "model", "model_state_dict"):  # what surrounds the weights in a training checkpoint
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise data.DataError(f"{file}: holds other things than named tensors")
-    return state
 
 
 def state_width(state, ending, axis=0):
@@ -358,31 +327,39 @@ def best_f1(score, positive):
 
 
 def interval(samples):
-    """95 % bootstrap interval [low, high]."""
-    return [float(v) for v in np.nanpercentile(samples, [2.5, 97.5])]
+    """95 % bootstrap interval [low, high] of (K,) samples; None where fewer than a tenth are numbers."""
+    found = samples[np.isfinite(samples)]
+    return [float(v) for v in np.percentile(found, [2.5, 97.5])] if 10 * len(found) >= len(samples) else None
 
 
-def score_classes(names, scores, positives, seed=0):
-    """Metrics of a label set. scores (R, C), positives (R, C) bool -> dict with "macro", "macro_enough" and "classes".
+def score_classes(names, scores, positives, patients=None, seed=0):
+    """Metrics of a label set. scores (R, C), positives (R, C) bool, patients (R,) -> dict with "macro", "macro_enough"
+    and "classes".
 
-    A class without positives, or without negatives, is listed and left out of the means. The bootstrap draws rows."""
-    weights = np.random.default_rng(seed).multinomial(len(scores), np.full(len(scores), 1 / len(scores)), RESAMPLES)  # (K, R)
+    A class without positives, or without negatives, is listed and left out of the means. The bootstrap draws patients
+    with all their records. Intervals: of a class with at least ENOUGH positives; of a mean over the resamples in which
+    every one of its classes has both kinds (none where these are fewer than a tenth)."""
+    _, patient = np.unique(np.arange(len(scores)) if patients is None else patients, return_inverse=True)
+    many = int(patient.max()) + 1
+    draws = np.random.default_rng(seed).multinomial(many, np.full(many, 1 / many), RESAMPLES)
+    weights = draws[:, patient]  # (K, R)
     classes, samples = {}, {}
     for c, name in enumerate(names):
         count = int(positives[:, c].sum())
         classes[name] = {"positives": count}
         if 0 < count < len(scores):
             samples[name] = auroc_of_resamples(scores[:, c], positives[:, c], weights)
-            classes[name] |= {"auroc": float(roc_auc_score(positives[:, c], scores[:, c])), "interval": interval(samples[name]),
+            classes[name] |= {"auroc": float(roc_auc_score(positives[:, c], scores[:, c])),
+                              "interval": interval(samples[name]) if count >= ENOUGH else None,
                               "auprc": float(average_precision_score(positives[:, c], scores[:, c])),
                               "f1": best_f1(scores[:, c], positives[:, c])}
     means = {}
     for title, least in (("macro", 1), ("macro_enough", ENOUGH)):
         chosen = [n for n in samples if classes[n]["positives"] >= least]
         if chosen:
-            means[title] = {"classes": len(chosen), "interval": interval(np.nanmean([samples[n] for n in chosen], 0)),
-                            **{m: float(np.mean([classes[n][m] for n in chosen])) for m in ("auroc", "auprc", "f1")}}
-    return {"records": len(scores), **means, "classes": classes}
+            means[title] = {"classes": len(chosen), "interval": interval(np.mean([samples[n] for n in chosen], 0))}
+            means[title] |= {m: float(np.mean([classes[n][m] for n in chosen])) for m in ("auroc", "auprc", "f1")}
+    return {"records": len(scores), "patients": many, **means, "classes": classes}
 
 
 def print_table(title, result):
@@ -393,29 +370,35 @@ def print_table(title, result):
         if "auroc" in r:
             print(line.format(name[:44], r["positives"], *columns(r)))
         else:
-            print(line.format(name[:44], r["positives"], "-", "no positives", "-", "-"))
+            why = "no negatives" if r["positives"] else "no positives"
+            print(line.format(name[:44], r["positives"], "-", why, "-", "-"))
     for key, text in (("macro", "macro, classes with positives"), ("macro_enough", f"macro, at least {ENOUGH} positives")):
         if key in result:
             print(line.format(f"{text} ({result[key]['classes']})", "", *columns(result[key])))
 
 
 def columns(r):
-    return f"{r['auroc']:.3f}", "{:.3f} - {:.3f}".format(*r["interval"]), f"{r['auprc']:.3f}", f"{r['f1']:.3f}"
+    shown = "{:.3f} - {:.3f}".format(*r["interval"]) if r["interval"] else "-"
+    return f"{r['auroc']:.3f}", shown, f"{r['auprc']:.3f}", f"{r['f1']:.3f}"
 
 
 def plot(title, result, path):
-    """AUROC of every class with its interval, best at the top."""
+    """AUROC of every class, with its interval if it has one, best at the top; no picture where no class has any."""
+    if "macro" not in result:
+        return
     from matplotlib.figure import Figure
     shown = sorted(((r["auroc"], n, r) for n, r in result["classes"].items() if "auroc" in r), key=lambda x: x[0])
     figure = Figure(figsize=(8, 1.4 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for y, (auroc, _, r) in enumerate(shown):
-        axes.plot(r["interval"], [y, y], color="0.7", lw=3, solid_capstyle="butt", zorder=1)
+        if r["interval"]:
+            axes.plot(r["interval"], [y, y], color="0.7", lw=3, solid_capstyle="butt", zorder=1)
         axes.plot(auroc, y, "o", color="C0" if r["positives"] >= ENOUGH else "0.5", ms=5, zorder=2)
     axes.axvline(0.5, color="0.8", lw=1, zorder=0)
     axes.axvline(result["macro"]["auroc"], color="C1", lw=1, ls="--", zorder=0)
     axes.set_yticks(range(len(shown)), [f"{n} ({r['positives']})" for _, n, r in shown], fontsize=8)
-    axes.set(xlim=(min(0.4, *(r["interval"][0] for _, _, r in shown)), 1.0), ylim=(-0.8, len(shown) - 0.2), xlabel="AUROC",
+    least = min((r["interval"] or [auroc])[0] for auroc, _, r in shown)
+    axes.set(xlim=(min(0.4, least), 1.0), ylim=(-0.8, len(shown) - 0.2), xlabel="AUROC",
              title=f"{title}: macro AUROC {result['macro']['auroc']:.3f}, {result['records']} records")
     figure.savefig(path, dpi=120)
 
@@ -430,21 +413,27 @@ def class_prompts(name, classes, style):
         return [[table[c]["name"]] for c in classes]
     if style == "descriptive":
         return [table[c]["prompts"] for c in classes]
-    with open(style, encoding="utf-8") as file:
-        given = json.load(file)
-    given = given.get(name, given)
+    advice = "--prompts is descriptive, plain, or a JSON file {code: text or [texts]}"
+    given = data.read_json(style, {str: (str, list, dict)}, advice)
+    given = given[name] if isinstance(given.get(name), dict) else given
     missing = [c for c in classes if c not in given and c.rstrip("_") not in given]
     if missing:
         raise data.DataError(f"{style} has no prompt for {', '.join(missing)} of {name}")
     texts = [given.get(c, given.get(c.rstrip("_"))) for c in classes]
-    return [[t.lower() for t in ([text] if isinstance(text, str) else text)] for text in texts]
+    texts = [[text] if isinstance(text, str) else text for text in texts]
+    for c, row in zip(classes, texts):
+        if not isinstance(row, list) or not row or any(not re.search(r"\w", t) if isinstance(t, str) else True for t in row):
+            raise data.DataError(f"{style}: the prompt of {c} must be a text or a list of texts, with words in them")
+    return [[t.lower() for t in row] for row in texts]
 
 
 def find_store(source, config, spec):
-    """The store to evaluate on: --data or the run's own where they hold records of that source; else, for PTB-XL, what is in
-    $PTBXL or data/ptbxl, and the default simulated records."""
-    for given in filter(None, (spec, config.data)):
-        store = data.open_data(given, config.rate)
+    """The store to evaluate on: what --data says, whatever it holds; else the run's own data if they are of the label
+    set's source; else, for PTB-XL, what is in $PTBXL or data/ptbxl, and the default simulated records."""
+    if spec:
+        return data.open_data(spec, config.rate)
+    if config.data.partition(":")[0] in ("store", source):
+        store = data.open_data(config.data, config.rate)
         if store.records["source"].iloc[0] == source:
             return store
     if source == "simulated":
@@ -456,10 +445,24 @@ def find_store(source, config, spec):
     return data.open_data(f"ptbxl:{place}", config.rate)
 
 
+def sets_of(store):
+    """Label sets that a store's test records can answer: PTB-XL's four, or all codes; none where no record has one."""
+    names = ["ptbxl"] if store.records["source"].iloc[0] == "ptbxl" else ["simulated"]
+    codes = store.records["codes"].iloc[np.flatnonzero(store.records["split"] == "test")]
+    return names if any(code in data.knowledge()["findings"] for row in codes for code in row) else []
+
+
 def test_rows(store, folds=None):
-    """Row numbers of a store's test records, of PTB-XL those of the given folds."""
+    """Row numbers of a store's test records, or of the given folds. Errors: DataError where there are none."""
     records = store.records
-    return np.flatnonzero(records["fold"].isin(folds) if folds and records["source"].iloc[0] == "ptbxl" else records["split"] == "test")
+    if folds and not records["fold"].any():
+        raise data.DataError(f"{store.path}: these records have no folds: leave out --folds")
+    rows = np.flatnonzero(records["fold"].isin(folds) if folds else records["split"] == "test")
+    if not len(rows):
+        wanted = f"fold {', '.join(map(str, folds))}" if folds else "the test split"
+        raise data.DataError(f"{store.path}: holds no record of {wanted}; name folds with --folds, or other records "
+                             "with --data")
+    return rows
 
 
 def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds=None, scales=None, text_model="",
@@ -480,35 +483,55 @@ def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds
         scores = score_records(method, store, rows, [text for name in texts for text in texts[name]], scales, device)
         for name, (classes, positives, keep) in labels.items():
             if not keep.any():
-                raise data.DataError(f"{store.path}: no record to evaluate has a label of {name}")
+                raise data.DataError(f"{spec or store.path}: no record to evaluate has a label of {name}")
             mine, scores = scores[:, :len(classes)], scores[:, len(classes):]
-            results[name] = score_classes(classes, mine[keep], positives[keep])
+            results[name] = {"source": str(store.records["source"].iloc[0])} | score_classes(
+                classes, mine[keep], positives[keep], store.records["patient"].iloc[rows][keep])
     return {name: results[name] for name in names}
 
 
 def report(run, sets, **options):
     """Evaluate, print the tables, write results.json and the pictures into the run."""
+    known_results(run)  # before all the work
     results = zeroshot(run, sets, **options)
     for name, result in results.items():
-        print_table(f"zero-shot {name}", result)
+        print_table(f"zero-shot {name} of {result['source']} records", result)
     save_results(run, results, options)
     return results
 
 
+DEFAULTS = {"prompts": "descriptive", "folds": None, "scales": None, "checkpoint": None, "spec": None, "beams": 1}
+
+
+def entry(name, options):
+    """The title of a result: what was asked, and those options that are not the defaults."""
+    given = {k: v for k, v in options.items() if v != DEFAULTS.get(k, v)}
+    return " ".join([name, *(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items())])
+
+
 def save_results(run, results, options):
-    """results.json and zeroshot_SET.png of a run; what is known of other label sets stays."""
+    """results.json and zeroshot_SET.png of a run: an entry for each label set and options, none of which overwrites
+    another."""
     for name, result in results.items():
-        plot(f"zero-shot {name}", result, Path(run) / f"zeroshot_{name}.png")
+        title = entry(name, options)
+        file = re.sub("[^a-zA-Z0-9_.=,-]+", "_", title)[:150]
+        plot(f"zero-shot {title}", result, Path(run) / f"zeroshot_{file}.png")
     given = {k: str(v) for k, v in options.items()}
-    remember(run, "zeroshot", {n: {"options": given, **r} for n, r in results.items()})
+    remember(run, "zeroshot", {entry(n, options): {"options": given, **r} for n, r in results.items()})
+
+
+def known_results(run):
+    """results.json of a run, {} where there is none. Errors: DataError."""
+    path = Path(run) / "results.json"
+    return data.read_json(path, {str: dict}, "move it away") if path.exists() else {}
 
 
 def remember(run, key, found):
     """Add to an entry of a run's results.json."""
-    path = Path(run) / "results.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known.setdefault(key, {}).update(found)
-    path.write_text(json.dumps(known, indent=1))
+    with data.locked(Path(run) / ".results.lock"):  # of two evaluations at a time, none loses the other's
+        known = known_results(run)
+        known.setdefault(key, {}).update(found)
+        data.write_text(Path(run) / "results.json", json.dumps(known, indent=1))
 
 
 # ---- reports written from the ECG --------------------------------------------------------------------------------------
@@ -532,6 +555,7 @@ def generate(run, checkpoint=None, spec=None, folds=None, beams=1, text_model=""
     rows = [row for row in test_rows(store, folds) if tags[row]]
     if not rows:
         raise data.DataError(f"{store.path}: none of the records asked for has a report")
+    known_results(run)  # before all the work
     texts = []
     for start in tqdm(range(0, len(rows), batch), desc="writing", leave=False):
         texts += method.generate(torch.from_numpy(store.ecg(rows[start:start + batch])).to(device), beams)
@@ -541,14 +565,16 @@ def generate(run, checkpoint=None, spec=None, folds=None, beams=1, text_model=""
     for name, said in (("written", written), ("commonest report", [list(common)] * len(rows))):
         found[name] = {"statements": overlap(list(map(set, said)), list(map(set, truth))),
                        "findings": overlap([set(read.named(s)) for s in said], [set(read.named(s)) for s in truth])}
-    with open(Path(run) / "reports.jsonl", "w") as file:
-        for row, true, said in zip(rows, truth, written):
-            file.write(json.dumps({"id": str(store.records["id"].iloc[row]), "report": true, "written": said}) + "\n")
+    data.write_text(Path(run) / "reports.jsonl", "".join(
+        json.dumps({"id": str(store.records["id"].iloc[row]), "report": true, "written": said}) + "\n"
+        for row, true, said in zip(rows, truth, written)))
     print(f"\nreports of {len(rows)} records, {len(set(texts))} different ones, {beams} beam(s)\n{'':<18} "
           + "".join(f"{kind + ' ' + m:>22}" for kind in ("statements", "findings") for m in ("precision", "recall", "F1")))
     for name, r in found.items():
         print(f"{name:<18} " + "".join(f"{r[kind][m]:22.3f}" for kind in ("statements", "findings") for m in ("precision", "recall", "f1")))
-    remember(run, "reports", {f"{beams} beam(s)": {"records": len(rows), "different": len(set(texts)), **found}})
+    given = dict(beams=beams, folds=folds, checkpoint=checkpoint, spec=spec)
+    counts = {"records": len(rows), "different": len(set(texts))}
+    remember(run, "reports", {entry("written", given): counts | found})
     return found
 
 
@@ -558,6 +584,9 @@ def generate(run, checkpoint=None, spec=None, folds=None, beams=1, text_model=""
 def report_language(method, texts, run, batch=64):
     """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The yardstick is to say the
     commonest word every time."""
+    if not texts:
+        print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from training")
+        return
     method.eval()
     counts, sums = Counter(), torch.zeros(3)
     torch.manual_seed(0)  # training is over
@@ -596,8 +625,9 @@ def over_runs(runs, name, mean):
     if not found:
         return None
     values = [m["auroc"] for m in found]
+    known = [m["interval"] for m in found if m["interval"]]
     return {"auroc": values, "mean": float(np.mean(values)), "lowest": min(values), "highest": max(values),
-            "interval": np.mean([m["interval"] for m in found], 0).tolist()}
+            "interval": np.mean(known, 0).tolist() if len(known) == len(found) else None}
 
 
 def summarise(runs):
@@ -617,7 +647,7 @@ def cell(s):
     if s is None:
         return "-"
     spread = f" ({s['lowest']:.3f} - {s['highest']:.3f})" if len(s["auroc"]) > 1 else ""
-    return f"{s['mean']:.3f}{spread} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}]"
+    return f"{s['mean']:.3f}{spread}" + (" [{:.3f}, {:.3f}]".format(*s["interval"]) if s["interval"] else "")
 
 
 def markdown(groups, key="sets"):
@@ -644,7 +674,8 @@ def plot_comparison(groups, path):
             s, colour = group["sets"][name], f"C{methods.index(group['config']['method']) % 10}"
             if s is None:
                 continue
-            axes.plot(s["interval"], [y, y], color=colour, alpha=0.25, lw=8, solid_capstyle="butt", zorder=1)
+            if s["interval"]:
+                axes.plot(s["interval"], [y, y], color=colour, alpha=.25, lw=8, solid_capstyle="butt", zorder=1)
             axes.plot([s["mean"]] * 2, [y - 0.3, y + 0.3], color=colour, lw=1.5, zorder=2)
             axes.plot(s["auroc"], [y] * len(s["auroc"]), "o", color=colour, mec="white", mew=0.6, ms=5.5, zorder=3)
         axes.set_title(name, fontsize=10)
@@ -667,7 +698,7 @@ def compare(runs, sets, **options):
     runs = list(dict.fromkeys(run for run in map(Path, runs) if not run.is_file()))
     if not runs:
         raise data.DataError("no run folder to compare")
-    configs = [read_config(run) for run in runs]
+    configs = [models.settings_of(read_config(run)[0]) for run in runs]
     for run in runs:  # before hours of evaluation
         if not (run / "model.safetensors").exists():
             raise data.DataError(f"{run} is not a finished run: continue it with python train.py --resume {run}, or leave it out")
@@ -677,7 +708,7 @@ def compare(runs, sets, **options):
         save_results(run, results, options)
         training = run / "training.json"
         found.append({"run": str(run), "config": config, "results": results,
-                      "training": json.loads(training.read_text()) if training.exists() else None})
+                      "training": data.read_json(training, FACTS) if training.exists() else None})
         for name, first in found[0]["results"].items():
             if results[name]["records"] != first["records"]:
                 raise data.DataError(f"{name} has {results[name]['records']} records for {run}, but {first['records']} for "
@@ -691,7 +722,8 @@ def compare(runs, sets, **options):
         if warnings := (one["training"] or {}).get("warnings"):
             print(f"\nwarnings in training of {one['run']}: {len(warnings)}, the last at {warnings[-1]}")
     path = runs[0].parent / "comparison.json"
-    path.write_text(json.dumps({"options": {k: str(v) for k, v in options.items()}, "groups": groups}, indent=1))
+    asked = {k: str(v) for k, v in options.items()}
+    data.write_text(path, json.dumps({"options": asked, "groups": groups}, indent=1))
     plot_comparison(groups, path.with_suffix(".png"))
     print(f"\nwritten to {path} and {path.with_suffix('.png')}")
     return groups
@@ -736,7 +768,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (data.DataError, models.ModelError) as error:
-        sys.exit(f"error: {error}")
+    data.guarded(main, models.ModelError)

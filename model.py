@@ -1,15 +1,17 @@
-"""ECG encoders, the text tower, losses, and one class a method: everything that is learned.
+"""ECG encoders, the text tower, losses, one class a method, and its settings: everything that is learned, and how.
 
 Every method has the same three calls (see Method): encode_ecg, encode_text, loss. To add one, write a class
 and put its defaults into METHODS at the end of this file; train.py and eval.py need no change.
 """
+import dataclasses
 import math
 import os
 import re
 import string
 from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple, Optional
+from typing import Annotated, Literal, NamedTuple, Optional, get_args
 
 import numpy as np
 import torch
@@ -19,6 +21,12 @@ import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather, all_reduce
 
 from csrc import beat_of_token, segment_beats, sigmoid_loss, token_beat_rhythm
+
+
+SECONDS = 10  # length of a record, as data.py stores it
+
+
+VERSION = "0.3.0"
 
 
 class ModelError(ValueError):
@@ -203,10 +211,11 @@ def at_length(positions, n):
 
 
 class ViT1d(nn.Module):
-    """1-D vision transformer of MERL (METHODS 1.2): patches over all leads, learned positions, pre-norm blocks.
+    """1-D vision transformer of MERL (METHODS 1.2): patches over all leads, learned positions, pre-norm blocks, a
+    LayerNorm. (MERL itself pools before it, from `states`.)
 
-    The final LayerNorm comes AFTER pooling there, so it is left to the head (`norm`). samples and patch set the number of
-    learned positions; other lengths interpolate them; a last incomplete patch is dropped."""
+    samples and patch set the number of learned positions; other lengths interpolate them; a last incomplete patch is
+    dropped."""
     SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "middle": (512, 8, 2048), "base": (768, 12, 3072)}
 
     def __init__(self, size="tiny", leads=12, samples=5000, patch=50, depth=12):
@@ -217,9 +226,13 @@ class ViT1d(nn.Module):
         self.blocks = nn.Sequential(*(Block(self.dim, heads, hidden) for _ in range(depth)))
         self.norm = nn.LayerNorm(self.dim)
 
-    def forward(self, x):
+    def states(self, x):
+        """Tokens (B, T, dim) before the last LayerNorm."""
         x = self.patch(x).transpose(1, 2)  # (B, T, dim)
         return self.blocks(x + at_length(self.positions, x.shape[1]))
+
+    def forward(self, x):
+        return self.norm(self.states(x))
 
 
 class Block(nn.Module):
@@ -297,19 +310,23 @@ class ConvTransformer(nn.Module):
         return self.encode(self.embed(x))
 
 
+ENCODERS = [*(f"resnet{depth}" for depth in ResNet1d.BLOCKS), *(f"vit_{size}" for size in ViT1d.SIZES),
+            *(f"leadvit_{size}" for size in ViT1d.SIZES), *(f"w2v_{size}" for size in ConvTransformer.SIZES)]
+
+
 def build_encoder(name, leads, samples, width=1.0, patch=50):
-    """ECG encoder by name: resnet18|34|50|101, vit_ or leadvit_tiny|small|middle|base, w2v_tiny|small|base."""
+    """ECG encoder by name, one of ENCODERS. Errors: ModelError."""
+    if name not in ENCODERS:
+        raise ModelError(f"unknown ECG encoder {name!r}: use {', '.join(ENCODERS)}")
     kind, _, size = name.partition("_")
-    if kind == "vit" and size in ViT1d.SIZES:
-        return ViT1d(size, leads, samples, patch)
-    if kind == "leadvit" and size in ViT1d.SIZES:
-        return LeadViT(size, leads, samples, patch)
-    if kind == "w2v" and size in ConvTransformer.SIZES:
-        return ConvTransformer(size, leads)
-    if name.startswith("resnet") and name[6:].isdigit() and int(name[6:]) in ResNet1d.BLOCKS:
-        return ResNet1d(int(name[6:]), leads, width)
-    raise ModelError(f"unknown ECG encoder {name!r}: use resnet18, 34, 50, 101, "
-                     "vit_ or leadvit_ tiny, small, middle, base, or w2v_ tiny, small, base")
+    if kind in ("vit", "leadvit"):
+        return (ViT1d if kind == "vit" else LeadViT)(size, leads, samples, patch)
+    return ConvTransformer(size, leads) if kind == "w2v" else ResNet1d(int(name[6:]), leads, width)
+
+
+def heads_for(dim, most):
+    """Attention heads: as many as divide dim, at most `most`."""
+    return next(heads for heads in range(max(1, most), 0, -1) if dim % heads == 0)
 
 
 class QueryPool(nn.Module):
@@ -318,6 +335,7 @@ class QueryPool(nn.Module):
     def __init__(self, n, dim, tokens, heads=8):
         super().__init__()
         self.query = nn.Parameter(torch.randn(n, dim))
+        heads = heads_for(dim, heads)
         self.attention = nn.MultiheadAttention(dim, heads, kdim=tokens, vdim=tokens, batch_first=True)
         self.norm_query, self.norm_context, self.norm = nn.LayerNorm(dim), nn.LayerNorm(tokens), nn.LayerNorm(dim)
 
@@ -335,7 +353,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.positions = nn.Parameter(torch.randn(1, tokens + 1, dim) / dim)
         self.cls = nn.Parameter(torch.randn(1, 1, dim))
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, heads_for(dim, heads), batch_first=True)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
@@ -356,8 +374,6 @@ class TextTower(nn.Module):
 
     def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="mean", max_length=256, mask=True):
         super().__init__()
-        if pooling not in ("mean", "cls", "pooler"):
-            raise ModelError(f"unknown text pooling {pooling!r}: use mean, cls or pooler")
         self.lm, self.tokenizer, self.pooling, self.mask = lm, tokenizer, pooling, mask
         self.max_length = min(max_length, getattr(lm.config, "max_position_embeddings", max_length))
         self.dim, self.frozen = lm.config.hidden_size, trainable_layers == 0
@@ -366,8 +382,8 @@ class TextTower(nn.Module):
             layers = next(m for m in lm.modules() if isinstance(m, nn.ModuleList))
             for layer in list(layers)[len(layers) - trainable_layers:]:
                 layer.requires_grad_(True)
-        if pooling == "pooler" and getattr(lm, "pooler", None) is None:
-            raise ModelError("this text model has no pooler: use --text-pooling mean or cls")
+        if pooling == "pooler" and (getattr(lm, "pooler", None) is None or getattr(lm, "new_pooler", False)):
+            raise ModelError("this text model has no pooler of its own: use --text-pooling mean or cls")
         if pooling != "pooler" and hasattr(lm, "pooler"):
             lm.pooler = None  # unused weights would be waited for by DDP and saved for nothing
 
@@ -516,16 +532,56 @@ def mask_words(ids, words, tokenizer, share):
 def load_text_model(name, head="AutoModel"):
     """(encoder, tokenizer) of a Hugging Face name or folder, or of a run of --method cardiolm; of a T5 the encoder half.
 
-    head: the transformers class that loads it. Errors: ModelError where there is none."""
+    head: the transformers class that loads it. Errors: ModelError where there is none, or it lacks words or layers."""
     import transformers
-    inner = os.path.join(name, "language_model")
-    name = inner if os.path.isdir(inner) else name
+    name = text_model_name(name)
     try:
-        head = head_for(transformers.AutoConfig.from_pretrained(name), head)
-        return getattr(transformers, head).from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise ModelError(f"text model {name!r} is neither a folder with a model nor to be had from the Hugging Face hub: "
-                         + str(error).splitlines()[0]) from error
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        lm, found = getattr(transformers, head_for(config, head)).from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers, safetensors and the hub fail in many ways on what is no whole model
+        raise ModelError(f"text model {name!r} is neither a folder with a whole model nor to be had from the Hugging "
+                         f"Face hub: {first_line(error)}") from error
+    lacking = sorted(found["missing_keys"])
+    body = [key for key in lacking if (head == "AutoModel" or key.startswith(lm.base_model_prefix + "."))
+            and "pooler." not in key and not key.endswith("position_ids")]
+    if body:
+        raise ModelError(f"text model {name!r}: its file lacks {len(body)} weights, such as {', '.join(body[:3])}: it is "
+                         "of another model or cut off")
+    if lacking:
+        print(f"text model {name}: not in its file, and new: {', '.join(lacking[:6])}{', ...'[:5 * (len(lacking) > 6)]}")
+    lm.new_pooler = any("pooler." in key for key in lacking)
+    return lm, check_tokenizer(tokenizer, lm.config, name)
+
+
+def text_model_name(name):
+    """The folder, absolute, or the hub's name. Errors: ModelError where what is plainly meant as a folder is not there:
+    the hub would be asked for a name that anybody may have registered."""
+    folder = os.path.abspath(os.path.expanduser(name))
+    inner = os.path.join(folder, "language_model")  # of a cardiolm run
+    if os.path.isdir(folder):
+        return inner if os.path.isdir(inner) else folder
+    parts = name.split("/")
+    if len(parts) > 2 or name.startswith((".", "~", "/")) or len(parts) == 2 and os.path.isdir(parts[0]):
+        raise ModelError(f"text model {name!r} is neither a folder nor a name of the Hugging Face hub: there is no "
+                         + folder)
+    return name
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_tokenizer(tokenizer, config, name):
+    """tokenizer, if it is the model's: no more pieces than that has, and not every word unknown. Errors: ModelError."""
+    pieces, probe = len(tokenizer), tokenizer.tokenize("sinus rhythm with atrial fibrillation")
+    if pieces > config.vocab_size or all(piece == tokenizer.unk_token for piece in probe):
+        raise ModelError(f"text model {name!r} has no tokenizer of its own: the one found knows {pieces} pieces, the "
+                         f"model {config.vocab_size}; put its tokenizer.json or vocab.txt beside its weights")
+    if 2 * pieces < config.vocab_size:
+        print(f"text model {name}: its tokenizer knows {pieces} pieces, it {config.vocab_size}: is it the right one?")
+    return tokenizer
 
 
 def head_for(config, head):
@@ -534,10 +590,16 @@ def head_for(config, head):
 
 
 def rebuild_text_model(folder, head="AutoModel"):
-    """(encoder with random weights, tokenizer) as save_text_model wrote them: a run brings its own weights."""
+    """(encoder with random weights, tokenizer) as save_text_model wrote them: a run brings its own weights. Errors:
+    ModelError."""
     import transformers
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return getattr(transformers, head_for(config, head)).from_config(config), transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        lm = getattr(transformers, head_for(config, head)).from_config(config, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise ModelError(f"{folder}: damaged or missing ({first_line(error)}); copy it from the run") from error
+    return lm, check_tokenizer(tokenizer, lm.config, str(folder))
 
 
 def save_text_model(lm, tokenizer, folder):
@@ -585,6 +647,7 @@ def small_text_model(texts, seed=0, steps=150, batch=32, dim=128, layers=2, voca
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimiser.step()
         schedule.step()
+    lm.zero_grad(set_to_none=True)  # what stays in a frozen tower would count in every later gradient norm
     return lm.bert, tokenizer
 
 
@@ -602,7 +665,7 @@ class CardioLM(nn.Module):
     """Cardiology language model, MELP's first stage (METHODS 2.3): a masked-language model on texts alone.
 
     text: (masked-language model of transformers, tokenizer)."""
-    weights = {}
+    settings, stages, weights = ("word_mask",), ("train",), {}
 
     def __init__(self, config, text):
         super().__init__()
@@ -617,6 +680,13 @@ class CardioLM(nn.Module):
         hidden = labels >= 0
         loss = F.cross_entropy(logits[hidden], labels[hidden], reduction="sum")
         return loss, hidden.sum(), (logits.argmax(2) == labels)[hidden].sum()
+
+    @classmethod
+    def check(cls, config):
+        """Any settings go together."""
+
+    def limit_scales(self):
+        """It has none."""
 
     def forward(self, batch):
         loss, count, _ = self.guess(batch.texts)
@@ -701,6 +771,8 @@ class Method(nn.Module):
 
     A method gives encode_ecg, encode_text and loss; train.py calls it as a module, so that DDP sees every gradient."""
     tower = TextTower
+    settings = ()       # of Config, that belong to this method and maybe to some others: the rest refuse them
+    stages = ("train",)  # "fine", if there is one, has config.fine_epochs
 
     weights = {}        # of the loss terms, where not 1
     contrast_sides = 1  # loss term "contrast" is this many times ln(batch size) when nothing is learned
@@ -710,9 +782,15 @@ class Method(nn.Module):
     def __init__(self, config, text):
         super().__init__()
         self.config = config
-        self.samples = round(config.rate * config.seconds)
+        self.samples = SECONDS * config.rate
         self.ecg = build_encoder(config.encoder, 12, self.samples, config.width, config.patch)
         self.text = self.tower(*text, config.text_trainable_layers, config.text_pooling, config.text_max_length, config.text_mask)
+
+    @classmethod
+    def check(cls, config):
+        """Errors: ModelError where settings do not go together."""
+        if config.text_unit == "tags":
+            raise ModelError("--text-unit tags is fgclep's: the other methods pair each record with one text")
 
     def forward(self, batch):
         return self.loss(batch)
@@ -721,8 +799,16 @@ class Method(nn.Module):
         return self.ecg(normalise(ecg, self.config.normalise))  # (B, T, D)
 
     def learned_scale(self):
-        """exp of the learned log-scale, clamped at 100 as CLIP does."""
-        return self.log_scale.exp().clamp(max=100)
+        """exp of the learned log-scale, at most 100 (limit_scales)."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def limit_scales(self):
+        """Learned scales stay at 100 or below, as in CLIP: after a step, since a clamp in the forward pass would leave
+        a scale that is once beyond without gradient for ever."""
+        for name, p in self.named_parameters():
+            if name in ("log_scale", "log_attention"):
+                p.clamp_(max=math.log(100))
 
     def similarity(self, ecg, text, scales=None):
         """How well each text suits each ECG: the mean over `scales` (default: the method's). EcgViews, TextViews -> (B, C)."""
@@ -747,6 +833,8 @@ class ETP(Method):
 
     Parts without a public source (linear projectors, tau 0.07) follow METHODS 1.1."""
 
+    settings = ("temperature", "max_pool", "text_pooling")
+
     def __init__(self, config, text):
         super().__init__(config, text)
         self.project_ecg = nn.Linear(self.ecg.dim * (1 + config.max_pool), config.dim)
@@ -768,6 +856,7 @@ class ETP(Method):
 class MERL(Method):
     """MERL (Liu et al. 2024; METHODS 1.2, 2.2): cross-modal alignment (CMA) + two dropout views of the ECG (UMA)."""
     contrast_sides = 2
+    settings = ("temperature", "uma_dropout", "text_pooling")
 
     def __init__(self, config, text):
         super().__init__(config, text)
@@ -781,6 +870,10 @@ class MERL(Method):
         self.view1 = nn.Linear(self.ecg.dim if vit else dim, dim, bias=False)
         self.view2 = nn.Linear(self.ecg.dim if vit else dim, dim, bias=False)
         self.project_text = nn.Sequential(nn.Linear(self.text.dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def encode_tokens(self, ecg):
+        x = normalise(ecg, self.config.normalise)
+        return self.ecg.states(x) if isinstance(self.ecg, ViT1d) else self.ecg(x)
 
     def encode_both(self, ecg):
         """ecg -> tokens (B, T, D), the vector the UMA views start from (B, D), the ECG vector (B, dim)."""
@@ -812,6 +905,7 @@ class CaptionDecoder(nn.Module):
 
     def __init__(self, dim, vocabulary, depth, heads=8):
         super().__init__()
+        heads = heads_for(dim, heads)
         self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim) for _ in range(depth))
         self.cross = nn.ModuleList(Block(dim, heads, 4 * dim, cross=True) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -832,13 +926,13 @@ class MELP(Method):
 
     beats: learned queries, as published, or the mean over real R-R intervals (--beats rpeak)."""
     tower = CausalTower
+    settings = ("beats", "beat_queries", "beat_mean", "beat_weight", "caption_queries", "caption_weight",
+                "decoder_layers")
     scales = ("rhythm", "beat")
     beat_options = dict(beat_temperatures=(4.0, 5.0, 0.2), beat_mean=True)  # a soft maximum of cosines
 
     def __init__(self, config, text):
         super().__init__(config, text)
-        if config.beats not in ("query", "rpeak"):
-            raise ModelError(f"unknown --beats {config.beats!r}: use query (learned) or rpeak (real R-R intervals)")
         dim, width = config.dim, self.text.dim
         self.beat_pool = QueryPool(config.beat_queries, dim, self.ecg.dim) if config.beats == "query" else \
             nn.Sequential(nn.Linear(self.ecg.dim, dim), nn.LayerNorm(dim))
@@ -932,14 +1026,18 @@ class CMELT(Method):
     Frames are dropped before the encoder, so it takes a w2v encoder. negatives: far, the paper's; lost, as the public collator has
     it: the pair is called wrong, but its own text reaches the model; none."""
 
+    settings = ("fusion_layers", "frame_drop", "lead_mask", "word_mask", "mem_target", "ets_sum", "negatives")
+
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        if not config.encoder.startswith("w2v_"):
+            raise ModelError("cmelt drops frames before its transformer: use --encoder w2v_tiny, small or base, "
+                             f"not {config.encoder}")
+
     def __init__(self, config, text):
         super().__init__(config, text)
-        if not isinstance(self.ecg, ConvTransformer):
-            raise ModelError(f"cmelt drops frames before its transformer: use --encoder w2v_tiny, small or base, not "
-                             f"{config.encoder}")
-        if config.negatives not in ("far", "lost", "none"):
-            raise ModelError(f"unknown --negatives {config.negatives!r}: use far, lost or none")
-        d, heads = config.dim, max(1, config.dim // 64)
+        d, heads = config.dim, heads_for(config.dim, config.dim // 64)
         self.cls = nn.Parameter(0.02 * torch.randn(self.ecg.dim))
         self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
         self.pool_ecg, self.pool_text, self.pool_fused_ecg, self.pool_fused_text = (FirstPool(d) for _ in range(4))
@@ -949,7 +1047,7 @@ class CMELT(Method):
         self.fuse_ecg, self.fuse_text = (nn.ModuleList(layer() for _ in range(config.fusion_layers)) for _ in range(2))
         self.tell_word = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-12),
                                        nn.Linear(d, self.text.lm.config.vocab_size))
-        self.rebuild = FrameDecoder(d, self.samples // 16, max(1, d // 128))
+        self.rebuild = FrameDecoder(d, self.samples // 16, heads_for(max(1, d // 2), d // 128))
         self.match = nn.Linear(2 * d, 2)
 
     def fuse(self, text, text_mask, ecg):
@@ -1036,10 +1134,11 @@ class FrameDecoder(nn.Module):
 
     def __init__(self, d, frames, heads, leads=12):
         super().__init__()
-        dim = d // 2
+        dim = max(1, d // 2)
         self.embed, self.mask = nn.Linear(d, dim), nn.Parameter(0.02 * torch.randn(dim))
         angle = torch.arange(frames + 1)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10000) / dim))
-        self.register_buffer("positions", torch.stack([angle.sin(), angle.cos()], 2).flatten(1), persistent=False)  # (1 + T, dim)
+        positions = torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :dim]
+        self.register_buffer("positions", positions, persistent=False)  # (1 + T, dim)
         self.blocks = nn.Sequential(*(Block(dim, heads, 4 * dim, activation=QuickGELU) for _ in range(4)))
         self.norm, self.predict = nn.LayerNorm(dim), nn.Linear(dim, 16 * leads)
 
@@ -1078,14 +1177,20 @@ class FGCLEP(Method):
 
     align: rhythm, the whole record (v1); tag, besides, every tag with its own view of the ECG by cross-attention over the encoder's
     tokens (v2; lead-time patches with --encoder leadvit_*); word, besides, each word with its best token (FILIP)."""
+    settings = ("max_pool", "align", "fn_mode", "similarity", "prior", "llm", "keep_share", "keep_threshold",
+                "fine_epochs", "text_pooling")
     stages = ("coarse", "fine")
     ALIGN = {"rhythm": ("rhythm",), "tag": ("rhythm", "beat"), "word": ("rhythm", "token")}
 
-    def __init__(self, config, text):
+    @classmethod
+    def check(cls, config):
         if config.text_unit == "tags" and (config.similarity != "tags" or config.fn_mode == "none"):
-            raise ModelError("--similarity half or cos and --fn-mode none pair each record with one text: add --text-unit report")
-        if config.align not in self.ALIGN:
-            raise ModelError(f"unknown --align {config.align!r}: use rhythm, tag or word")
+            raise ModelError("--similarity half or cos and --fn-mode none pair each record with one text: add "
+                             "--text-unit report")
+        if config.llm and not config.fine_epochs:
+            raise ModelError("--llm proposes features for the fine stage: add --fine-epochs")
+
+    def __init__(self, config, text):
         super().__init__(config, text)
         self.scales = self.ALIGN[config.align]
         self.project_ecg = nn.Linear(self.ecg.dim * (1 + config.max_pool), config.dim)
@@ -1099,7 +1204,7 @@ class FGCLEP(Method):
     @property
     def beat_options(self):
         """One softmax, over the patches; then the cosine of a single sentence, the tag."""
-        return dict(over_sentences=False, beat_temperatures=(self.log_attention.exp().clamp(max=100), 1.0, 1.0))
+        return dict(over_sentences=False, beat_temperatures=(self.log_attention.exp(), 1.0, 1.0))
 
     def encode_ecg(self, ecg):
         views = ETP.encode_ecg(self, ecg)
@@ -1179,6 +1284,147 @@ def indicator(rows, columns):
     out = torch.zeros(len(rows), columns)
     out[[i for i, row in enumerate(rows) for _ in row], [j for row in rows for j in row]] = 1
     return out
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------
+# A type says what a setting may be: Literal its values, Annotated[kind, lowest, highest] its range.
+
+Count, CountOr0 = Annotated[int, 1, 10**9], Annotated[int, 0, 10**9]
+Share, Weight = Annotated[float, 0, 1], Annotated[float, 0, 10**12]
+Part = Annotated[float, 0, 0.99]  # all of it would leave nothing
+
+
+@dataclass
+class Config:
+    """The small default, made for two CPU cores. A method's own defaults and --preset paper stand in METHODS."""
+    method: str = "fgclep"            # etp | merl | cmelt | melp | fgclep, or cardiolm (a language model for --text-model)
+    preset: Literal["small", "paper"] = "small"  # small: the defaults here; paper: the method's published recipe
+    data: str = "simulated"           # simulated[:N] | ptbxl:PATH | mimic:PATH | csv:FILE | store:PATH; cardiolm: text files, too
+    name: str = ""                    # name of the run folder; default: method, data and time
+    seed: Annotated[int, 0, 2**31] = 0  # everything random follows from it
+    # signal
+    rate: Annotated[int, 100, 1000] = 100  # Hz of the store
+    normalise: Literal["mv", "record", "lead"] = "mv"  # model.normalise
+    lead_drop: Part = 0.2             # chance that a lead is zeroed in a training step
+    shift: Annotated[float, 0, 5] = 1.0  # seconds; a training record is moved in time by at most this much
+    # ECG encoder
+    encoder: str = "resnet18"         # resnet18|34|50|101 | vit_ or leadvit_tiny|small|middle|base | w2v_tiny|small|base
+    width: Annotated[float, 0.01, 16] = 0.25  # channels of a ResNet, as a factor
+    patch: Count = 10                 # samples of a patch of vit or leadvit
+    dim: Annotated[int, 1, 65536] = 128  # dimension of the shared space
+    max_pool: bool = False            # the maximum over time beside the mean
+    # text tower
+    text_model: str = ""              # Hugging Face name, folder or cardiolm run; default: a small BERT made from the reports
+    text_trainable_layers: Annotated[int, -1, 1000] = -1  # -1 all, 0 frozen, n the last n layers
+    text_pooling: Literal["mean", "cls", "pooler"] = "mean"  # model.TextTower
+    text_max_length: Annotated[int, 3, 10**6] = 128  # tokens
+    text_mask: bool = True            # False: padding is attended to (D-BETA's published code)
+    mlm_steps: CountOr0 = 150         # masked-language-model updates of the small BERT
+    text_unit: Literal["report", "subset", "tag", "tags"] = "report"  # said of a record in a step; tags (fgclep): every one
+    report_language: Literal["english", "original"] = "english"  # original: as the reports are written
+    # loss
+    temperature: Annotated[float, 1e-3, 1e3] = 0.07  # fixed softmax temperature
+    uma_dropout: Part = 0.1           # dropout of the two ECG views
+    beats: Literal["query", "rpeak"] = "query"  # learned (published), or the mean over each R-R interval
+    beat_queries: Count = 12          # learned beats
+    beat_mean: bool = True            # False rewards long reports (published code)
+    beat_weight: Weight = 0.2         # of the beat loss
+    caption_queries: Count = 32       # ECG tokens that the caption decoder sees
+    caption_weight: Weight = 2.0      # of the caption loss
+    decoder_layers: Count = 2         # of the caption decoder
+    fusion_layers: Count = 2          # of each stream
+    frame_drop: Part = 0.75           # share of frames hidden from the encoder
+    lead_mask: Part = 0.5             # chance that the encoder does not see a lead
+    word_mask: Share = 0.25           # share of hidden words
+    mem_target: Literal["record", "input"] = "record"  # are hidden leads rebuilt, or to be zero (published code)?
+    ets_sum: bool = True              # a record's pairs are summed (paper) | False: averaged (published code), 1/B of it
+    negatives: Literal["far", "lost", "none"] = "far"  # N3S: far (paper), lost (published code)
+    align: Literal["rhythm", "tag", "word"] = "rhythm"  # v1; tag: v2, tags over patches; word: words over tokens
+    fn_mode: Literal["soft_bce", "l1", "none"] = "soft_bce"  # of false negatives; none: hard targets
+    similarity: Literal["tags", "half", "cos"] = "tags"  # soft targets: model.FGCLEP.targets
+    prior: bool = True                # logits start from each text's frequency in the batch: model.FGCLEP.loss
+    llm: str = ""                     # causal language model (name or folder) to propose features; default: prompts.json
+    keep_share: Weight = 1.5          # of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
+    keep_threshold: Annotated[float, -1, 1] = -1.0  # and whose cosine is at least this (FOCAL: 0.95)
+    # optimisation
+    epochs: Count = 12                # fgclep: of the coarse stage
+    fine_epochs: CountOr0 = 0         # of the fine stage
+    batch_size: Annotated[int, 2, 10**9] = 32  # records contrasted with one another, over all processes
+    accumulate: Count = 1             # such batches per update
+    lr: Annotated[float, 1e-12, 100] = 2e-3  # peak learning rate (AdamW)
+    beta2: Annotated[float, 0, 0.999999] = 0.999  # AdamW
+    weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.decays
+    warmup: Share = 0.1               # share of a stage's updates with rising rate; without it towers collapse
+    clip: Annotated[float, 1e-12, math.inf] = 1.0  # largest gradient norm
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
+    compile: bool = False             # torch.compile the ECG encoder
+    threads: Annotated[int, 0, 4096] = 0  # CPU threads; 0: torch's choice
+    workers: Annotated[int, 0, 1024] = 0  # processes that read batches
+    save_every: Count = 200           # updates between checkpoints
+
+
+TYPES = {field.name: field.type for field in dataclasses.fields(Config)}
+
+
+def kind_of(setting):
+    """The Python type of a setting's values."""
+    first = (get_args(TYPES[setting]) or (TYPES[setting],))[0]
+    return first if isinstance(first, type) else str
+
+
+def owners(setting):
+    """The methods that a setting belongs to; none: it is common to all."""
+    return [name for name, (cls, _, _) in METHODS.items() if setting in cls.settings]
+
+
+def flag(setting):
+    return "--" + setting.replace("_", "-")
+
+
+def check_setting(name, value):
+    """Errors: ModelError where a setting cannot have this value."""
+    kind, limits = kind_of(name), get_args(TYPES[name])
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    may = {str: "a text", bool: "true or false"}.get(kind)
+    if limits and kind is str:
+        fits, may = fits and value in limits, "one of " + ", ".join(limits)
+    elif limits:  # never true of NaN
+        fits, may = fits and limits[1] <= value <= limits[2], f"from {limits[1]:g} to {limits[2]:g}"
+    if not fits:
+        raise ModelError(f"{flag(name)} is {value!r}; it must be {'a whole number ' * (kind is int)}{may}")
+
+
+def configure(method=Config.method, preset=Config.preset, **given):
+    """Config of a method: its defaults, its published recipe if preset is "paper", and over them what is given.
+
+    Errors: ModelError for a setting that is unknown, has no such value, or belongs to other methods."""
+    if method not in METHODS or preset not in ("small", "paper"):
+        raise ModelError(f"unknown method or preset: {method}, {preset}; methods: {', '.join(METHODS)}; presets: small, "
+                         "paper")
+    cls, small, paper = METHODS[method]
+    for name in given:
+        if name not in TYPES:
+            raise ModelError(f"there is no setting {name!r}")
+        if owners(name) and method not in owners(name):
+            raise ModelError(f"{flag(name)} is a setting of {', '.join(owners(name))}, not of {method}: leave it out")
+    recipe = small | (paper if preset == "paper" else {}) | given
+    config = Config(**recipe, method=method, preset=preset)
+    for name in TYPES:
+        check_setting(name, getattr(config, name))
+    if config.encoder not in ENCODERS:
+        raise ModelError(f"unknown --encoder {config.encoder!r}: use {', '.join(ENCODERS)}")
+    if "vit" in config.encoder and config.patch > SECONDS * config.rate:
+        raise ModelError(f"--patch {config.patch} is longer than a record of {SECONDS * config.rate} samples")
+    if config.name and not re.fullmatch(r"[^\W_][^/\\\0]*", config.name):
+        raise ModelError(f"--name {config.name!r} is no name of a folder: begin with a letter or digit, use no slash")
+    cls.check(config)
+    return config
+
+
+def settings_of(config):
+    """Those of a Config that its method has -> dictionary, which configure takes back."""
+    return {name: value for name, value in dataclasses.asdict(config).items()
+            if not owners(name) or config.method in owners(name)}
 
 
 # ---- the methods by name ---------------------------------------------------------------------------------------

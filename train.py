@@ -5,20 +5,20 @@ model.safetensors and results.json. Kill it at any moment and continue with pyth
 """
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import inspect
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,109 +26,32 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import csrc
 import data
 import eval as evaluation
 import model as models
 
 
-@dataclass
-class Config:
-    """The small default, made for two CPU cores. A method's own defaults and --preset paper stand in model.METHODS."""
-    method: str = "fgclep"            # etp | merl | cmelt | melp | fgclep, or cardiolm (a language model for --text-model)
-    preset: str = "small"             # small: the defaults here; paper: the method's published recipe
-    data: str = "simulated"           # simulated[:N] | ptbxl:PATH | mimic:PATH | csv:FILE | store:PATH; cardiolm: also text files, with commas
-    name: str = ""                    # name of the run folder; default: method, data and time
-    seed: int = 0                     # everything random follows from it
-    # signal
-    rate: int = 100                   # Hz of the store
-    seconds: float = 10.0             # length of a record
-    normalise: str = "mv"             # mv | record | lead: model.normalise
-    lead_drop: float = 0.2            # chance that a lead is zeroed in a training step
-    shift: float = 1.0                # seconds; a training record is moved in time by at most this much
-    # ECG encoder
-    encoder: str = "resnet18"         # resnet18|34|50|101 | vit_tiny|small|middle|base | leadvit_(the same) | w2v_tiny|small|base
-    width: float = 0.25               # channels of a ResNet, as a factor
-    patch: int = 10                   # samples of a patch of vit or leadvit
-    dim: int = 128                    # dimension of the shared space
-    max_pool: bool = False            # etp, fgclep: the maximum over time beside the mean
-    # text tower
-    text_model: str = ""              # Hugging Face name, folder or cardiolm run; default: a small BERT made from the training reports
-    text_trainable_layers: int = -1   # -1 all, 0 frozen, n the last n layers
-    text_pooling: str = "mean"        # mean | cls | pooler
-    text_max_length: int = 128        # tokens
-    text_mask: bool = True            # False: padding is attended to (D-BETA's published code)
-    mlm_steps: int = 150              # masked-language-model updates of the small BERT
-    text_unit: str = "report"         # what is said of a record in a step: report | subset | tag | fgclep: tags (every one)
-    report_language: str = "english"  # english | original
-    # loss
-    temperature: float = 0.07         # etp, merl: fixed softmax temperature
-    uma_dropout: float = 0.1          # merl: dropout of the two ECG views
-    beats: str = "query"              # melp: query (learned, published) | rpeak (mean over each R-R interval)
-    beat_queries: int = 12            # melp: learned beats
-    beat_mean: bool = True            # melp: False rewards long reports (published code)
-    beat_weight: float = 0.2          # melp: of the beat loss
-    caption_queries: int = 32         # melp: ECG tokens that the caption decoder sees
-    caption_weight: float = 2.0       # melp: of the caption loss
-    decoder_layers: int = 2           # melp: of the caption decoder
-    fusion_layers: int = 2            # cmelt: of each stream
-    frame_drop: float = 0.75          # cmelt: share of frames hidden from the encoder
-    lead_mask: float = 0.5            # cmelt: chance that the encoder does not see a lead
-    word_mask: float = 0.25           # cmelt, cardiolm: share of hidden words
-    mem_target: str = "record"        # cmelt: record: hidden leads are rebuilt too | input: they are to be zero (published code)
-    ets_sum: bool = True              # cmelt: a record's pairs are summed (paper) | False: averaged (published code), 1/B of it
-    negatives: str = "far"            # cmelt: N3S far (paper) | lost (published code) | none
-    align: str = "rhythm"             # fgclep: rhythm (v1) | tag (v2: tags over patches) | word (words over tokens)
-    fn_mode: str = "soft_bce"         # fgclep: soft_bce | l1 | none (hard targets)
-    similarity: str = "tags"          # fgclep: soft targets by tags | half | cos: model.FGCLEP.targets
-    prior: bool = True                # fgclep: logits start from each text's frequency in the batch: model.FGCLEP.loss
-    llm: str = ""                     # fgclep: causal language model (name or folder) to propose features; default: prompts.json
-    keep_share: float = 1.5           # fgclep: of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
-    keep_threshold: float = -1.0      # fgclep: and whose cosine is at least this (FOCAL: 0.95)
-    # optimisation
-    epochs: int = 12                  # fgclep: of the coarse stage
-    fine_epochs: int = 0              # fgclep: of the fine stage
-    batch_size: int = 32              # records contrasted with one another, over all processes
-    accumulate: int = 1               # such batches per update
-    lr: float = 2e-3                  # peak learning rate (AdamW)
-    beta2: float = 0.999              # AdamW
-    weight_decay: float = 0.05        # of weight matrices; vectors (norms, biases, positions) have none
-    warmup: float = 0.1               # share of a stage's updates with rising rate; without it towers collapse
-    clip: float = 1.0                 # largest gradient norm
-    precision: str = "auto"           # auto: bf16 on CUDA, float32 on CPU | float32 | bf16
-    compile: bool = False             # torch.compile the ECG encoder
-    threads: int = 0                  # CPU threads; 0: torch's choice
-    workers: int = 0                  # processes that read batches
-    save_every: int = 200             # updates between checkpoints
-
-
 def parse(argv):
-    """Command line -> (Config, run folder to continue or None)."""
+    """Command line -> (Config, run folder to continue or None). Errors: ModelError, DataError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for field in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"), **kind)
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(models.Config), re.M))
+    for name in models.TYPES:
+        kind, default = models.kind_of(name), getattr(models.Config, name)
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+        whose = ", ".join(models.owners(name))
+        parser.add_argument(models.flag(name), default=argparse.SUPPRESS, **how,
+                            help=f"{whose and whose + ': '}{notes[name]} [{default}]".replace("%", "%%"))
     parser.add_argument("--resume", metavar="RUN", help="continue a run folder; its own config holds")
     given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
-    if resume:
+    if resume := given.pop("resume"):
         if given:
             parser.error(f"--resume takes the config from the run: drop --{', --'.join(given).replace('_', '-')}")
-        settings = evaluation.read_config(resume)
-        if unknown := settings.keys() - {field.name for field in dataclasses.fields(Config)}:
-            parser.error(f"{resume} was made by another version of this program, with settings unknown to this one: "
-                         f"{', '.join(sorted(unknown))}. Continue it with that version, or train anew")
-        return Config(**settings), Path(resume)
-    method, preset = given.get("method", Config.method), given.get("preset", Config.preset)
-    if method not in models.METHODS or preset not in ("small", "paper"):
-        parser.error(f"unknown method or preset: {method}, {preset}; methods: {', '.join(models.METHODS)}; presets: small, paper")
-    _, small, paper = models.METHODS[method]
-    return Config(**{**small, **(paper if preset == "paper" else {}), **given}), None
+        return evaluation.read_config(resume)[0], Path(resume)
+    return models.configure(**given), None
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -206,8 +129,19 @@ def batch_keys(rows, config, stage, epoch):
 
 def stages(config):
     """[(name, epochs)]: most methods have one stage, FG-CLEP a coarse and a fine one."""
-    names = getattr(models.METHODS[config.method][0], "stages", ("train",))
-    return [(n, e) for n, e in zip(names, (config.epochs, config.fine_epochs)) if e]
+    names, epochs = models.METHODS[config.method][0].stages, {"fine": config.fine_epochs}
+    return [(name, n) for name in names if (n := epochs.get(name, config.epochs))]
+
+
+def updates_of(config, records):
+    """Updates of every stage. Errors: DataError where one has none."""
+    counts = [epochs * (records // config.batch_size) // config.accumulate for _, epochs in stages(config)]
+    if config.batch_size % models.world() or min(counts) < 1:
+        raise data.DataError(
+            f"{records} training records with a report, batches of {config.batch_size} by {models.world()} process"
+            f"(es), {config.accumulate} for an update: every stage needs one update, and a batch must divide by the "
+            "processes; lower --batch-size or --accumulate")
+    return counts
 
 
 # ---- the parts of a run ------------------------------------------------------------------------------------------
@@ -219,7 +153,7 @@ def make_text(config, run, texts, device, main):
     there: their weights come from process 0 (DDP) or from the checkpoint."""
     folder, made, head = run / "tokenizer", None, "AutoModelForMaskedLM" if config.method == "cardiolm" else "AutoModel"
     if main and not (run / "checkpoint.pt").exists():
-        if config.text_model:
+        if config.text_model:  # (resumed before its first checkpoint, a run makes it again)
             made = models.load_text_model(config.text_model, head)
         elif config.method == "cardiolm":
             made = models.new_bert(texts, config.seed)
@@ -237,16 +171,32 @@ def far_texts(method, texts, run, main):
     unique, path = sorted(set(texts)), run / "negatives.pt"
     if main and not path.exists():
         vectors = evaluation.embed_texts(method.text, unique).half()
-        write_atomic(path, lambda path: torch.save(vectors, path))
+        data.write_atomic(path, lambda path: torch.save({"vectors": vectors}, path))
     agree(None)  # the others wait here
-    return models.FarTexts(unique, torch.load(path, map_location=next(method.parameters()).device, weights_only=True))
+    vectors = evaluation.read_torch(path).get("vectors")
+    if not isinstance(vectors, torch.Tensor) or vectors.shape[:1] != (len(unique),):
+        raise data.DataError(f"{path}: not the vectors of this run's {len(unique)} reports; train anew")
+    return models.FarTexts(unique, vectors.to(next(method.parameters()).device))
+
+
+def decays(path, module, name, p):
+    """Is a parameter a matrix that something is multiplied by? Positions, class tokens, queries and scales are
+    not, whatever their shape. path: of its module."""
+    nn = torch.nn
+    if not isinstance(module, (nn.Linear, nn.Conv1d, nn.MultiheadAttention, nn.Embedding)):
+        return name in ("project_beats", "vocabulary")
+    return p.dim() > 1 and "position" not in path and "relative_attention_bias" not in path
 
 
 def make_optimiser(method, config):
     """AdamW; weight decay on matrices only."""
-    params = [p for p in method.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
+    known, groups = set(), ([], [])
+    for path, module in method.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad and p not in known:  # a tied one counts once
+                known.add(p)
+                groups[0 if decays(path, module, name, p) else 1].append(p)
+    groups = [{"params": params, "weight_decay": decay} for params, decay in zip(groups, (config.weight_decay, 0.0))]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
 
 
@@ -263,26 +213,50 @@ def rate_at(update, updates, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
 
 
-def write_atomic(path, write):
-    """write(temporary path), then rename: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def seed_update(config, update):
+    """The random numbers of an update follow from (seed, rank, update): every process has a stream of its own, and
+    a resumed run, with however many processes, needs no state of any."""
+    rank = dist.get_rank() if models.world() > 1 else 0
+    mixed = np.random.SeedSequence((config.seed, rank, update)).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))
 
 
-def save_checkpoint(run, method, optimiser, update):
+def save_checkpoint(run, method, optimiser, update, watch):
+    """checkpoint.pt, with checksums of the other files that a resumed run reads."""
     state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
-             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
+             "processes": models.world(), "watch": watch.state() if watch else {},
+             "files": evaluation.checksums(run, ("tokenizer/*", *MADE))}
+    data.write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
 
 
-def load_checkpoint(run, method, optimiser, device):
-    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    method.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+MADE = ("recovered.jsonl", "negatives.pt")  # files of a run that no resumed run could make again
+
+
+def read_checkpoint(run):
+    """checkpoint.pt of a run, None where there is none. Errors: DataError where it, or a file that it goes with, is
+    damaged."""
+    path = run / "checkpoint.pt"
+    if not path.exists():
+        return None
+    kinds = {"model": dict, "optimiser": dict, "update": int, "processes": int, "watch": dict, "files": dict}
+    state = evaluation.read_torch(path)
+    if any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        raise data.DataError(f"{path}: not a checkpoint of this version of the program; train anew")
+    evaluation.compare_checksums(run, state["files"])
+    return state
+
+
+def restore(state, run, method, optimiser):
+    """Fill method and optimiser from a checkpoint -> updates done. Errors: DataError where it is another run's."""
+    path, before = run / "checkpoint.pt", state["processes"]
+    try:
+        method.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        fault = models.first_line(error)
+        raise data.DataError(f"{path}: not of {run / 'config.json'} ({fault}); train anew") from error
+    if before != models.world():
+        print(f"{run}: {models.world()} process(es) go on where {before} were, with other random numbers")
     return state["update"]
 
 
@@ -291,13 +265,17 @@ class Watch:
     is flat at one look only has not collapsed: early in training they can be, and recover."""
 
     def __init__(self, probe, method, config):
-        self.probe, self.method, self.recent, self.flat = probe, method, [], set()
+        self.probe, self.method, self.recent, self.flat = probe, method, [], []
         self.chance = method.contrast_sides * math.log(config.batch_size)
 
     def note(self, terms):
         """Remember an update's loss terms: name -> number."""
         if "contrast" in terms:
             self.recent = (self.recent + [terms["contrast"]])[-50:]
+
+    def state(self):
+        """What a checkpoint keeps of it."""
+        return {"recent": self.recent, "flat": self.flat}
 
     @torch.no_grad()
     def look(self):
@@ -308,8 +286,8 @@ class Watch:
         self.method.train(was)
         spreads = {name: (x - x.mean(0)).square().sum(1).mean().item()  # 1: all over the sphere, 0: one point
                    for name, x in (("ECG", e), ("text", t))}
-        before, self.flat = self.flat, {name for name, spread in spreads.items() if spread < 0.01}
-        if still := sorted(self.flat & before):
+        before, self.flat = self.flat, [name for name, spread in spreads.items() if spread < 0.01]
+        if still := sorted(set(self.flat) & set(before)):
             return (f"COLLAPSE: all {still[0]} embeddings are nearly the same (spread {spreads[still[0]]:.4f}). Stop this run; use "
                     f"warm-up (--warmup 0.1), a lower --lr, or a larger --batch-size.")
         if len(self.recent) == 50 and min(self.recent) > 0.98 * self.chance:
@@ -345,11 +323,7 @@ class Answers:
 
     def __init__(self, run, name):
         self.path, self.name, self.features = run / "llm_answers.jsonl", name, {}
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = text[:text.rfind("\n") + 1]
-        if whole != text:  # a kill may leave half a line
-            write_atomic(self.path, lambda path: path.write_text(whole))
-        for line in map(json.loads, whole.splitlines()):
+        for line in whole_lines(self.path, {"model": str, "tags": [str], "features": (list, type(None))}):
             if line["model"] != name:
                 raise data.DataError(f"{self.path} holds the answers of {line['model']}, not of {name}: move it away")
             self.features[tuple(line["tags"])] = line["features"]
@@ -391,11 +365,14 @@ def load_llm(name, device):
     """(causal language model on the device, tokenizer) of a Hugging Face name or folder. Errors: ModelError where there is none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    except (OSError, ValueError) as error:  # ValueError: a model, but not a causal one
-        raise models.ModelError(f"language model {name!r} is neither a folder with a causal language model nor to be had from the "
-                                "Hugging Face hub: " + str(error).splitlines()[0]) from error
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # as in models.load_text_model
+        raise models.ModelError(
+            f"language model {name!r} is neither a folder with a causal language model nor to be had from the Hugging "
+            f"Face hub: {models.first_line(error)}") from error
+    models.check_tokenizer(tokenizer, lm.config, name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return lm.to(device).eval(), tokenizer
 
@@ -495,17 +472,20 @@ def recover_features(method, store, rows, tags, config, run, device):
 
     def write(path):
         scored = iter(zip(scores.tolist(), kept.tolist()))
-        with open(path, "w") as out:
+        with open(path, "w", encoding="utf-8") as out:
             for row, found in zip(rows, candidates):
                 line = [[f, round(score, 4), keep] for f, (score, keep) in zip(found, scored)]
                 out.write(json.dumps({"id": str(store.records["id"].iloc[row]), "row": int(row), "candidates": line}) + "\n")
-    write_atomic(run / "recovered.jsonl", write)
+    data.write_atomic(run / "recovered.jsonl", write)
 
 
 def read_recovered(run):
-    """recovered.jsonl -> {row: [[feature, cosine, kept], ...]}."""
-    lines = map(json.loads, (run / "recovered.jsonl").read_text().splitlines())
-    return {line["row"]: line["candidates"] for line in lines}
+    """recovered.jsonl -> {row: [[feature, cosine, kept], ...]}. Errors: DataError."""
+    path = run / "recovered.jsonl"
+    found = {line["row"]: line["candidates"] for line in read_lines(path, {"row": int, "candidates": [list]})}
+    if any(list(map(type, one)) != [str, float, bool] for row in found.values() for one in row):
+        raise data.DataError(f"{path}: a candidate must be [feature, cosine, kept]; restore it, or train anew")
+    return found
 
 
 def recovery_quality(recovered, truth):
@@ -526,13 +506,16 @@ def enrich(method, store, rows, tags, config, run, device, main):
         recover_features(method, store, rows, tags, config, run, device)
     agree(None)  # the others wait here
     recovered = read_recovered(run)
+    if recovered.keys() != set(rows):
+        raise data.DataError(f"{run / 'recovered.jsonl'}: has the candidates of {len(recovered)} records, not {len(rows)};"
+                             " restore the file, or train anew (another model would recover others)")
     kept = {row: [f for f, _, keep in scored if keep] for row, scored in recovered.items()}
     if main:
         print(f"recovered features: {sum(len(s) for s in recovered.values())} candidates, {sum(map(len, kept.values()))} kept")
         if any(store.records["features"]) and not config.llm:  # a language model has its own words for them
             truth = {row: set(store.records["features"].iloc[row]) - set(tags[row]) for row in rows}
             quality = recovery_quality(recovered, truth)
-            write_atomic(run / "recovery.json", lambda path: path.write_text(json.dumps(quality, indent=1)))
+            data.write_text(run / "recovery.json", json.dumps(quality, indent=1))
             for name, q in quality.items():
                 print(f"  {name:<20} {q['features']:7d} features   precision {q['precision']:.3f}   recall {q['recall']:.3f}")
     return [tag + kept.get(row, []) for row, tag in enumerate(tags)]
@@ -544,6 +527,8 @@ def start_processes():
     """Join torchrun's processes, if there are any. Returns (device, is this the process that prints and writes)."""
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if cuda and local >= (gpus := torch.cuda.device_count()):
+        raise data.DataError(f"process {local + 1} of this machine has no GPU: there are {gpus}; start as many")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -562,15 +547,20 @@ def agree(value):
 
 
 class Stop:
-    """SIGINT and SIGTERM ask for a stop; the loop saves and leaves at the next update. A second one ends at once."""
+    """While it is entered, SIGINT and SIGTERM ask for a stop; the loop saves and leaves before its next batch. A
+    second one ends at once, but not under torchrun: there Ctrl-C comes twice, from the terminal and from the agent."""
 
-    def __init__(self):
+    def __enter__(self):
         self.asked = 0
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.ask)
+        self.before = {name: signal.signal(name, self.ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked and models.world() == 1:
             sys.exit(128 + number)
         self.asked = number
 
@@ -583,6 +573,21 @@ class Stop:
         return bool(flag)
 
 
+def read_lines(path, shape):
+    """The lines of a JSON-lines file, each of a shape (data.check). Errors: DataError that names the line."""
+    return [data.check(data.parse_json(line, f"{path}, line {n}"), shape, f"{path}, line {n}")
+            for n, line in enumerate(data.read_text(path).splitlines(), 1)]
+
+
+def whole_lines(path, shape):
+    """read_lines of a file that may not be there yet, or was being written when a kill came: what stands behind the
+    last end of a line is cut off the file."""
+    text = data.read_text(path) if path.exists() else ""
+    if not text.endswith("\n") and text:
+        data.write_text(path, text[:text.rfind("\n") + 1])
+    return read_lines(path, shape) if text else []
+
+
 class Log:
     """log.jsonl of a run, one line an update; on resuming, lines past the checkpoint are cut off. Then curves.png.
 
@@ -593,16 +598,19 @@ class Log:
         self.path, self.file = run / "log.jsonl", None
         if main:
             kept = [line for line in self.read() if line["update"] <= update]
-            write_atomic(self.path, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+            data.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self.file = open(self.path, "a", buffering=1)
 
     def read(self):
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may leave half a line
+        return whole_lines(self.path, {"update": int})
 
     def add(self, **line):
-        if self.file:
-            self.file.write(json.dumps(line) + "\n")
+        try:
+            if self.file:
+                self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise data.DataError(f"{self.path}: cannot be written: {error.strerror}; when it can, continue with "
+                                 f"--resume {self.path.parent}") from error
 
     def plot(self):
         from matplotlib.figure import Figure
@@ -636,78 +644,99 @@ def training_facts(method, records, seconds, warnings, config, device):
             "processes": models.world(), "threads": torch.get_num_threads(), "warnings": warnings}
 
 
-def train(config, run, device, main):
-    """Train to the end, or continue a run folder to its end. Returns the source of its data, None if stopped by a signal."""
-    if language := config.method == "cardiolm":
+class Source(NamedTuple):
+    """What a run learns from."""
+    store: data.Store | None  # None: texts alone
+    tags: list                # of every record, the statements of its report
+    rows: list                # that are trained on
+    plan: str                 # a checksum of it
+
+
+def open_source(config):
+    """Source of a config. Errors: DataError."""
+    if config.method == "cardiolm":
         texts = data.corpus(config.data, config.report_language)
         rows = [row for row, text in enumerate(texts) if not held_out(text)]
-        source, records = "texts", Texts(texts)
-    else:
-        store = data.open_data(config.data, config.rate)
-        tags = data.report_tags(store, config.report_language)
-        rows = [row for row in np.flatnonzero(store.records["split"] == "train") if tags[row]]
-        source, records = store.records["source"].iloc[0], Records(store, tags, config)
-        texts = [models.join(tag) for tag in tags]
-    said = [texts[row] for row in rows]
-    if config.batch_size % models.world() or len(rows) < config.batch_size:
-        raise data.DataError(f"batch size {config.batch_size} must divide by {models.world()} processes and not exceed the "
-                             f"{len(rows)} training records with a report")
-    if config.llm and main and "fine" in dict(stages(config)) and not (run / "recovered.jsonl").exists():
+        return Source(None, [[text] for text in texts], rows, str(zlib.crc32("\n".join(texts).encode())))
+    store = data.open_data(config.data, config.rate)
+    store.verify()
+    tags = data.report_tags(store, config.report_language)
+    rows = [row for row in np.flatnonzero(store.records["split"] == "train").tolist() if tags[row]]
+    return Source(store, tags, rows, store.meta["plan"])
+
+
+def ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers, too; the main process ends it
+
+
+def train(config, run, source, device, main):
+    """Train to the end, or continue a run folder to its end. Returns whether it came there: no, if it was stopped."""
+    store, tags, rows, _ = source
+    counts, language = updates_of(config, len(rows)), store is None
+    texts = [models.join(tags[row]) for row in rows]
+    records = Texts([models.join(tag) for tag in tags]) if language else Records(store, tags, config)
+    checkpoint = read_checkpoint(run)
+    if config.llm and main and not (run / "recovered.jsonl").exists():
         Answers(run, config.llm).ask([tags[row] for row in rows], device)  # now: mistakes show at once, and the GPU is empty
-    text = make_text(config, run, said, device, main)
+    text = make_text(config, run, texts, device, main)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
     if config.method == "cmelt" and config.negatives == "far":
-        method.far = far_texts(method, said, run, main)
-    torch.manual_seed(config.seed)
+        method.far = far_texts(method, texts, run, main)
     optimiser = make_optimiser(method, config)
-    update = load_checkpoint(run, method, optimiser, device) if (run / "checkpoint.pt").exists() else 0
+    update = restore(checkpoint, run, method, optimiser) if checkpoint else 0
     if main:
         count = sum(p.numel() for p in method.parameters())
-        print(f"{config.method}: {len(rows)} training records of {config.data}, {count / 1e6:.2f} M parameters, run {run}")
+        print(f"{config.method}: {len(rows)} training records of {config.data}, {sum(counts)} updates, "
+              f"{count / 1e6:.2f} M parameters, run {run}")
     if config.compile:
         method.ecg.compile()
     parallel = method
     if models.world() > 1:
         parallel = DistributedDataParallel(method, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
-    stop, log, end = Stop(), Log(run, update, main), 0
-    for number, (name, epochs) in enumerate(stages(config)):
-        start, end = end, end + epochs * (len(rows) // config.batch_size) // config.accumulate
+    log, end = Log(run, update, main), 0
+    for number, ((name, epochs), count) in enumerate(zip(stages(config), counts)):
+        start, end = end, end + count
         if update >= end:
             continue
         if name == "fine":
             records = Records(store, enrich(method, store, rows, tags, config, run, device, main), config)
         keys = [key for epoch in range(epochs) for key in batch_keys(rows, config, number, epoch)]
         batches = torch.utils.data.DataLoader(
-            records, sampler=keys[(update - start) * config.accumulate:], batch_size=None,
-            num_workers=config.workers, collate_fn=as_it_is, pin_memory=device.type == "cuda",
-            generator=torch.Generator())  # its own: a loader must not move the random state that a resumed run continues
-        update = train_stage(name, parallel, optimiser, batches, Updates(start, update, end), config, run, device, log, stop)
+            records, sampler=keys[(update - start) * config.accumulate:], batch_size=None, collate_fn=as_it_is,
+            num_workers=config.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
+        watch = None if language or not main else Watch(to_device(records[keys[0]], device), method, config)
+        if watch and update > start:  # resumed within the stage
+            watch.recent, watch.flat = checkpoint["watch"]["recent"], checkpoint["watch"]["flat"]
+        with Stop() as stop:
+            update = train_stage(name, parallel, optimiser, batches, Updates(start, update, end), config, run, device,
+                                 log, stop, watch)
         if update < end:
-            return None
+            return False
     if main:
-        lines = log.read()
-        seconds = [line["seconds"] for line in lines if "seconds" in line]  # warnings have none, nor has a run of an older version
-        if seconds and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
-            warnings = [f"update {line['update']}: {line['warning']}" for line in lines if "warning" in line]
-            facts = training_facts(method, len(rows), seconds, warnings, config, device)
-            write_atomic(run / "training.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
-        if language:
-            models.save_language_model(method, run / "language_model")
-            evaluation.report_language(method, [text for text in texts if held_out(text)], run)
-        write_atomic(run / "model.safetensors", lambda path: save_file(contiguous(method.state_dict()), path))
-        log.plot()
-    return source
+        finish(config, run, source, method, log, device)
+    return True
+
+
+def finish(config, run, source, method, log, device):
+    """Write what a finished run has more than a running one."""
+    lines = log.read()
+    seconds = [line["seconds"] for line in lines if "seconds" in line]  # warnings have none
+    if seconds and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
+        warnings = [f"update {line['update']}: {line['warning']}" for line in lines if "warning" in line]
+        facts = training_facts(method, len(source.rows), seconds, warnings, config, device)
+        data.write_text(run / "training.json", json.dumps(facts, indent=1))
+    if source.store is None:
+        models.save_language_model(method, run / "language_model")
+    evaluation.save_weights(method, run)
+    log.plot()
+    if source.store is None:
+        evaluation.report_language(method, [tag for [tag] in source.tags if held_out(tag)], run)
 
 
 def held_out(text):
     """One text in twenty, by its own hash, is kept from the language model's training."""
     return zlib.crc32(text.encode()) % 20 == 0
-
-
-def contiguous(state):
-    """A state dictionary that safetensors takes: tied tensors are written twice."""
-    return {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
 
 def as_it_is(batch):
@@ -720,22 +749,30 @@ class Updates(NamedTuple):
     end: int    # global number after its last
 
 
-def train_stage(name, parallel, optimiser, batches, updates, config, run, device, log, stop):
+def to_device(batch, device):
+    moved = (x.to(device, non_blocking=True) for x in (batch.ecg, batch.peaks))
+    return batch._replace(**dict(zip(("ecg", "peaks"), moved)))
+
+
+def train_stage(name, parallel, optimiser, batches, updates, config, run, device, log, stop, watch):
     """Do the updates of one stage; returns the number of updates done so far."""
     method = getattr(parallel, "module", parallel).train()
     amp = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    stream, update, watch, last_save = iter(batches), updates.done, None, updates.done
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    stream, update, last_save, stopping = iter(batches), updates.done, updates.done, False
     bar = tqdm(total=updates.end - updates.first, initial=update - updates.first, desc=name, disable=log.file is None,
                unit="rec", unit_scale=config.batch_size * config.accumulate)
-    while update < updates.end:
+    while update < updates.end and not stopping:
         began = time.perf_counter()
+        seed_update(config, update)
         rate = rate_at(update - updates.first, updates.end - updates.first, config)
         for group in optimiser.param_groups:
             group["lr"] = rate
         terms = {}
         for micro in range(config.accumulate):
-            batch = next(stream)
-            batch = batch._replace(ecg=batch.ecg.to(device, non_blocking=True), peaks=batch.peaks.to(device, non_blocking=True))
+            if stopping := stop.anywhere(device):  # a half update is left undone
+                break
+            batch = to_device(next(stream), device)
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last or parallel is method else parallel.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -745,40 +782,36 @@ def train_stage(name, parallel, optimiser, batches, updates, config, run, device
                 loss.backward()
             for k, v in losses.items():
                 terms[k] = terms.get(k, 0.0) + v.item() / config.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(method.parameters(), config.clip).item()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        update += 1
-        log.add(update=update, stage=name, loss=sum(method.weights.get(k, 1.0) * v for k, v in terms.items()), terms=terms,
-                lr=rate, grad_norm=norm, seconds=round(time.perf_counter() - began, 6))
-        bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
-        bar.update()
-        if config.method != "cardiolm":
-            watch = watch or Watch(batch, method, config)
-            if update - updates.first > warm_updates(updates.end - updates.first, config):  # in warm-up every loss is stuck
-                watch.note(terms)
-        if watch and update % 50 == 0:
-            warning = watch.look()
-            if warning:
+        if not stopping:
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
+            check_finite(norm, batch, update, "gradient")
+            optimiser.step()
+            method.limit_scales()
+            update += 1
+            total = sum(method.weights.get(k, 1.0) * v for k, v in terms.items())
+            log.add(update=update, stage=name, loss=total, terms=terms, lr=rate, grad_norm=norm.item(),
+                    seconds=round(time.perf_counter() - began, 6))
+            bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
+            bar.update()
+            if watch and update - updates.first > warm_updates(updates.end - updates.first, config):
+                watch.note(terms)  # in warm-up every loss is stuck
+            if watch and update % 50 == 0 and (warning := watch.look()):
                 log.add(update=update, warning=warning)
                 bar.write(f"update {update}: {warning}")
-        stopping = stop.anywhere(device)
+        optimiser.zero_grad(set_to_none=True)
         if log.file and (update - last_save >= config.save_every or update == updates.end or stopping):
-            save_checkpoint(run, method, optimiser, update)
+            save_checkpoint(run, method, optimiser, update, watch)
             last_save = update
-        if stopping:
-            bar.close()
-            if log.file:
-                print(f"stopped and saved at update {update}; continue with: python train.py --resume {run}")
-            break
+    if stopping and log.file:
+        bar.write(f"stopped and saved at update {update}; continue with: python train.py --resume {run}")
     bar.close()
     return update
 
 
-def check_finite(loss, batch, update):
-    if not torch.isfinite(loss):
-        raise data.DataError(f"the loss is {loss.item()} at update {update}; records of this batch: {', '.join(batch.ids)}. "
-                             "Look at their signals (python data.py plot), or lower --lr")
+def check_finite(x, batch, update, what="loss"):
+    if not torch.isfinite(x):
+        raise data.DataError(f"the {what} is {x.item()} at update {update}; records of this batch: "
+                             f"{', '.join(batch.ids)}. Look at their signals (python data.py plot), or lower --lr")
 
 
 def absolute(spec):
@@ -790,29 +823,79 @@ def absolute(spec):
     return f"{kind}:{path}" if colon else path
 
 
+def new_folder(config, made_by):
+    """Make the folder of a new run, which no other process has, with its config.json. Errors: DataError."""
+    source, now = Path(config.data.split(":")[0]).stem, time.strftime("%Y%m%d-%H%M%S")
+    base = config.name or f"{config.method}-{source}-{now}"
+    for number in itertools.count(1):
+        run = Path("runs") / (base if number == 1 else f"{base}-{number}")
+        try:
+            run.mkdir(parents=True)
+            break
+        except FileExistsError as error:
+            if config.name or not Path("runs").is_dir():
+                raise data.DataError(f"{run} exists: continue it with --resume {run}, or choose another --name") \
+                    from error
+        except OSError as error:
+            raise data.DataError(f"{run}: cannot be made ({error.strerror}); start where one can write") from error
+    settings = models.settings_of(config) | {"made_by": made_by}
+    data.write_text(run / "config.json", json.dumps(settings, indent=1))
+    return run
+
+
+WORK = ("log.jsonl", "llm_answers.jsonl")  # a run that fails without any of it leaves no folder
+
+
+def check_origin(run, made_by):
+    """Is a run that goes on still what it was? Other data: DataError; other versions are told."""
+    before = evaluation.read_config(run)[1]
+    if before["store"] != made_by["store"]:
+        raise data.DataError(f"{run}: its training data have changed since it began; train anew, or restore them")
+    if changed := [f"{k} {before[k]} -> {v}" for k, v in made_by.items() if before[k] != v]:
+        print(f"{run} goes on with other versions: {'; '.join(changed)}; the last digits may be others")
+
+
 def main(argv=None):
     config, run = parse(argv)
     device, first = start_processes()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if run is None and config.name and (Path("runs") / config.name / "config.json").exists():
-        raise data.DataError(f"runs/{config.name} exists: continue it with --resume runs/{config.name}, or choose another --name")
-    config.data = ",".join(map(absolute, config.data.split(",")))
-    name = config.name or f"{config.method}-{Path(config.data.split(':')[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = agree(run or Path("runs") / name)
-    if first and not (run / "config.json").exists():
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomic(run / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
-    source = train(config, run, device, first)
+    specs = data.split_specs(config.data) if config.method == "cardiolm" else [config.data]
+    config.data = ",".join(map(absolute, specs))
+    for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
+        setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
+    source, resumed = open_source(config), run is not None
+    made_by = {"program": models.VERSION, "torch": torch.__version__, "store": source.plan,
+               "csrc": csrc.build_info().get("sources", "reference")}
+    updates_of(config, len(source.rows))
+    sets = evaluation.sets_of(source.store) if source.store else []
+    if first and source.store and not sets:
+        print(f"{config.data}: no test record has a label, so there will be no table at the end")
+    run = agree(run or first and new_folder(config, made_by))
+    with data.locked(run / ".lock", wait=False) if first else contextlib.nullcontext(True) as mine:
+        if not mine:
+            raise data.DataError(f"{run}: another process is training it")
+        if resumed:
+            check_origin(run, made_by)
+        try:
+            finished = train(config, run, source, device, first)
+        except BaseException:
+            done = [one for one in map(run.joinpath, WORK) if one.exists() and one.stat().st_size]
+            if first and not resumed and not done:
+                shutil.rmtree(run)
+            raise
     if models.world() > 1:
         dist.destroy_process_group()  # a process that ends with it open can abort, and torchrun then stops the one that evaluates
-    if source and source != "texts" and first:
-        evaluation.report(run, ["ptbxl" if source == "ptbxl" else "simulated"], device=device)
+    if finished and sets and first:
+        try:
+            own = None if source.store.records["source"].iloc[0] in ("ptbxl", "simulated") else config.data
+            evaluation.report(run, sets, spec=own, device=device)
+        except KeyboardInterrupt:
+            print(f"training is finished; the table: python eval.py --zeroshot {' '.join(sets)} --run {run}",
+                  file=sys.stderr)
+            raise
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (data.DataError, models.ModelError) as error:
-        sys.exit(f"error: {error}")
+    data.guarded(main, models.ModelError)

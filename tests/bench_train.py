@@ -13,7 +13,6 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import model as models
-from conftest import small_config
 
 WITH_ECGS = [name for name in models.METHODS if name != "cardiolm"]
 REPORT = ["sinus rhythm", "left axis deviation", "left anterior fascicular block", "possible left ventricular hypertrophy"]
@@ -21,8 +20,10 @@ REPORT = ["sinus rhythm", "left axis deviation", "left anterior fascicular block
 
 def speed(name, size, device, updates=7, batch_size=64):
     """(records/s, parameters in millions) of a method at its small or paper size; the text model is the small BERT in both."""
-    paper = {k: v for k, v in models.METHODS[name][2].items() if not k.startswith("text_")} if size == "paper" else {}
-    config = small_config(name, **{**paper, "batch_size": batch_size})
+    text = dict(text_model="", text_trainable_layers=-1, text_max_length=128)
+    if "text_pooling" in models.METHODS[name][0].settings:
+        text["text_pooling"] = "mean"
+    config = models.configure(name, size, batch_size=batch_size, **(text if size == "paper" else {}))
     method = models.build_method(config, models.small_text_model([models.join(REPORT)] * 4, steps=1)).to(device).train()
     tags = [REPORT[:1 + i % 4] + [f"finding {i % 29}"] for i in range(config.batch_size)]
     if name == "cmelt":

@@ -1,9 +1,7 @@
-import dataclasses
 import os
 import socket
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +12,17 @@ SHARED = Path(os.environ.get("ECG_TEST_DATA", ROOT.parent / "shared" / "data")).
 
 
 def small_config(method, **options):
-    """A method's small default with some options, as models see it."""
+    """A method's small default with some options."""
     import model as models
-    import train
-    return SimpleNamespace(**{**dataclasses.asdict(train.Config(method=method)), **models.METHODS[method][1], **options})
+    return models.configure(method, **options)
+
+
+def write_config(folder, method, **options):
+    """The config.json of a run of a method's small default."""
+    import json
+    import model as models
+    made_by = dict(program=models.VERSION, torch="", csrc="", store="")
+    (folder / "config.json").write_text(json.dumps(models.settings_of(small_config(method, **options)) | {"made_by": made_by}))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from matplotlib.image import imread
 import data
 import eval as evaluation
 import train
+from conftest import write_config
 
 FLAGS = ["--method", "etp", "--data", "simulated:96", "--width", "0.125", "--dim", "16", "--mlm-steps", "3", "--batch-size", "16",
          "--epochs", "1", "--threads", "1"]
@@ -87,7 +88,7 @@ def test_clear_errors(tmp_path, monkeypatch, capsys):
         evaluation.compare([__file__], ["simulated"])
     for name in "ab":
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config()))
+        write_config(tmp_path / name, "etp")
         (tmp_path / name / "model.safetensors").touch()
     monkeypatch.setattr(evaluation, "zeroshot", lambda run, sets: {"simulated": {"records": 9 if run.name == "a" else 8}})
     monkeypatch.setattr(evaluation, "save_results", lambda *args: None)

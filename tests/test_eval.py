@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 import data
 import eval as evaluation
 import model as models
-from conftest import small_config
+from conftest import small_config, write_config
 
 
 def test_bootstrap_auroc_equals_scikit_learn_with_weights_and_ties():
@@ -67,7 +67,80 @@ def test_prompts(tmp_path):
         evaluation.class_prompts("ptbxl_rhythm", ["AFIB"], str(file))
 
 
-@pytest.mark.parametrize("name", [name for name in data.LABEL_SETS if name != "simulated"])
+def test_the_bootstrap_draws_patients():
+    """Eighty records of ten patients are ten draws: the interval is far wider than that of eighty patients."""
+    rng, patient = np.random.default_rng(0), np.arange(80) // 8
+    positive = (patient % 2 == 0)[:, None]
+    scores = 0.5 * positive + rng.normal(size=10)[patient][:, None] + 0.1 * rng.normal(size=(80, 1))
+    wide, narrow = (evaluation.score_classes(["A"], scores, positive, who) for who in (patient.astype(str), None))
+    assert (wide["patients"], narrow["patients"]) == (10, 80)
+    width = lambda r: np.diff(r["classes"]["A"]["interval"])[0]
+    assert width(wide) > 2 * width(narrow) > 0.1
+
+
+def test_few_positives_have_no_interval_and_means_only_resamples_with_every_class(capsys):
+    rng = np.random.default_rng(0)
+    scores, positives = rng.normal(size=(60, 4)), np.zeros((60, 4), bool)
+    positives[:30, 0] = positives[:1, 1] = positives[:, 2] = True
+    scores[:1, 1] = 9  # a class with one positive that is found: every resample says 1
+    result = evaluation.score_classes(["A", "one", "all", "none"], scores, positives)
+    assert result["classes"]["one"]["auroc"] == 1 and result["classes"]["one"]["interval"] is None
+    assert result["classes"]["all"] == {"positives": 60} and result["classes"]["none"] == {"positives": 0}
+    a = evaluation.auroc_of_resamples(scores[:, 0], positives[:, 0], draws := np.random.default_rng(0).multinomial(
+        60, np.full(60, 1 / 60), evaluation.RESAMPLES))
+    both = ((a + 1) / 2)[draws[:, 0] > 0]  # where the one positive of the second class was drawn
+    assert result["macro"]["interval"] == pytest.approx(np.percentile(both, [2.5, 97.5]))
+    evaluation.print_table("test", result)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "no negatives" in lines["all"] and "no positives" in lines["none"] and lines["one"].split()[3] == "-"
+    rare = np.eye(60, 12, dtype=bool)  # twelve classes of one positive each: all drawn in fewer than a tenth of the resamples
+    assert evaluation.score_classes(list("abcdefghijkl"), rng.normal(size=(60, 12)), rare)["macro"]["interval"] is None
+
+
+def test_the_data_that_are_named_are_the_data_that_are_used(tmp_path, monkeypatch):
+    """--data of whatever source; a run's own data need not be there for that."""
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    config = small_config("etp", data="ptbxl:/no/longer/there")
+    store = evaluation.find_store("ptbxl", config, "simulated:40")
+    assert len(store) == 40 and store.records["source"][0] == "simulated"
+    assert len(evaluation.find_store("simulated", small_config("etp", data="simulated:30"), None)) == 30
+    with pytest.raises(data.DataError, match="no such data: nothing:"):
+        evaluation.find_store("ptbxl", config, "nothing:here")
+    with pytest.raises(data.DataError, match="these records have no folds: leave out --folds"):
+        evaluation.test_rows(store, [9, 10])
+    store.records["fold"] = 3
+    with pytest.raises(data.DataError, match="holds no record of fold 9, 10; name folds with --folds"):
+        evaluation.test_rows(store, [9, 10])
+    store.records["split"] = "train"
+    with pytest.raises(data.DataError, match="holds no record of the test split"):
+        evaluation.test_rows(store)
+    assert evaluation.sets_of(store) == []
+
+
+def test_no_result_overwrites_another(tmp_path):
+    result = {"records": 3, "classes": {"A": {"positives": 0}}}
+    for options in ({}, {"prompts": "plain"}, {"folds": [9]}, {"folds": [9], "scales": ["beat"]}, {"checkpoint": "w.pt"}, {}):
+        evaluation.save_results(tmp_path, {"ptbxl_sub": result}, {"prompts": "descriptive", **options})
+    assert list(evaluation.known_results(tmp_path)["zeroshot"]) == [
+        "ptbxl_sub", "ptbxl_sub prompts=plain", "ptbxl_sub folds=9", "ptbxl_sub folds=9 scales=beat", "ptbxl_sub checkpoint=w.pt"]
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(data.DataError, match="results.json: must be an object, not .*; move it away"):
+        evaluation.report(tmp_path, ["ptbxl_sub"])  # before anything is computed
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "No such file"), ("", "empty"), ("{'SR': 'x'}", "no JSON"), ('["sinus rhythm"]', "must be an object"),
+    ('{"SR": []}', "the prompt of SR must be"), ('{"SR": ["...", "x"]}', "the prompt of SR must be"), ('{"SR": 3}', "SR: must be a text"),
+    ('{"SR": "a", "SR": "b"}', "'SR' occurs twice"), ('{"NORM": "x"}', "no prompt for SR"), ('{"SR": [1]}', "the prompt of SR must be")])
+def test_a_prompts_file_that_is_none_is_explained(tmp_path, content, words):
+    path = tmp_path / "p.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(data.DataError, match=f"p.json.*{words}"):
+        evaluation.class_prompts("ptbxl_rhythm", ["SR"], str(path))
+
+
+@pytest.mark.parametrize("name", [name for name in data.LABEL_SETS if name not in ("simulated", "csv")])
 def test_every_class_of_every_set_has_prompts(name):
     classes = list(data.label_set(name))
     assert len(classes) == {"ptbxl_super": 5, "ptbxl_sub": 23, "ptbxl_form": 19, "ptbxl_rhythm": 12, "ptbxl_diag": 44, "ptbxl_all": 71}[name]
@@ -98,15 +171,19 @@ def test_clear_errors(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="physionet.org/content/ptb-xl"):
         evaluation.find_store("ptbxl", small_config("etp", data=""), None)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(data.DataError, match="config.json: has no 'method'"):
+        evaluation.load_run(tmp_path)
+    write_config(tmp_path, "etp")
     with pytest.raises(data.DataError, match="did not finish"):
         evaluation.load_run(tmp_path)
 
 
 def test_a_third_of_an_attention_is_missing():
     names = {part: f"ecg_encoder.encoder.layers.0.self_attn.{part}_proj.bias" for part in "qkv"}
+    names_of_melp = evaluation.published()["melp"]["names"]
     state = {names["k"]: torch.ones(2), names["q"]: torch.zeros(2)}
-    assert evaluation.rename(state, evaluation.MELP_NAMES) == {}
-    found = evaluation.rename({**state, names["v"]: torch.full((2,), 2.0)}, evaluation.MELP_NAMES)
+    assert evaluation.rename(state, names_of_melp) == {}
+    found = evaluation.rename({**state, names["v"]: torch.full((2,), 2.0)}, names_of_melp)
     assert found["ecg.layers.0.self_attn.in_proj_bias"].tolist() == [0, 0, 1, 1, 2, 2]
 
 

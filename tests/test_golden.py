@@ -86,8 +86,9 @@ def test_merl(encoder, bound):
     def views(mean):
         return [view(mean) for view in (method.view1, method.view2)]
     ecg = ecgs(6)
-    method.encode_tokens = lambda x: method.ecg(x)  # as it is: ext_scaled goes beyond what normalise clips at
-    tokens, (_, mean, ecg_vector) = method.ecg(ecg), method.encode_both(ecg)
+    encode = method.ecg.states if vit else method.ecg  # the head of the ViT starts before the encoder's norm
+    method.encode_tokens = lambda x: encode(x)  # as it is: ext_scaled goes beyond what normalise clips at
+    tokens, (_, mean, ecg_vector) = encode(ecg), method.encode_both(ecg)
     ecg1, ecg2 = views(mean)
     text = method.text.run(golden).pooler_output
     text_vector = F.normalize(method.project_text(text), dim=1)
@@ -177,7 +178,7 @@ def test_melp_sentences():
 def test_melp_caption_decoder():
     golden = load("melp_caption_decoder")
     decoder = models.CaptionDecoder(768, 500, 6).eval()
-    state = evaluation.rename(filled("melp_caption_decoder"), evaluation.MELP_NAMES)
+    state = evaluation.rename(filled("melp_caption_decoder"), evaluation.published()["melp"]["names"])
     decoder.load_state_dict({name.removeprefix("decoder."): a for name, a in state.items()})
     image, text = draw((2, 128, 768), (2, 20, 768))
     logits = decoder(text, image)

@@ -193,10 +193,12 @@ def toy_batch(size=8, seed=0):
 
 def toy_method(name, **options):
     torch.manual_seed(0)
-    config = small_config(name, width=0.125, dim=16, seconds=2.0, uma_dropout=0.0, **options)
+    config = small_config(name, width=0.125, dim=16, **options)
     lm, tokenizer = models.small_text_model(TEXTS, steps=1, dim=32, layers=1)
     method = models.build_method(config, (lm, tokenizer)).train()
     for module in method.modules():  # no dropout: two processes draw other numbers than one
+        if isinstance(module, models.MERL):
+            module.config.uma_dropout = 0.0
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(module, torch.nn.MultiheadAttention):
@@ -246,10 +248,160 @@ def test_settings_that_need_one_text_a_record_say_so():
 
 
 def test_a_method_says_which_of_its_settings_is_wrong():
-    for name, options, words in (("melp", {"beats": "fixed"}, "unknown --beats"), ("cmelt", {"encoder": "resnet18"}, "use --encoder w2v_tiny"),
-                                 ("cmelt", {"negatives": "near"}, "unknown --negatives"), ("fgclep", {"align": "beat"}, "unknown --align")):
+    for name, options, words in (("melp", {"beats": "fixed"}, "--beats is 'fixed'; it must be one of query, rpeak"),
+                                 ("cmelt", {"encoder": "resnet18"}, "use --encoder w2v_tiny"),
+                                 ("cmelt", {"negatives": "near"}, "--negatives is 'near'"), ("fgclep", {"align": "beat"}, "--align is")):
         with pytest.raises(models.ModelError, match=words):
             toy_method(name, **options)
+
+
+GRID = [(name, encoder) for name in ("etp", "merl", "melp", "fgclep") for encoder in
+        ("resnet18", "resnet50", "vit_tiny", "leadvit_tiny", "w2v_tiny")] + [("cmelt", "w2v_tiny")]
+
+
+def on_grid(name, encoder):
+    return toy_method(name, encoder=encoder, patch=20, **({"negatives": "far"} if name == "cmelt" else {}))
+
+
+@pytest.mark.parametrize("name, encoder", GRID)
+def test_every_encoder_in_every_method(name, encoder):
+    """Vectors of length 1 that depend on the ECG, and a gradient in every parameter (DDP would wait for the others for ever)."""
+    method, batch = on_grid(name, encoder), toy_batch()
+    sum(method(batch).values()).backward()
+    assert not [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    with torch.no_grad():
+        views = method.eval().encode_ecg(batch.ecg)
+    assert torch.allclose(views.rhythm.norm(dim=1), torch.ones(8), atol=1e-5) and views.tokens.isfinite().all()
+    assert (views.rhythm[0] - views.rhythm[1]).norm() > 1e-4
+
+
+def grid_rank(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    batch = toy_batch()
+    half = models.Batch(*(x[rank * 4:rank * 4 + 4] for x in batch))
+    for name, encoder in GRID:
+        parallel = torch.nn.parallel.DistributedDataParallel(on_grid(name, encoder), broadcast_buffers=False)
+        for _ in range(2):  # the second forward finds what the first left unused
+            sum(parallel(half).values()).backward()
+    torch.distributed.destroy_process_group()
+
+
+def test_every_encoder_in_every_method_in_two_processes(free_port):
+    mp.spawn(grid_rank, (free_port,), nprocs=2)
+
+
+def test_a_learned_scale_that_is_too_large_still_learns():
+    method, batch = toy_method("fgclep", align="tag"), toy_batch()
+    with torch.no_grad():
+        method.log_scale.fill_(9.0)
+        method.log_attention.fill_(9.0)
+    method.limit_scales()
+    assert method.learned_scale().item() == pytest.approx(100, rel=1e-5)
+    sum(method(batch).values()).backward()
+    assert method.log_scale.grad.abs() > 0 and method.log_attention.grad.abs() > 0
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", models.METHODS)
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_settings_of_a_run_make_the_same_config(method, preset):
+    config = models.configure(method, preset)
+    assert models.configure(**models.settings_of(config)) == config
+    foreign = {name for name in models.TYPES if models.owners(name) and method not in models.owners(name)}
+    assert foreign and not foreign & models.settings_of(config).keys()
+
+
+@pytest.mark.parametrize("method, given, words", [
+    ("fgclep", dict(precision="fp32"), "--precision is 'fp32'; it must be one of auto, float32, bf16"),
+    ("fgclep", dict(normalise="minmax"), "--normalise is 'minmax'"), ("fgclep", dict(text_unit="tagz"), "--text-unit"),
+    ("fgclep", dict(fn_mode="softbce"), "--fn-mode"), ("etp", dict(text_pooling="max"), "--text-pooling"),
+    ("etp", dict(report_language="german"), "--report-language"), ("cmelt", dict(mem_target="all"), "--mem-target"),
+    ("etp", dict(clip=-1.0), "--clip"), ("etp", dict(clip=0.0), "--clip"), ("etp", dict(temperature=-1.0), "--temperature"),
+    ("etp", dict(width=-1.0), "--width"), ("etp", dict(lead_drop=float("nan")), "--lead-drop is nan"),
+    ("etp", dict(lr=float("inf")), "--lr"), ("etp", dict(lr=0.0), "--lr"), ("etp", dict(lead_drop=1.0), "--lead-drop"),
+    ("etp", dict(shift=20.0), "--shift"), ("etp", dict(warmup=1.5), "--warmup"), ("etp", dict(beta2=1.0), "--beta2"),
+    ("etp", dict(epochs=-1), "--epochs is -1; it must be a whole number from 1"), ("etp", dict(epochs=2.0), "--epochs"),
+    ("etp", dict(accumulate=0), "--accumulate"), ("etp", dict(batch_size=1), "--batch-size"), ("etp", dict(lr=True), "--lr is True"),
+    ("etp", dict(seed=-1), "--seed"), ("etp", dict(rate=50), "--rate"), ("etp", dict(threads=-2), "--threads"),
+    ("etp", dict(text_trainable_layers=-2), "--text-trainable-layers"), ("etp", dict(max_pool="yes"), "--max-pool"),
+    ("etp", dict(seconds=20.0), "no setting 'seconds'"), ("etp", dict(encoder="resnet19"), "unknown --encoder 'resnet19'"),
+    ("etp", dict(encoder="vit_tiny", patch=1001), "--patch 1001 is longer"), ("etp", dict(name="../x"), "no name of a folder"),
+    ("etp", dict(name="a/b"), "no name of a folder"), ("etp", dict(text_unit="tags"), "--text-unit tags is fgclep's"),
+    ("fgclep", dict(temperature=0.1), "--temperature is a setting of etp, merl, not of fgclep"),
+    ("etp", dict(fine_epochs=2), "--fine-epochs is a setting of fgclep"), ("melp", dict(text_pooling="cls"), "not of melp"),
+    ("fgclep", dict(llm="x", fine_epochs=0), "add --fine-epochs"), ("clip", {}, "unknown method"),
+    ("etp", dict(preset="large"), "unknown method or preset")])
+def test_a_setting_without_sense_is_refused(method, given, words):
+    with pytest.raises(models.ModelError, match=re.escape(words)):
+        models.configure(method, **given)
+
+
+# ---- text models that are not whole ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def text_folder(tmp_path):
+    from transformers import BertConfig, BertModel
+    tokenizer = models.word_tokenizer(TEXTS)
+    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                         max_position_embeddings=64)).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def test_a_text_model_without_its_words_is_refused(text_folder):
+    for file in text_folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(models.ModelError, match="has no tokenizer of its own.* put its tokenizer.json or vocab.txt"):
+        models.load_text_model(str(text_folder))
+    with pytest.raises(models.ModelError, match="has no tokenizer of its own"):
+        models.rebuild_text_model(text_folder)  # as a run's tokenizer/
+
+
+def test_a_text_model_that_lacks_layers_is_refused(text_folder, capsys):
+    from safetensors.torch import load_file, save_file
+    state = load_file(text_folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "layer.1." not in k}, text_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(models.ModelError, match=r"its file lacks 16 weights, such as encoder\.layer\.1\."):
+        models.load_text_model(str(text_folder))
+    save_file({k: v for k, v in state.items() if "pooler" not in k}, text_folder / "model.safetensors", {"format": "pt"})
+    lm = models.load_text_model(str(text_folder))
+    assert "not in its file, and new: pooler.dense.bias" in capsys.readouterr().out
+    models.TextTower(*lm)
+    with pytest.raises(models.ModelError, match="no pooler of its own"):
+        models.TextTower(*models.load_text_model(str(text_folder)), pooling="pooler")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "pointer", "config", "type", "code"])
+def test_a_damaged_text_model_is_one_sentence(text_folder, damage, monkeypatch):
+    weights, config = text_folder / "model.safetensors", text_folder / "config.json"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    if damage == "empty":
+        weights.write_bytes(b"")
+    if damage == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 299\n")
+    if damage == "config":
+        config.write_text("{")
+    if damage == "type":
+        config.write_text(config.read_text().replace('"bert"', '"ecgbert"'))
+    if damage == "code":  # code of its own: never run, not even asked for
+        monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked whether to run code"))
+        config.write_text(config.read_text().replace('"bert"', '"own"').replace("{", '{"auto_map": {"AutoConfig": "c.C"},', 1))
+    with pytest.raises(models.ModelError, match=re.escape(f"text model '{text_folder}' is neither a folder with a whole model")):
+        models.load_text_model(str(text_folder))
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/lm/language_model").mkdir(parents=True)
+    assert models.text_model_name("runs/lm") == str(tmp_path / "runs/lm/language_model")
+    for name in ("runs/gone", "./gone", "/gone", "a/b/c", "~/gone"):
+        with pytest.raises(models.ModelError, match="neither a folder nor a name of the Hugging Face hub"):
+            models.text_model_name(name)
+    assert models.text_model_name("ncbi/MedCPT-Query-Encoder") == "ncbi/MedCPT-Query-Encoder"
 
 
 def test_melp_learns_to_write_the_reports_of_a_batch():
