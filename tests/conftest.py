@@ -10,7 +10,8 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SHARED = Path(os.environ.get("ECG_TEST_DATA", ROOT.parent / "shared" / "data")).parent  # real recordings, golden vectors
+SHARED = Path(os.environ.get("ECG_TEST_DATA", ROOT.parent / "shared" / "data")).parent  # real recordings
+GOLDEN = ROOT / "tests" / "golden"  # what the authors' code gave
 
 
 def small_config(method, **options):

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import csrc
-from conftest import ROOT, SHARED
+from conftest import GOLDEN, ROOT
 from csrc import build
 from csrc import similarity as plain
 from test_csrc import compiled, compiler, on_host, python
 
-GOLDEN = SHARED / "golden" / "melp_beat_loss.npz"
 OPS = torch.ops.ecg
 PROCESSOR = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []  # what it can do
 
@@ -150,11 +149,10 @@ def test_mean_is_sum_less_the_logarithm_of_the_number_of_sentences():
     assert torch.allclose(both[0] - both[1], 10 * count.double().log().expand(5, -1))  # METHODS 0, item 12
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN}")
 @pytest.mark.parametrize("kind", ["unit", "soft"])
 @pytest.mark.parametrize("aggregation", ["sum", "mean"])
 def test_melp_beat_loss_of_the_authors(kind, aggregation):
-    golden = np.load(GOLDEN)
+    golden = np.load(GOLDEN / "melp_beat_loss.npz")
     counts = torch.tensor(golden["counts"])
     beats, flat = (torch.tensor(golden[f"{kind}_{name}"], requires_grad=True) for name in ("beats", "sents"))
     sentences = torch.nn.utils.rnn.pad_sequence(flat.split(counts.tolist()), batch_first=True)
