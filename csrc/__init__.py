@@ -56,8 +56,9 @@ def beat_of_token(peaks, count, n_tokens, n_samples):
     if peaks.dim() != 2 or count.shape != peaks.shape[:1] or peaks.device != count.device:
         raise ValueError(f"beat_of_token: peaks {tuple(peaks.shape)} on {peaks.device} and count {tuple(count.shape)} on "
                          f"{count.device}; they must be (B, K) and (B,) on one device")
-    if n_tokens < 1 or n_samples < 1:
-        raise ValueError(f"beat_of_token: {n_tokens} tokens of {n_samples} samples; there must be one of each at least")
+    if not (1 <= n_tokens < 2**31 and 1 <= n_samples < 2**31):
+        raise ValueError(f"beat_of_token: {n_tokens} tokens of {n_samples} samples; there must be one of each at least, and fewer than "
+                         "2^31")
     return torch.ops.ecg.beat_of_token(peaks.contiguous(), count.contiguous(), n_tokens, n_samples)
 
 

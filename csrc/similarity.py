@@ -42,7 +42,7 @@ def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhyth
     the scale is 0 without gradient. weights, temperatures: numbers, or tensors that may be learned. float32 and float64 are computed as
     they are, bf16 and fp16 in float32 (on a GPU bf16 products, added in float32). Of several best tokens the first gets the gradient.
     Returns (B, C), float32 or float64; with parts=True also a dictionary of the scales, unweighted. Gradients to all tensors.
-    Memory grows with B * C (and two bytes for every ECG and word), not with tokens; at most 32 MB (KEEP) of the beat scale's scores are
+    Memory grows with B * C (and two bytes for every ECG and word, four from 2^15 tokens on), not with tokens; at most 32 MB (KEEP) of the beat scale's scores are
     kept for the backward pass. Errors: TypeError, ValueError."""
     found = {}
     if given("token", tokens, words, "tokens (B, T, D)", "words (C, W, D)", 3):
@@ -99,7 +99,7 @@ def suits_beat_kernel(beats, sentences, over_sentences):
 def suits_kernel(tokens, words, temperature):
     """Can similarity_cuda.cu take them?"""
     half = tokens.dtype == words.dtype == torch.bfloat16
-    return KERNELS and tokens.is_cuda and half and temperature is None and tokens.shape[2] % 8 == 0 and tokens.shape[1] < 2**15
+    return KERNELS and tokens.is_cuda and half and temperature is None and tokens.shape[2] % 8 == 0 and tokens.shape[1] <= 2**15
 
 
 def to_keep(beats, sentences):
@@ -122,7 +122,12 @@ def counts_of(count, rows, name):
         return torch.full((len(rows),), rows.shape[1], device=rows.device)
     if count.shape != rows.shape[:1] or count.is_floating_point():
         raise ValueError(f"token_beat_rhythm: {name} is {count.dtype} {tuple(count.shape)}; it must be whole numbers ({len(rows)},)")
-    return count.to(rows.device, torch.int64).clamp(0, rows.shape[1])
+    return cut(count.to(rows.device, torch.int64), rows)
+
+
+def cut(count, rows):
+    """No fewer than none, and no more than rows (R, N, D) has."""
+    return count.clamp(0, rows.shape[1])
 
 
 # ---- definitions ------------------------------------------------------------------------------------------------------
@@ -177,8 +182,9 @@ def blocks(ecgs, size_of_one):
 def token_forward(tokens, words, token_count, word_count, temperature):
     if tokens.dtype == torch.bfloat16:
         return torch.ops.ecg.token_similarity_bf16(tokens, words, token_count, word_count)
+    token_count, word_count = cut(token_count, tokens), cut(word_count, words)
     similarity = tokens.new_zeros(len(tokens), len(words))
-    best = tokens.new_zeros(shape_of_best(tokens, words, temperature), dtype=torch.int16)
+    best = tokens.new_zeros(shape_of_best(tokens, words, temperature), dtype=type_of_best(tokens))
     if tokens.shape[1] and words.numel():
         for b in blocks(tokens, tokens.shape[1] * words.shape[0] * words.shape[1]):
             similarity[b], took = tokens_by_words(tokens[b], words, token_count[b], word_count, temperature)
@@ -191,6 +197,7 @@ def token_backward(grad, tokens, words, token_count, word_count, temperature, be
     if tokens.dtype == torch.bfloat16:
         found = torch.ops.ecg.token_similarity_backward_bf16(grad, tokens, words, token_count, word_count, best)
         return *found, grad.new_zeros(())
+    token_count, word_count = cut(token_count, tokens), cut(word_count, words)
     if temperature is not None:
         def similarity(*arguments):
             return tokens_by_words(*arguments)[0]
@@ -210,6 +217,7 @@ def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, ove
         similarity = torch.ops.ecg.beat_similarity_kernel(beats, sentences, beat_count, sentence_count, temperatures, over_sentences,
                                                           mean, BLOCK)
         return similarity, beats.new_empty(len(beats), keep)
+    beat_count, sentence_count = cut(beat_count, beats), cut(sentence_count, sentences)
     similarity = beats.new_zeros(len(beats), len(sentences))
     if beats.shape[1] and sentences.numel():
         for b in blocks(beats, beats.shape[1] * sentences.shape[0] * sentences.shape[1]):
@@ -222,6 +230,7 @@ def beat_backward(grad, beats, sentences, beat_count, sentence_count, temperatur
     if suits_beat_kernel(beats, sentences, over_sentences):
         return torch.ops.ecg.beat_similarity_backward_kernel(grad, beats, sentences, beat_count, sentence_count, temperatures,
                                                              over_sentences, mean, BLOCK)
+    beat_count, sentence_count = cut(beat_count, beats), cut(sentence_count, sentences)
     return backward(beats_by_sentences, grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean)
 
 
@@ -253,11 +262,15 @@ def shape_of_best(tokens, words, temperature):
     return (tokens.shape[0], words.shape[0], words.shape[1]) if temperature is None else (0,)
 
 
+def type_of_best(tokens):
+    return torch.int16 if tokens.shape[1] <= 2**15 else torch.int32
+
+
 @torch.library.register_fake("ecg::token_similarity")
 def _(tokens, words, ecg_count, text_count, temperature):
     dtype = torch.float32 if tokens.dtype == torch.bfloat16 else tokens.dtype
     return (tokens.new_empty(tokens.shape[0], words.shape[0], dtype=dtype),
-            tokens.new_empty(shape_of_best(tokens, words, temperature), dtype=torch.int16))
+            tokens.new_empty(shape_of_best(tokens, words, temperature), dtype=type_of_best(tokens)))
 
 
 @torch.library.register_fake("ecg::token_similarity_backward")
