@@ -106,24 +106,26 @@ def by_way_of_the_cpu(operator):
 
 def start():
     """Load or build the extension -> build_info()'s dictionary."""
-    chosen = os.environ.get("ECG_CSRC", "")
+    chosen = os.environ.get("ECG_CSRC", "").strip()
     if chosen not in ("", "reference"):
-        raise ValueError(f"$ECG_CSRC is {chosen!r}; it may be reference, or not set")
+        warnings.warn(f"csrc: $ECG_CSRC is {chosen!r}, which says nothing; it may be reference, or not set.", stacklevel=3)
+        chosen = ""
     try:
-        if chosen == "reference":
+        if chosen:
             raise RuntimeError("$ECG_CSRC asks for it")
-        library, without_cuda = build.library()
+        library, made, without_cuda = build.library()
         torch.ops.load_library(str(library))
-        info = {"implementation": "compiled", "library": str(library)} | build.recipe_of(library)
-    except (RuntimeError, OSError) as error:
+        info = {"implementation": "compiled", "library": str(library)} | made
+    except Exception as error:  # whatever is wrong with a compiler or a cache: the reference needs neither
+        why = str(error) if isinstance(error, (RuntimeError, OSError)) else f"{type(error).__name__}: {error}"
         if not chosen:
-            warnings.warn(f"csrc: the extension could not be built: {error}. Its NumPy reference runs instead, slowly.",
+            warnings.warn(f"csrc: the extension could not be built: {why}. Its NumPy reference runs instead, slowly.",
                           stacklevel=3)
         for device in ("cpu", "cuda"):
             torch.library.impl("ecg::segment_beats", device, segment_beats_reference)
             torch.library.impl("ecg::beat_of_token", device, beat_of_token_reference)
             similarity.use_plain(device)
-        return {"implementation": "reference", "why": str(error)}
+        return {"implementation": "reference", "why": why}
     similarity.use_plain("cuda")
     similarity.KERNELS = bool(info["cuda"])
     if not info["cuda"]:

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,12 @@ def small_config(method, **options):
     import model as models
     import train
     return SimpleNamespace(**{**dataclasses.asdict(train.Config(method=method)), **models.METHODS[method][1], **options})
+
+
+def python(code, *arguments, **environment):
+    """Python code, run beside the project in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          errors="replace", env={**os.environ, **{name: str(value) for name, value in environment.items()}})
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import csrc
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, python
 from csrc import build
 from csrc import similarity as plain
-from test_csrc import compiled, compiler, on_host, python
+from test_csrc import compiled, compiler, on_host
 
 OPS = torch.ops.ecg
 PROCESSOR = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []  # what it can do
@@ -422,7 +422,7 @@ for name, good in GOOD.items():
 
 
 def fuzz(*arguments):
-    result = subprocess.run([sys.executable, "-c", FUZZ, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    result = python(FUZZ, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     return {line.split()[0]: line for line in result.stdout.splitlines()}
 

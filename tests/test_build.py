@@ -1,0 +1,324 @@
+"""Building csrc and finding it again: whatever is wrong with a compiler or the cache, `import csrc` ends in the compiled operators or, with
+one warning that says what to do, in the reference; and it runs nothing that another user could have put there."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import csrc
+from conftest import ROOT, python
+from csrc import build
+
+INFO = csrc.build_info()
+pytestmark = pytest.mark.skipif(INFO["implementation"] != "compiled" or os.name == "nt", reason=f"not compiled: {INFO.get('why')}")
+SAY = "import csrc, json; print(json.dumps(csrc.build_info()))"
+COMPILER = """#!/bin/sh
+case "$*" in *--version*) printf '{version}'; exit {status};; *-dM*) exit;; esac
+for x; do [ "$before" = -o ] && out="$x"; before="$x"; done
+case "$*" in *-shared*) {link};; *) {compile};; esac
+"""
+
+
+def compiler(folder, version="a compiler 1", status=0, compile=': > "$out"', link=f'cat "{INFO.get("library")}" > "$out"; chmod 700 "$out"'):
+    """A script that stands in for one: it makes empty objects, and for a library copies ours."""
+    path = folder / f"cxx-{len(list(folder.glob('cxx-*')))}"
+    path.write_text(COMPILER.format(version=version, status=status, compile=compile, link=link))
+    path.chmod(0o700)
+    return path
+
+
+def broken(folder):
+    return compiler(folder, compile='echo "error: out of order" >&2; exit 1')
+
+
+def imported(cache, before="", **environment):
+    """What `import csrc` said and which implementation ran -> (result, build_info)."""
+    result = python(f"{before}\n{SAY}", ECG_CACHE=cache, ECG_CSRC=environment.pop("ECG_CSRC", ""), **environment)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    info = json.loads(result.stdout.splitlines()[-1])
+    assert result.stderr.count("Warning") == (info["implementation"] == "reference"), result.stderr
+    return result.stderr, info
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache in which the library for this machine's compiler is ready."""
+    made = build.recipe()
+    library = tmp_path / "cache/csrc" / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] / "ecg_csrc.so"
+    build.make(library.parent)
+    shutil.copy(INFO["library"], library)
+    library.chmod(0o700)
+    build.seal(library, library)
+    return tmp_path / "cache"
+
+
+def library_in(cache):
+    [library] = cache.rglob("ecg_csrc.so")
+    return library
+
+
+# ---- the reference runs, with one warning ------------------------------------------------------------------------
+
+def in_the_way(path, text=""):
+    path.write_text(text)
+    return path
+
+
+def full(folder):
+    return "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+
+
+NO_NINJA = """import sysconfig; at = sysconfig.get_path
+sysconfig.get_path = lambda name, *rest: "/nowhere" if name == "scripts" else at(name, *rest)"""
+NO_HOME = """import pathlib
+def home(*_): raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = home"""
+NO_HEADERS = "from torch.utils import cpp_extension; cpp_extension.include_paths = lambda *_, **__: []"
+NO_TOOLS = "import sys; sys.modules['torch.utils.cpp_extension'] = None"
+NAME_ONE = r"name .*by \$CXX"
+ELSEWHERE = r"set \$ECG_CACHE to a folder"
+
+# What is wrong: environment by a function of a folder, what the warning says, and code to be run before
+STATES = {
+    "no compiler": (lambda f: dict(CXX="no-such-compiler"), r"no C\+\+ compiler \(no-such-compiler\).*" + NAME_ONE, ""),
+    "no compiler by any name": (lambda f: dict(CXX="", PATH="/nowhere"), r"no C\+\+ compiler \(c\+\+\)", ""),
+    "unbalanced quotes": (lambda f: dict(CXX='g++ "-m64'), "cannot be read .*No closing quotation.*name a C", ""),
+    "a folder for a compiler": (lambda f: dict(CXX=f), "no C.. compiler .*" + NAME_ONE, ""),
+    "not executable": (lambda f: dict(CXX=in_the_way(f / "c++")), "no C.. compiler .*" + NAME_ONE, ""),
+    "not a program": (lambda f: dict(CXX=shutil.copy(sys.executable, f / "c++") and in_the_way(f / "c++", "\0\1")),
+                      "--version fails .Exec format error.*" + NAME_ONE, ""),
+    "it prints nothing": (lambda f: dict(CXX=compiler(f, version="")), "prints nothing.*" + NAME_ONE, ""),
+    "it fails": (lambda f: dict(CXX=compiler(f, status=3)), "--version fails .status 3.*" + NAME_ONE, ""),
+    "it prints garbage": (lambda f: dict(CXX=compiler(f, r"\377\376)json\"\001", compile='echo "error: out of order" >&2; exit 1')),
+                          "out of order .*build.log.*tried again a day later", ""),
+    "it cannot compile": (lambda f: dict(CXX=broken(f)), "out of order .*build.log.*tried again a day later", ""),
+    "it complains in Latin-1": (lambda f: dict(CXX=compiler(f, compile=r"printf 'error: \344\n' >&2; exit 1")), "error: ", ""),
+    "it links nothing": (lambda f: dict(CXX=compiler(f, link=":")), "No such file .*build.log", ""),
+    "it links garbage": (lambda f: dict(CXX=compiler(f, link='echo garbage > "$out"')), "file too short .*build.log", ""),
+    "no ninja": (lambda f: dict(CXX=compiler(f), PATH="/nowhere"), "ninja is missing .pip install ninja", NO_NINJA),
+    "a broken ninja": (lambda f: dict(CXX=compiler(f), PATH=shutil.move(broken(f), f / "ninja") and f), "ninja does not work", ""),
+    "no headers": (lambda f: {}, "No such file.*build.log", NO_HEADERS),
+    "no build tools in PyTorch": (lambda f: dict(CXX=compiler(f)), "cpp_extension", NO_TOOLS),
+    "a cache that cannot be": (lambda f: dict(ECG_CACHE="/proc/none"), "cannot be used .*/proc/none.*" + ELSEWHERE, ""),
+    "a file for a cache": (lambda f: dict(ECG_CACHE=in_the_way(f / "file")), "cannot be used .*Not a directory.*" + ELSEWHERE, ""),
+    "a dangling link for a cache": (lambda f: (f / "link").symlink_to("/nowhere") or dict(ECG_CACHE=f / "link"), ELSEWHERE, ""),
+    "a full disk": (lambda f: dict(CXX=compiler(f)), "cannot be used .*too large.*" + ELSEWHERE, full(None)),
+    "a home that cannot be written": (lambda f: dict(ECG_CACHE="", HOME="/proc/none"), "cannot be used .*" + ELSEWHERE, ""),
+    "no home": (lambda f: dict(ECG_CACHE=""), "no home folder.*" + ELSEWHERE, NO_HOME),
+    "no fcntl, and a broken compiler": (lambda f: dict(CXX=broken(f)), "out of order", "import sys; sys.modules['fcntl'] = None"),
+    "ASCII only": (lambda f: dict(CXX=broken(f), ECG_CACHE=f / "é", LC_ALL="C", PYTHONUTF8=0, PYTHONCOERCECLOCALE=0), "cs", ""),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_reference_runs_with_one_warning(tmp_path, state):
+    environment, words, before = STATES[state]
+    (tmp_path / "made").mkdir()
+    said, info = imported(**{"cache": tmp_path / "cache", "before": before} | {
+        "cache" if name == "ECG_CACHE" else name: value for name, value in environment(tmp_path / "made").items()})
+    assert info["implementation"] == "reference" and re.search(words, info["why"]) and info["why"] in said
+    assert not list(tmp_path.rglob("build-*"))
+
+
+def test_the_reference_computes(tmp_path):
+    code = "import csrc, torch; print(csrc.segment_beats(torch.zeros(1, 1, 1000), 500)[1], csrc.build_info()['implementation'])"
+    result = python(code, CXX="no-such-compiler", ECG_CACHE=tmp_path)
+    assert result.stdout.split() == ["tensor([0],", "dtype=torch.int32)", "reference"], result.stderr
+
+
+def test_a_build_that_failed_is_tried_again_a_day_later(tmp_path):
+    bad = broken(tmp_path)
+    said = [imported(tmp_path / "cache", CXX=bad)[0] for _ in range(2)]
+    [failed] = tmp_path.rglob("failed.txt")
+    os.utime(failed, (time.time() - build.RETRY - 9,) * 2)
+    said.append(imported(tmp_path / "cache", CXX=bad)[0])
+    failed.write_text("")  # half written
+    said.append(imported(tmp_path / "cache", CXX=bad)[0])
+    assert ["building csrc, this once" in text for text in said] == [True, False, True, True]
+    assert all("out of order" in text for text in said)
+
+
+def test_the_reference_can_be_asked_for():
+    said, info = imported("/proc/none", before="import warnings; warnings.warn = lambda *_, **__: exit('warned')", ECG_CSRC="reference")
+    assert info == {"implementation": "reference", "why": "$ECG_CSRC asks for it"} and not said
+
+
+@pytest.mark.parametrize("value", ["refrence", "1", "é\n"])
+def test_an_odd_wish_is_told_and_not_heeded(cache, value):
+    result = python(SAY, ECG_CSRC=value, ECG_CACHE=cache)
+    assert result.returncode == 0 and "compiled" in result.stdout and "Traceback" not in result.stderr
+    assert result.stderr.count("Warning") == 1 and "it may be reference, or not set" in result.stderr
+
+
+# ---- the compiled operators run ----------------------------------------------------------------------------------
+
+NO_LOCKS = """import fcntl
+def flock(*_): raise OSError(37, "No locks available")
+fcntl.flock = flock"""
+
+
+@pytest.mark.parametrize("before", [NO_LOCKS, "import sys; sys.modules['fcntl'] = None"])
+def test_without_file_locks_it_says_so_once_and_builds(tmp_path, before):
+    fast = compiler(tmp_path)
+    for built in (1, 0):
+        said, info = imported(tmp_path / "cache", before, CXX=fast)
+        assert info["implementation"] == "compiled" and said.count("without a file lock") == built, said
+    assert build.is_whole(Path(info["library"])) and not list(tmp_path.rglob("build-*"))
+
+
+@pytest.mark.parametrize("environment", [dict(CXX="  "), dict(CXX="c++"), dict(TORCH_CUDA_ARCH_LIST="nonsense")])
+def test_a_library_that_is_ready_is_taken(cache, environment):
+    said, info = imported(cache, **environment)
+    assert info["library"] == str(library_in(cache)) and not said
+
+
+def test_a_cuda_part_that_cannot_be_built_leaves_that_of_the_cpu(cache, tmp_path):
+    toolkit = tmp_path / "cuda"
+    (toolkit / "bin").mkdir(parents=True), (toolkit / "include").mkdir()
+    (toolkit / "include/cuda_runtime.h").touch(), shutil.copy(broken(tmp_path), toolkit / "bin/nvcc")
+    for architectures in ("nonsense", "9.0"):
+        said, info = imported(cache, "import torch; torch.version.cuda = '13.0'", CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST=architectures)
+        assert info["implementation"] == "compiled" and info["cuda"] == "" and "building csrc" in said, said
+
+
+def test_a_compiler_of_two_words_and_a_path_of_all_kinds(tmp_path):
+    """Really built: with a wrapper around the compiler, in a folder whose name has to be quoted, and an odd umask."""
+    cache = tmp_path / "a b'c \" é"
+    said, info = imported(cache, "import os; os.umask(0o777)", CXX="env g++", LC_ALL="C")
+    assert info["implementation"] == "compiled" and info["cxx"] == "env g++" and "building csrc" in said
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (cache, cache / "csrc", *(cache / "csrc").glob("*"))} == {0o700}
+    assert imported(cache, CXX="env g++", LC_ALL="C") == ("", info)
+
+
+def test_build_info_says_what_runs():
+    assert os.path.exists(INFO["library"]) and INFO["compiler"] and "-O3" in INFO["flags"] and INFO["torch"] == torch.__version__
+
+
+# ---- what is not whole -------------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "cut": lambda library: os.truncate(library, library.stat().st_size // 2),
+    "empty": lambda library: os.truncate(library, 0),
+    "changed": lambda library: library.write_bytes(library.read_bytes()[:-9] + b"123456789"),
+    "without a seal": lambda library: build.seal_of(library).unlink(),
+    "with half a seal": lambda library: os.truncate(build.seal_of(library), 20),
+    "with a seal that is no text": lambda library: build.seal_of(library).write_bytes(b"\xff\xfe\0"),
+    "another's to change": lambda library: library.chmod(0o777),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_built_again(tmp_path, damage):
+    fast = compiler(tmp_path)
+    library = Path(imported(tmp_path / "cache", CXX=fast)[1]["library"])
+    DAMAGE[damage](library)
+    said, info = imported(tmp_path / "cache", CXX=fast)
+    assert info["library"] == str(library) and "building csrc" in said and build.is_ready(library)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of csrc with a library built ahead, as setup.py leaves it."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("__pycache__", "_ops.*"))
+    shutil.copy(INFO["library"], tmp_path / "csrc/_ops.so")
+    build.seal(tmp_path / "csrc/_ops.so", tmp_path / "csrc/_ops.so")
+    return tmp_path
+
+
+def of(project):
+    return f"import sys; sys.path.insert(0, {str(project)!r})"
+
+
+def test_a_library_built_ahead_is_taken_unless_it_is_stale(project):
+    said, info = imported(project / "cache", of(project), CXX="no-such-compiler")
+    assert info["library"] == f"{project}/csrc/_ops.so" and not said
+    with open(project / "csrc/beats.h", "a") as file:
+        file.write("// changed\n")
+    assert imported(project / "cache", of(project), CXX="no-such-compiler")[1]["implementation"] == "reference"
+
+
+def garbage(library):
+    """Neither a library nor what it says it is, but sealed and with our recipe: as from another machine."""
+    recipe = re.search(rb"recipe \{.*?\} end of recipe", library.read_bytes(), re.DOTALL)[0]
+    library.write_bytes(b"\x7fELF" + recipe)
+    build.seal(library, library)
+
+
+def unreadable(library):
+    library.write_bytes(library.read_bytes().replace(b'recipe {"', b'recipe {,'))
+    build.seal(library, library)
+
+
+@pytest.mark.parametrize("damage", [*map(DAMAGE.get, ("cut", "changed", "without a seal")), garbage, unreadable])
+def test_a_damaged_library_built_ahead_is_left_alone(cache, project, damage):
+    damage(project / "csrc/_ops.so")
+    said, info = imported(cache, of(project))
+    assert info["library"] == str(library_in(cache)) and not said
+
+
+# ---- whose cache is it? ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("change, words", [
+    (lambda path: path.chmod(0o777), r"can be written by other users \(chmod go-w"),
+    (lambda path: path.chmod(0o720), "can be written by other users"),
+    pytest.param(lambda path: os.chown(path, 12345, -1), "belongs to another user",
+                 marks=pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a folder away")),
+])
+def test_a_folder_that_is_not_ours_alone_is_refused(cache, which, change, words):
+    """A library in there could be anyone's."""
+    folder = [cache, cache / "csrc", library_in(cache).parent][which]
+    change(folder)
+    said, info = imported(cache)
+    assert info["implementation"] == "reference" and re.search(words, said) and str(folder) in said and "set $ECG_CACHE" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a file away")
+def test_a_library_of_another_user_is_not_run(tmp_path):
+    fast = compiler(tmp_path)
+    library = Path(imported(tmp_path / "cache", CXX=fast)[1]["library"])
+    os.chown(library, 12345, -1)
+    said, _ = imported(tmp_path / "cache", CXX=fast)
+    assert "building csrc" in said and library.stat().st_uid == os.geteuid()
+
+
+def test_a_link_to_a_cache_of_ours_in_a_folder_of_all_is_fine(cache, tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (shared / "link").symlink_to(cache)
+    assert imported(shared / "link")[1]["implementation"] == "compiled"
+    cache.rename(shared / "cache")
+    assert imported(shared / "cache")[1]["implementation"] == "compiled"
+
+
+def test_no_file_is_written_through_a_link(tmp_path):
+    bad, mine = broken(tmp_path), in_the_way(tmp_path / "mine", "precious")
+    imported(tmp_path / "cache", CXX=bad)
+    [folder] = (tmp_path / "cache/csrc").iterdir()
+    for name in ("build.log", "failed.txt", "ecg_csrc.so.sha256"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(mine)
+    os.utime(mine, (1, 1))
+    imported(tmp_path / "cache", CXX=bad)
+    assert not (folder / "failed.txt").is_symlink()
+    (folder / "build.lock").unlink(), (folder / "build.lock").symlink_to(mine)
+    assert "symbolic links" in imported(tmp_path / "cache", CXX=bad)[0]
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path, umask):
+    fast, cache = compiler(tmp_path), tmp_path / "not/there/yet"
+    assert imported(cache, f"import os; os.umask({umask})", CXX=fast)[1]["implementation"] == "compiled"
+    for path in (tmp_path / "not", tmp_path / "not/there", cache, *cache.rglob("*")):
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
+    assert imported(cache, CXX=fast) == ("", imported(cache, CXX=fast)[1])
