@@ -117,7 +117,7 @@ def start():
         torch.ops.load_library(str(library))
         info = {"implementation": "compiled", "library": str(library)} | made
     except Exception as error:  # whatever is wrong with a compiler or a cache: the reference needs neither
-        why = str(error) if isinstance(error, (RuntimeError, OSError)) else f"{type(error).__name__}: {error}"
+        why = build.told_by(error)
         if not chosen:
             warnings.warn(f"csrc: the extension could not be built: {why}. Its NumPy reference runs instead, slowly.",
                           stacklevel=3)

@@ -330,11 +330,21 @@ def compile_in(work, made):
 
 def record(folder, error):
     """Notes that a build failed -> why, in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("ninja:")] or [repr(error)]
+    text = told_by(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("ninja:")] or [repr(error)]
     why = next((line for line in lines if re.search(r"\berror:", line)), lines[-1])[:500]
-    write(folder / "build.log", str(error))
+    write(folder / "build.log", text)
     write(folder / "failed.txt", why)
     return why
+
+
+def told_by(error):
+    """What an exception says; if PyTorch could not decode what the compiler said: that; if it could not load a library: why."""
+    if isinstance(error, UnicodeDecodeError):
+        return error.object.decode(errors="replace")
+    if isinstance(error, (RuntimeError, OSError)):
+        return str(error.__cause__ if isinstance(error, OSError) and error.__cause__ else error)
+    return f"{type(error).__name__}: {error}"
 
 
 # ---- which library -----------------------------------------------------------------------------------------------
