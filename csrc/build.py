@@ -309,18 +309,24 @@ def build(made, folder, locked):
         shutil.rmtree(work, ignore_errors=True)
 
 
+def environment_of(made, work):
+    """What PyTorch's builders shall find in os.environ. They call one word for a compiler: more become a script in the folder."""
+    wanted = {"CXX": made["cxx"], "LC_ALL": "C", "TORCH_DONT_CHECK_COMPILER_ABI": "ON"}  # the last would print half a page
+    if made["cuda"]:
+        wanted["TORCH_CUDA_ARCH_LIST"] = made["cuda"]
+    if " " in made["cxx"]:
+        script = Path(work, "ecg-cxx")
+        script.write_text(f'#!/bin/sh\nexec {made["cxx"]} "$@"\n', encoding="utf-8")
+        script.chmod(0o700)
+        wanted.update(CXX=script.name, PATH=os.pathsep.join([str(work), os.environ.get("PATH", os.defpath)]))
+    return wanted
+
+
 def compile_in(work, made):
     """Path of the library, which PyTorch has loaded."""
     from torch.utils import cpp_extension
     from unittest import mock
-    wanted = {"CXX": made["cxx"], "LC_ALL": "C", "TORCH_DONT_CHECK_COMPILER_ABI": "ON"}  # it would print half a page
-    if " " in made["cxx"]:  # PyTorch calls one word
-        wanted.update(CXX="ecg-cxx", PATH=os.pathsep.join([str(work), os.environ.get("PATH", os.defpath)]))
-        (work / "ecg-cxx").write_text(f'#!/bin/sh\nexec {made["cxx"]} "$@"\n')
-        (work / "ecg-cxx").chmod(0o700)
-    if made["cuda"]:
-        wanted["TORCH_CUDA_ARCH_LIST"] = made["cuda"]
-    with mock.patch.dict(os.environ, wanted), warnings.catch_warnings():
+    with mock.patch.dict(os.environ, environment_of(made, work)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cpp_extension.load("ecg_csrc", sources_in(work, made), extra_cflags=made["flags"], extra_cuda_cflags=made["cuda_flags"],
                            extra_ldflags=links_of(made), build_directory=str(work),

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -304,6 +305,55 @@ def test_a_damaged_library_built_ahead_is_left_alone(imported, cache, project, d
     damage(project / "csrc/_ops.so")
     said, info = imported(cache, of(project))
     assert info["library"] == str(library_in(cache)) and not said
+
+
+# ---- installed ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def sources(tmp_path):
+    """What an installer sees."""
+    folder = tmp_path / "sources"
+    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("__pycache__", "_ops.*"))
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "README.md", ROOT / "LICENSE"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def run(*command, **environment):
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env={**os.environ, "ECG_CSRC": "", **environment},
+                            cwd=environment.pop("PWD"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("way", [[], ["-e"]])
+def test_an_installed_copy_has_what_it_opens_and_builds_from(sources, tmp_path, way):
+    """pip install . (and -e .) into a new environment, which sees the packages of this one."""
+    pytest.importorskip("pip")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", PWD=str(tmp_path))
+    there = tmp_path / "venv/bin/python"
+    site = Path(run(there, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", PWD=str(tmp_path)).strip())
+    (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    run(there, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", *way, ".", PWD=str(sources), CXX="no-such")
+    code = ("import data, csrc; print(data.__file__, len(data.knowledge()['findings']) > 50, csrc.build.FOLDER, "
+            "csrc.build.digest_of_sources())")
+    found = run(there, "-c", code, PWD="/", CXX="no-such", ECG_CACHE=str(tmp_path)).split()
+    home = sources if way else site
+    assert found == [str(home / "data.py"), "True", str(home / "csrc"), build.digest_of_sources()]
+
+
+def test_a_source_distribution_holds_all_of_it(sources):
+    run(sys.executable, "setup.py", "-q", "sdist", PWD=str(sources), CXX="no-such")
+    [archive] = (sources / "dist").iterdir()
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    wanted = {"prompts.json", "data.py", "train.py", *(f"csrc/{path.name}" for path in (sources / "csrc").iterdir() if path.is_file())}
+    assert wanted <= names
+
+
+def test_a_library_built_by_setup_is_taken(imported, sources, tmp_path):
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", PWD=str(sources), CXX=f"env {compiler(tmp_path)}")
+    said, info = imported(tmp_path / "cache", of(sources), CXX="no-such")
+    assert info["library"] == f"{sources}/csrc/_ops.so" and not said
 
 
 # ---- whose cache is it? ------------------------------------------------------------------------------------------
