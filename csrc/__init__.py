@@ -2,8 +2,8 @@
 
 Behind a function stands the C++ (CPU) or the CUDA version or, where nothing could be built, the NumPy reference: one warning, then
 it just works, slower. The extension is built when this package is first imported (half a minute, once; kept in
-~/.cache/ecg-language or $ECG_CACHE), or ahead of time by python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the
-reference.
+~/.cache/ecg-language or $ECG_CACHE, which only you may be able to write to), or ahead of time by
+python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the reference.
 
     python -c "import csrc; print(csrc.build_info())"     # what runs, and how it was built
 """
@@ -57,8 +57,8 @@ def beat_of_token(peaks, count, n_tokens, n_samples):
         raise ValueError(f"beat_of_token: peaks {tuple(peaks.shape)} on {peaks.device} and count {tuple(count.shape)} on "
                          f"{count.device}; they must be (B, K) and (B,) on one device")
     if not (1 <= n_tokens < 2**31 and 1 <= n_samples < 2**31):
-        raise ValueError(f"beat_of_token: {n_tokens} tokens of {n_samples} samples; there must be one of each at least, and fewer than "
-                         "2^31")
+        raise ValueError(f"beat_of_token: {n_tokens} tokens of {n_samples} samples; there must be one of "
+                         "each at least, and fewer than 2^31")
     return torch.ops.ecg.beat_of_token(peaks.contiguous(), count.contiguous(), n_tokens, n_samples)
 
 
@@ -108,7 +108,8 @@ def start():
     """Load or build the extension -> build_info()'s dictionary."""
     chosen = os.environ.get("ECG_CSRC", "").strip()
     if chosen not in ("", "reference"):
-        warnings.warn(f"csrc: $ECG_CSRC is {chosen!r}, which says nothing; it may be reference, or not set.", stacklevel=3)
+        warnings.warn(f"csrc: $ECG_CSRC is {chosen!r}, not heeded; it may be reference, or not set.",
+                      stacklevel=3)
         chosen = ""
     try:
         if chosen:
@@ -119,8 +120,8 @@ def start():
     except Exception as error:  # whatever is wrong with a compiler or a cache: the reference needs neither
         why = build.told_by(error)
         if not chosen:
-            warnings.warn(f"csrc: the extension could not be built: {why}. Its NumPy reference runs instead, slowly.",
-                          stacklevel=3)
+            warnings.warn(f"csrc: the extension could not be built: {why}. Its NumPy reference runs instead, "
+                          "slowly.", stacklevel=3)
         for device in ("cpu", "cuda"):
             torch.library.impl("ecg::segment_beats", device, segment_beats_reference)
             torch.library.impl("ecg::beat_of_token", device, beat_of_token_reference)

@@ -282,7 +282,8 @@ template <class T> struct Beats : Rows<T> {
     }
 
     void check_room(int64_t keep) const {
-        TORCH_CHECK(!keep || keep >= most * n, "beat_similarity: room for ", keep, " scores; there are ", most * n);
+        const int64_t all = most * n;
+        TORCH_CHECK(!keep || keep >= all, "beat_similarity: room for ", keep, " scores; there are ", all);
     }
     int64_t working() const { return Attention<T>::room(most, widest); }
     Tensor memory() const { return at::empty({working() + most * most}, beats.options()); }
@@ -380,10 +381,10 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
     return {of_beats, all.unpack(of_rows, sentences), of_both.sum(0)};
 }
 
-// ---- checks and types -------------------------------------------------------------------------------------------------
+// ---- checks and types ------------------------------------------------------------------------------------
 
-static void check(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
-                  const Tensor& temperatures) {
+static void check(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count,
+                  const Tensor& sentence_count, const Tensor& temperatures) {
     checks::sides("beat_similarity", beats, sentences, beat_count, sentence_count);
     checks::floating("beat_similarity", beats);
     checks::temperatures("beat_similarity", temperatures, 2, beats);
@@ -403,9 +404,10 @@ std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward(const Tensor& grad, 
                                                             const Tensor& temperatures, bool over_sentences, bool mean,
                                                             const Tensor& kept) {
     check(beats, sentences, beat_count, sentence_count, temperatures);
-    checks::like("beat_similarity", "grad", grad, {beats.size(0), sentences.size(0)}, beats.scalar_type(), beats);
+    const int64_t records = beats.size(0), texts = sentences.size(0);
+    checks::like("beat_similarity", "grad", grad, {records, texts}, beats.scalar_type(), beats);
     TORCH_CHECK(kept.dim() == 2, "beat_similarity: kept must be (B, keep), not ", kept.sizes());
-    checks::like("beat_similarity", "kept", kept, {beats.size(0), kept.size(1)}, beats.scalar_type(), beats);
+    checks::like("beat_similarity", "kept", kept, {records, kept.size(1)}, beats.scalar_type(), beats);
     return beats.scalar_type() == at::kDouble
         ? beat_backward<double>(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, kept)
         : beat_backward<float>(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, kept);

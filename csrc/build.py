@@ -1,7 +1,7 @@
-"""Builds the extension and finds it again. No PyTorch operator is registered here: setup.py reads this file, too.
+"""Builds the extension and finds it again. No operator is registered here: setup.py reads this file, too.
 
-What the cache holds is run, so it must be this user's and no other's to change; and a library must be whole before it is loaded: a cut one
-would end the process. Whatever is wrong ends in a RuntimeError of one sentence that says what to do."""
+What the cache holds is run, so it must be this user's and no other's to change; and a library must be whole
+before it is loaded: a cut one would end the process. What is wrong ends in a RuntimeError of one sentence."""
 import contextlib
 import hashlib
 import json
@@ -29,9 +29,11 @@ FOLDER = Path(__file__).resolve().parent
 CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]  # the second: the same bits everywhere
 CUDA_FLAGS = ["-O3", "--fmad=false"]
 RETRY = 24 * 3600  # seconds after which a build that failed is tried again
+ELSEWHERE = "set $ECG_CACHE to a folder that you, and only you, can write to"
+NAME_ONE = "name a C++ compiler by $CXX, such as g++"
 
 
-# ---- how it is to be built ---------------------------------------------------------------------------------------
+# ---- how it is to be built ------------------------------------------------------------------------------
 
 def recipe(with_cuda=True):
     """How the extension is to be built on this machine: a dictionary that says all that shapes the result.
@@ -41,15 +43,14 @@ def recipe(with_cuda=True):
     compiler = find_compiler()
     version = output_of(*compiler, "--version").strip()
     if not version:
-        raise RuntimeError(f"{shlex.join(compiler)} --version prints nothing; name a C++ compiler by $CXX, such as g++")
+        raise RuntimeError(f"{shlex.join(compiler)} --version prints nothing; {NAME_ONE}")
     flags, chip = [*CFLAGS, *([] if sys.platform == "darwin" else ["-fopenmp"])], ""
     if platform.machine() in ("x86_64", "AMD64") and not makes_clones(compiler):
         flags, chip = [*flags, "-march=native"], processor()
     cuda = cuda_architecture() if with_cuda else ""
     flags += ["-DWITH_CUDA"] if cuda else []
-    return dict(compiler=version.splitlines()[0][:200], cxx=shlex.join(compiler), flags=flags, cuda=cuda,
-                cuda_flags=CUDA_FLAGS if cuda else [], torch=str(torch.__version__), machine=machine(), chip=chip,
-                sources=digest_of_sources())
+    return dict(compiler=version.splitlines()[0][:200], cxx=shlex.join(compiler), flags=flags, chip=chip,
+                cuda=cuda, cuda_flags=CUDA_FLAGS if cuda else [], **here())
 
 
 def find_compiler():
@@ -58,25 +59,28 @@ def find_compiler():
     try:
         words = shlex.split(said or "c++")
     except ValueError as error:
-        raise RuntimeError(f"$CXX cannot be read ({said}: {error}); name a C++ compiler, such as g++") from None
+        raise RuntimeError(f"$CXX cannot be read ({said}: {error}); {NAME_ONE}") from None
     if not shutil.which(words[0]):
-        raise RuntimeError(f"there is no C++ compiler ({said or 'c++'}); install one, or name one by $CXX, such as g++")
+        raise RuntimeError(f"there is no C++ compiler ({said or 'c++'}); install one, or {NAME_ONE}")
     return words
 
 
 def output_of(*command):
     """What a command prints, in whatever encoding."""
     try:
-        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout.decode(errors="replace")
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        return done.stdout.decode(errors="replace")
     except subprocess.CalledProcessError as error:
         why = f"status {error.returncode}"
     except OSError as error:
         why = error.strerror or str(error)
-    raise RuntimeError(f"{shlex.join(command)} fails ({why}); name a C++ compiler by $CXX, such as g++")
+    raise RuntimeError(f"{shlex.join(command)} fails ({why}); {NAME_ONE}")
 
 
-def machine():
-    return f"{sys.platform} {platform.machine()}"
+def here():
+    """What a library must have been made from and for, whatever the compiler: a dictionary."""
+    return dict(torch=str(torch.__version__), machine=f"{sys.platform} {platform.machine()}",
+                sources=digest_of_sources())
 
 
 def digest_of_sources():
@@ -95,7 +99,8 @@ def find_ninja():
     try:
         subprocess.run(["ninja", "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=True)
     except (OSError, subprocess.SubprocessError):
-        raise RuntimeError(f"ninja does not work: {shutil.which('ninja')} (pip install --force-reinstall ninja)") from None
+        broken = shutil.which("ninja")
+        raise RuntimeError(f"ninja does not work: {broken} (pip install --force-reinstall ninja)") from None
 
 
 def makes_clones(compiler):
@@ -103,7 +108,7 @@ def makes_clones(compiler):
     others the library is for the processor at hand."""
     macros = output_of(*compiler, "-dM", "-E", "-x", "c++", os.devnull)
     gcc = re.search(r"^#define __GNUC__ (\d+)$", macros, re.MULTILINE)
-    return sys.platform == "linux" and "#define __clang__ " not in macros and gcc is not None and int(gcc[1]) >= 12
+    return sys.platform == "linux" and "#define __clang__ " not in macros and bool(gcc) and int(gcc[1]) >= 12
 
 
 def processor():
@@ -116,16 +121,20 @@ def processor():
 
 
 def capability():
-    """Of the GPU at hand, "9.0"; "" without one."""
-    return "%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else ""
+    """Of the GPU at hand, "9.0"; "" without one that works."""
+    try:
+        return "%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else ""
+    except Exception:  # the driver is broken in whatever way
+        return ""
 
 
 def cuda_architecture():
-    """Compute capabilities to build for: what $TORCH_CUDA_ARCH_LIST says, or that of the GPU at hand; "" without either or nvcc."""
+    """Compute capabilities to build for: what $TORCH_CUDA_ARCH_LIST says, or that of the GPU at hand; "" with
+    neither, or no nvcc that works."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or capability()
     try:
-        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or capability()
         return wanted if wanted and torch.version.cuda and find_cuda() else ""
-    except Exception:  # a driver or an nvcc that is broken in whatever way: as if there were none
+    except Exception:  # the toolkit is broken in whatever way
         return ""
 
 
@@ -156,10 +165,10 @@ def links_of(made):
     return [flag for flag in made["flags"] if flag == "-fopenmp"]
 
 
-# ---- is a library what it was when it was built? -------------------------------------------------------------------
+# ---- is a library what it was when it was built? --------------------------------------------------------
 
 def recipe_of(library):
-    """The recipe that a library was built by, read from the file: loading it would register its operators. {}: it has none."""
+    """The recipe that a library was built by, or {}: from the file, since loading registers its operators."""
     found = re.search(rb"recipe (\{.*?\}) end of recipe", Path(library).read_bytes(), re.DOTALL)
     try:
         return json.loads(found[1]) if found else {}
@@ -200,7 +209,7 @@ def write(path, text):
         raise
 
 
-# ---- the cache ---------------------------------------------------------------------------------------------------
+# ---- the cache ------------------------------------------------------------------------------------------
 
 def fault_of(path):
     """Why another user could change a file or folder, or "". A link counts as what it leads to."""
@@ -222,25 +231,26 @@ def make(folder):
 
 
 def folder_of(made):
-    """The cache's folder for a recipe. What stands above the cache is not asked about: who may move folders there can put none
-    there that is this user's."""
+    """The cache's folder for a recipe. What stands above the cache is not asked about: who may move folders
+    there can put none there that is this user's."""
     try:
         cache = Path(os.environ.get("ECG_CACHE") or Path.home() / ".cache" / "ecg-language").absolute()
     except RuntimeError:
-        raise RuntimeError("there is no home folder for the cache; set $ECG_CACHE to a folder that can be written") from None
+        raise RuntimeError(f"there is no home folder for the cache; {ELSEWHERE}") from None
     folder = cache / "csrc" / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
     for path in (cache, folder.parent, folder):
         make(path)
         fault = fault_of(path)
         if fault:
-            raise RuntimeError(f"{fault}, and what is there would be run; set $ECG_CACHE to a folder that only you can write to")
+            raise RuntimeError(f"what is in the cache would be run, and {fault}; {ELSEWHERE}")
     return folder
 
 
 @contextlib.contextmanager
 def alone(folder):
-    """Lets others wait that would build in the same folder, until this process ends, however it ends -> True. False: files cannot be locked
-    here (some network file systems, Windows). Then some may build at a time, each in a folder of its own, and each result is whole."""
+    """Lets others wait that would build in the same folder, until this process ends, however it ends -> True.
+    False: files cannot be locked here (some network file systems). Then several may build at a time, each in
+    a folder of its own, and whole results replace each other."""
     lock = os.open(folder / "build.lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         try:
@@ -257,7 +267,8 @@ def failure(folder):
     """What the last build in a folder ended with, or "": there was none, or it is long ago."""
     try:
         failed = folder / "failed.txt"
-        return failed.read_text(errors="replace").strip() if time.time() - failed.stat().st_mtime < RETRY else ""
+        recent = time.time() - failed.stat().st_mtime < RETRY
+        return failed.read_text(errors="replace").strip() if recent else ""
     except FileNotFoundError:
         return ""
 
@@ -278,18 +289,20 @@ def cached(made):
                 return result
             failed = failure(folder) or build(made, folder, locked)
     except OSError as error:
-        raise RuntimeError(f"the cache cannot be used ({error}); set $ECG_CACHE to a folder that can be written, with 20 MB left") from None
+        raise RuntimeError(f"the cache cannot be used ({error}); {ELSEWHERE}") from None
     if failed:
-        raise RuntimeError(f"{failed} (all of it: {folder / 'build.log'}; it is tried again a day later, or when {folder} is deleted)")
+        raise RuntimeError(f"{failed} (all of it: {folder / 'build.log'}; it is tried again a day later, or "
+                           f"when {folder} is deleted)")
     return result
 
 
-# ---- building ----------------------------------------------------------------------------------------------------
+# ---- building -------------------------------------------------------------------------------------------
 
 def build(made, folder, locked):
     """folder/ecg_csrc.so and its seal -> "". Where that fails: failed.txt, build.log -> why, in a line."""
     find_ninja()
-    print(f"building csrc, this once, into {folder}{'' if locked else ' (without a file lock: there is none here)'}", file=sys.stderr)
+    note = "" if locked else " (without a file lock: there is none here)"
+    print(f"building csrc, this once, into {folder}{note}", file=sys.stderr)
     for old in folder.glob("build-*") if locked else ():  # of builds that were killed
         shutil.rmtree(old, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
@@ -310,8 +323,9 @@ def build(made, folder, locked):
 
 
 def environment_of(made, work):
-    """What PyTorch's builders shall find in os.environ. They call one word for a compiler: more become a script in the folder."""
-    wanted = {"CXX": made["cxx"], "LC_ALL": "C", "TORCH_DONT_CHECK_COMPILER_ABI": "ON"}  # the last would print half a page
+    """What PyTorch's builders shall find in os.environ. They take one word for a compiler: more become a
+    script in work."""
+    wanted = {"CXX": made["cxx"], "LC_ALL": "C", "TORCH_DONT_CHECK_COMPILER_ABI": "ON"}  # it prints a page
     if made["cuda"]:
         wanted["TORCH_CUDA_ARCH_LIST"] = made["cuda"]
     if " " in made["cxx"]:
@@ -337,15 +351,15 @@ def compile_in(work, made):
 def record(folder, error):
     """Notes that a build failed -> why, in a line."""
     text = told_by(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("ninja:")] or [repr(error)]
-    why = next((line for line in lines if re.search(r"\berror:", line)), lines[-1])[:500]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("ninja:")]
+    why = next((line for line in lines if re.search(r"\berror:", line)), (lines or [repr(error)])[-1])[:500]
     write(folder / "build.log", text)
     write(folder / "failed.txt", why)
     return why
 
 
 def told_by(error):
-    """What an exception says; if PyTorch could not decode what the compiler said: that; if it could not load a library: why."""
+    """What an exception says; where PyTorch could not decode what a compiler said, that; or not load: why."""
     if isinstance(error, UnicodeDecodeError):
         return error.object.decode(errors="replace")
     if isinstance(error, (RuntimeError, OSError)):
@@ -353,15 +367,16 @@ def told_by(error):
     return f"{type(error).__name__}: {error}"
 
 
-# ---- which library -----------------------------------------------------------------------------------------------
+# ---- which library --------------------------------------------------------------------------------------
 
 def built_ahead():
-    """(path, recipe) of the library that setup.py left beside the sources, if it was made from these and for this machine, and loads;
-    else None."""
+    """(path, recipe) of the library that setup.py left beside the sources, if it was made from these and for
+    this machine, and loads; else None."""
     library = FOLDER / "_ops.so"
     made = recipe_of(library) if is_whole(library) else {}
-    here = dict(sources=digest_of_sources(), torch=str(torch.__version__), machine=machine())
-    if any(made.get(name) != value for name, value in here.items()) or made["chip"] not in ("", processor()):
+    if any(made.get(name) != value for name, value in here().items()):
+        return None
+    if made["chip"] not in ("", processor()):
         return None
     if cuda_architecture() and capability() not in made["cuda"]:
         return None
@@ -373,8 +388,8 @@ def built_ahead():
 
 
 def library():
-    """(path, recipe) of the extension for this machine, built now if it has to be, and what hindered its CUDA part, or "". RuntimeError in
-    one sentence where even the CPU's part fails."""
+    """(path, recipe) of the extension for this machine, built now if it has to be, and what hindered its CUDA
+    part, or "". RuntimeError in one sentence where even the CPU's part fails."""
     ahead = built_ahead()
     if ahead:
         return *ahead, "" if ahead[1]["cuda"] else "it was built without"

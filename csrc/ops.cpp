@@ -1,5 +1,5 @@
-// The operators as PyTorch sees them. Schemas, and checks that explain to a user what to give instead, are in __init__.py; the checks
-// here and in checks.h keep those who call torch.ops.ecg.* directly out of memory that is not theirs.
+// The operators as PyTorch sees them. Schemas, and checks that tell a user what to give instead, are in
+// __init__.py; those here and in checks.h keep direct calls of torch.ops.ecg.* within their tensors' memory.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -15,6 +15,7 @@
 #include "similarity_cuda.h"
 #endif
 
+#include <algorithm>
 #include <tuple>
 
 #include "beats.h"
@@ -32,7 +33,7 @@ Sizes sizes_of(const Tensor& ecg, double fs) {
     TORCH_CHECK(ecg.scalar_type() == at::kFloat || ecg.scalar_type() == at::kShort, "segment_beats: ecg must be float32 or int16");
     TORCH_CHECK(ecg.size(1) >= 1 && ecg.size(1) <= beats::MAX_LEADS && fs >= 100 && fs <= 1000 && ecg.size(2) >= 2 * fs &&
                 ecg.size(2) < (1 << 30), "segment_beats: 1 to 12 leads, 100 to 1000 Hz, 2 s at least");
-    TORCH_CHECK(ecg.size(0) <= checks::MOST, "segment_beats: ", ecg.size(0), " records; it takes fewer than 2^31");
+    TORCH_CHECK(ecg.size(0) <= checks::MOST, "segment_beats: ", ecg.size(0), " records; fewer than 2^31");
     return {ecg.size(0), int(ecg.size(1)), beats::make_plan(fs, int(ecg.size(2)))};
 }
 
@@ -45,10 +46,10 @@ void check_tokens(const Tensor& peaks, const Tensor& count, int64_t tokens, int6
     TORCH_CHECK(peaks.dim() == 2 && peaks.scalar_type() == at::kInt && peaks.is_contiguous(),
                 "beat_of_token: peaks must be contiguous, (B, K) int32");
     checks::like("beat_of_token", "count", count, {peaks.size(0)}, at::kInt, peaks);
-    TORCH_CHECK(tokens >= 1 && samples >= 1 && tokens <= checks::MOST && samples <= checks::MOST, "beat_of_token: ", tokens, " tokens of ",
-                samples, " samples; there must be one of each at least, and fewer than 2^31");
-    TORCH_CHECK(peaks.size(0) <= checks::MOST && peaks.size(1) <= checks::MOST, "beat_of_token: peaks are ", peaks.sizes(),
-                "; it takes fewer than 2^31 rows and columns");
+    TORCH_CHECK(std::min(tokens, samples) >= 1 && std::max(tokens, samples) <= checks::MOST,
+                "beat_of_token: ", tokens, " tokens of ", samples, " samples; 1 at least, fewer than 2^31");
+    TORCH_CHECK(peaks.size(0) <= checks::MOST && peaks.size(1) <= checks::MOST, "beat_of_token: peaks are ",
+                peaks.sizes(), "; it takes fewer than 2^31 rows and columns");
 }
 
 std::tuple<Tensor, Tensor> segment_beats_cpu(const Tensor& ecg, double fs) {
@@ -99,17 +100,19 @@ Tensor beat_of_token_cuda(const Tensor& peaks, const Tensor& count, int64_t toke
 
 Tensor aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 ? x.clone() : x; }
 
-// Counts are cut to the rows that there are by the kernels: to look at them here would be to wait for the GPU.
-void check_bf16(const Tensor& tokens, const Tensor& words, const Tensor& token_count, const Tensor& word_count) {
+// The kernels cut counts to the rows that there are: to look at them here would be to wait for the GPU.
+void check_bf16(const Tensor& tokens, const Tensor& words, const Tensor& counts, const Tensor& word_counts) {
     const char* name = "token_similarity";
-    checks::sides(name, tokens, words, token_count, word_count);
-    checks::like(name, "token_count", token_count, {tokens.size(0)}, at::kLong, tokens);
-    checks::like(name, "word_count", word_count, {words.size(0)}, at::kLong, tokens);
-    TORCH_CHECK(tokens.scalar_type() == at::kBFloat16 && tokens.size(2) % 8 == 0, name, ": bf16, and a multiple of 8 dimensions");
-    TORCH_CHECK(tokens.size(1) <= 1 << 15, name, ": ", tokens.size(1), " tokens; this kernel takes 32,768 at most");
+    checks::sides(name, tokens, words, counts, word_counts);
+    checks::like(name, "token_count", counts, {tokens.size(0)}, at::kLong, tokens);
+    checks::like(name, "word_count", word_counts, {words.size(0)}, at::kLong, tokens);
+    TORCH_CHECK(tokens.scalar_type() == at::kBFloat16 && tokens.size(2) % 8 == 0, name,
+                ": bf16, and a multiple of 8 dimensions");
+    TORCH_CHECK(tokens.size(1) <= 1 << 15, name, ": ", tokens.size(1), " tokens; the kernel takes 32,768");
     const int64_t grids[] = {tokens.size(0) * words.size(0), words.size(0) * words.size(1), words.size(2),
                              tokens.size(0) * ((tokens.size(1) + 31) / 32)};
-    for (int64_t size : grids) TORCH_CHECK(size <= checks::MOST, name, ": ", tokens.sizes(), " and ", words.sizes(), " are too many");
+    for (int64_t size : grids)
+        TORCH_CHECK(size <= checks::MOST, name, ": ", tokens.sizes(), " and ", words.sizes(), ": too many");
 }
 
 std::tuple<Tensor, Tensor> token_similarity_bf16(const Tensor& tokens, const Tensor& words, const Tensor& token_count, const Tensor& word_count) {
@@ -132,8 +135,9 @@ std::tuple<Tensor, Tensor> token_similarity_backward_bf16(const Tensor& grad, co
                                                           const Tensor& token_count, const Tensor& word_count, const Tensor& best) {
     const c10::cuda::CUDAGuard guard(tokens.device());
     check_bf16(tokens, words, token_count, word_count);
-    checks::like("token_similarity", "grad", grad, {tokens.size(0), words.size(0)}, at::kFloat, tokens);
-    checks::like("token_similarity", "best", best, {tokens.size(0), words.size(0), words.size(1)}, at::kShort, tokens);
+    const int64_t records = tokens.size(0), texts = words.size(0);
+    checks::like("token_similarity", "grad", grad, {records, texts}, at::kFloat, tokens);
+    checks::like("token_similarity", "best", best, {records, texts, words.size(1)}, at::kShort, tokens);
     if (!tokens.numel() || !words.numel()) return {at::zeros_like(tokens), at::zeros_like(words)};
     Tensor of_tokens = at::empty_like(tokens, tokens.options().dtype(at::kFloat)), of_words = at::empty_like(words, words.options().dtype(at::kFloat));
     const char* failed = similarity::token_backward_cuda(
@@ -163,13 +167,14 @@ std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward_kernel(const Tensor&
 
 std::tuple<Tensor, Tensor> sigmoid_terms(const Tensor& scores, int64_t first, const Tensor& both, const Tensor& positive, at::ScalarType dtype) {
     const c10::cuda::CUDAGuard guard(scores.device());
-    TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kFloat && scores.is_contiguous() && scores.size(0) <= checks::MOST &&
-                scores.size(1) <= checks::MOST && (dtype == at::kFloat || dtype == at::kBFloat16),
+    TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kFloat && scores.is_contiguous() &&
+                scores.size(0) <= checks::MOST && scores.size(1) <= checks::MOST &&
+                (dtype == at::kFloat || dtype == at::kBFloat16),
                 "sigmoid_terms: scores must be contiguous, (R, B) float32, and gradients float32 or bf16");
     checks::like("sigmoid_terms", "both", both, {2}, at::kFloat, scores);
     checks::like("sigmoid_terms", "positive", positive, {scores.size(1)}, at::kBool, scores);
-    TORCH_CHECK(first >= 0 && first <= scores.size(1) - scores.size(0), "sigmoid_terms: rows ", first, " to ", first + scores.size(0),
-                " of ", scores.size(1));
+    TORCH_CHECK(first >= 0 && first <= scores.size(1) - scores.size(0), "sigmoid_terms: ", scores.size(0),
+                " rows from ", first, " on, of ", scores.size(1));
     const Tensor x = aligned(scores);
     Tensor gradient = at::empty_like(scores, scores.options().dtype(dtype)), sums = at::zeros({scores.size(0), 3}, scores.options());
     if (!scores.numel()) return {gradient, sums.sum(0)};

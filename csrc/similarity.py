@@ -42,8 +42,9 @@ def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhyth
     the scale is 0 without gradient. weights, temperatures: numbers, or tensors that may be learned. float32 and float64 are computed as
     they are, bf16 and fp16 in float32 (on a GPU bf16 products, added in float32). Of several best tokens the first gets the gradient.
     Returns (B, C), float32 or float64; with parts=True also a dictionary of the scales, unweighted. Gradients to all tensors.
-    Memory grows with B * C (and two bytes for every ECG and word, four from 2^15 tokens on), not with tokens; at most 32 MB (KEEP) of the beat scale's scores are
-    kept for the backward pass. Errors: TypeError, ValueError."""
+    Memory grows with B * C (and two bytes for every ECG and word, four with more than 2^15 tokens), not with
+    tokens; at most 32 MB (KEEP) of the beat scale's scores are kept for the backward pass. Errors: TypeError,
+    ValueError."""
     found = {}
     if given("token", tokens, words, "tokens (B, T, D)", "words (C, W, D)", 3):
         x, y = (tokens.contiguous(), words.contiguous()) if suits_kernel(tokens, words, token_temperature) else alike(tokens, words)
@@ -99,7 +100,8 @@ def suits_beat_kernel(beats, sentences, over_sentences):
 def suits_kernel(tokens, words, temperature):
     """Can similarity_cuda.cu take them?"""
     half = tokens.dtype == words.dtype == torch.bfloat16
-    return KERNELS and tokens.is_cuda and half and temperature is None and tokens.shape[2] % 8 == 0 and tokens.shape[1] <= 2**15
+    fits = tokens.shape[2] % 8 == 0 and tokens.shape[1] <= 2**15
+    return KERNELS and tokens.is_cuda and half and temperature is None and fits
 
 
 def to_keep(beats, sentences):

@@ -86,7 +86,8 @@ token_kernel(Sides s, int texts_of_group, int text_groups, float* similarity, in
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, mine = warp / (WORDS / 64);
     const int ecg = int(blockIdx.x / text_groups) * ECGS, first_text = int(blockIdx.x % text_groups) * texts_of_group;
     const int texts = s.texts - first_text < texts_of_group ? s.texts - first_text : texts_of_group;
-    const int b = ecg + mine, count = b < s.records ? count_of(s.token_count, b, s.length) : 0, column = warp % (WORDS / 64) * 64;
+    const int b = ecg + mine, count = b < s.records ? count_of(s.token_count, b, s.length) : 0;
+    const int column = warp % (WORDS / 64) * 64;
     const int steps = (s.dim + DEPTH - 1) / DEPTH, parts = (s.length + TOKENS - 1) / TOKENS;
     float whole = 0;  // of thread ECG * texts + text: the sum over its words
     for (int first_word = 0; first_word < texts * s.most; first_word += WORDS) {
@@ -152,16 +153,20 @@ token_kernel(Sides s, int texts_of_group, int text_groups, float* similarity, in
             }
         __syncthreads();
         if (int(threadIdx.x) < ECGS * texts) {
-            const int e = threadIdx.x / texts, text = threadIdx.x % texts, words = count_of(s.word_count, first_text + text, s.most);
+            const int e = threadIdx.x / texts, text = threadIdx.x % texts;
+            const int words = count_of(s.word_count, first_text + text, s.most);
             const int from = text * s.most, to = from + words;  // counted through all texts of the group
             for (int w = from > first_word ? from : first_word; w < to && w < first_word + WORDS; w++) whole += value[e][w - first_word];
         }
         __syncthreads();
     }
     if (int(threadIdx.x) < ECGS * texts) {
-        const int e = threadIdx.x / texts, c = first_text + threadIdx.x % texts, words = count_of(s.word_count, c, s.most);
-        if (ecg + e < s.records)
-            similarity[size_t(ecg + e) * s.texts + c] = words && count_of(s.token_count, ecg + e, s.length) ? whole / float(words) : 0.f;
+        const int e = threadIdx.x / texts, c = first_text + threadIdx.x % texts;
+        const int words = count_of(s.word_count, c, s.most);
+        if (ecg + e < s.records) {
+            const bool real = words && s.token_count[ecg + e] > 0;
+            similarity[size_t(ecg + e) * s.texts + c] = real ? whole / float(words) : 0.f;
+        }
     }
 }
 
@@ -173,7 +178,8 @@ static __device__ __forceinline__ float to_float(uint16_t x) {
 }
 
 static __device__ __forceinline__ float share_of(const Sides& s, const float* grad, int b, int c) {
-    return s.token_count[b] > 0 ? grad[size_t(b) * s.texts + c] / float(count_of(s.word_count, c, s.most)) : 0.f;
+    const float words = float(count_of(s.word_count, c, s.most));
+    return s.token_count[b] > 0 ? grad[size_t(b) * s.texts + c] / words : 0.f;
 }
 
 // Grid: words. A word collects from the token it took in every ECG.

@@ -110,7 +110,9 @@ FOR_EVERY_CPU(double)
 // ---- all ECGs and texts ----------------------------------------------------------------------------------------------
 
 // Which token each word took, (B, C, W): int16 where that holds them all, else int32.
-static at::ScalarType type_of_best(const Tensor& tokens) { return tokens.size(1) <= 1 << 15 ? at::kShort : at::kInt; }
+static at::ScalarType type_of_best(const Tensor& tokens) {
+    return tokens.size(1) <= 1 << 15 ? at::kShort : at::kInt;
+}
 
 struct Chosen {
     int16_t* narrow = nullptr;
@@ -187,8 +189,9 @@ static std::tuple<Tensor, Tensor> best_backward(const Tensor& grad, const Tensor
         if (!tc[b] || !wc[c]) return;
         const T factor = g[b * texts + c] / T(wc[c]);
         for (int64_t w = 0; w < wc[c]; w++) {
-            const int64_t token = chosen.get((b * texts + c) * most + w), t = (b * length + token) * dim, u = (c * most + w) * dim;
-            TORCH_CHECK(token >= 0 && token < length, "token_similarity: best names token ", token, " of ", length);
+            const int64_t token = chosen.get((b * texts + c) * most + w);
+            const int64_t t = (b * length + token) * dim, u = (c * most + w) * dim;
+            TORCH_CHECK(token >= 0 && token < length, "token_similarity: best is ", token, " of ", length);
             if (to_tokens) add(factor, y + u, dim, dx + t);
             else add(factor, x + t, dim, dy + u);
         }
@@ -251,14 +254,14 @@ static std::tuple<Tensor, Tensor, Tensor> token_backward(const Tensor& grad, con
     return {of_tokens, of_words, at::zeros({}, tokens.options())};
 }
 
-// ---- checks and types -------------------------------------------------------------------------------------------------
+// ---- checks and types ------------------------------------------------------------------------------------
 
-static void check(const Tensor& tokens, const Tensor& words, const Tensor& token_count, const Tensor& word_count,
-                  const std::optional<Tensor>& temperature) {
+static void check(const Tensor& tokens, const Tensor& words, const Tensor& token_count,
+                  const Tensor& word_count, const std::optional<Tensor>& temperature) {
     const char* name = "token_similarity";
     checks::sides(name, tokens, words, token_count, word_count);
     checks::floating(name, tokens);
-    TORCH_CHECK(tokens.size(1) <= checks::MOST, name, ": ", tokens.size(1), " tokens; it takes fewer than 2^31");
+    TORCH_CHECK(tokens.size(1) <= checks::MOST, name, ": ", tokens.size(1), " tokens; fewer than 2^31");
     if (temperature) checks::temperatures(name, *temperature, 1, tokens);
 }
 
@@ -273,10 +276,10 @@ std::tuple<Tensor, Tensor, Tensor> token_similarity_backward(const Tensor& grad,
                                                              const Tensor& token_count, const Tensor& word_count,
                                                              const std::optional<Tensor>& temperature, const Tensor& best) {
     check(tokens, words, token_count, word_count, temperature);
-    const int64_t records = tokens.size(0), texts = words.size(0);
+    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1);
     checks::like("token_similarity", "grad", grad, {records, texts}, tokens.scalar_type(), tokens);
     if (!temperature)
-        checks::like("token_similarity", "best", best, {records, texts, words.size(1)}, type_of_best(tokens), tokens);
+        checks::like("token_similarity", "best", best, {records, texts, most}, type_of_best(tokens), tokens);
     return tokens.scalar_type() == at::kDouble
         ? token_backward<double>(grad, tokens, words, token_count, word_count, temperature, best)
         : token_backward<float>(grad, tokens, words, token_count, word_count, temperature, best);

@@ -24,8 +24,9 @@ def small_config(method, **options):
 
 def python(code, *arguments, **environment):
     """Python code, run beside the project in a process of its own."""
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          errors="replace", env={**os.environ, **{name: str(value) for name, value in environment.items()}})
+    environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, errors="replace")
 
 
 @pytest.fixture

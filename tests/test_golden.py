@@ -1,4 +1,5 @@
-"""Our modules, filled through eval.py's tables of names, against numbers that the authors' code gave (golden/README.md)."""
+"""Our modules, filled through eval.py's tables of names, against numbers that the authors' code gave
+(golden/README.md)."""
 import json
 import shutil
 import zlib
