@@ -12,6 +12,7 @@ BLOCK = 2**24    # scores that a block of the plain version may hold
 KEEP = 2**23     # scores that the beat scale may keep for its backward pass (32 MB); where they are more, it makes them again
 KERNELS = False  # are the CUDA kernels there? (__init__.py)
 PLAIN = set()    # devices that the plain version serves
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 TOKEN = "Tensor tokens, Tensor words, Tensor token_count, Tensor word_count, Tensor? temperature"
 BEAT = "Tensor beats, Tensor sentences, Tensor beat_count, Tensor sentence_count, Tensor temperatures, bool over_sentences, bool mean"
@@ -181,10 +182,24 @@ def blocks(ecgs, size_of_one):
     return [slice(start, start + size) for start in range(0, len(ecgs), size)]
 
 
+def fitting(x, y, x_count, y_count, temperatures, numbers, grad=None):
+    """The counts, cut to the rows that there are. ValueError, as in checks.h, where tensors do not fit together:
+    PyTorch would broadcast them to a wrong result."""
+    fit = x.dim() == y.dim() == 3 and x.shape[2] == y.shape[2] and x.dtype == y.dtype
+    for count, rows in ((x_count, x), (y_count, y)):
+        fit = fit and count.shape == rows.shape[:1] and count.dtype in WHOLE
+    fit = fit and (temperatures is None or temperatures.numel() == numbers)
+    if not fit or (grad is not None and grad.shape != (len(x), len(y))):
+        tensors = x, y, x_count, y_count, temperatures, grad
+        found = [t if t is None else (t.dtype, *t.shape) for t in tensors]
+        raise ValueError(f"similarity: ECGs, texts, counts, temperatures ({numbers}) or gradient do not fit: {found}")
+    return cut(x_count, x), cut(y_count, y)
+
+
 def token_forward(tokens, words, token_count, word_count, temperature):
     if tokens.dtype == torch.bfloat16:
         return torch.ops.ecg.token_similarity_bf16(tokens, words, token_count, word_count)
-    token_count, word_count = cut(token_count, tokens), cut(word_count, words)
+    token_count, word_count = fitting(tokens, words, token_count, word_count, temperature, 1)
     similarity = tokens.new_zeros(len(tokens), len(words))
     best = tokens.new_zeros(shape_of_best(tokens, words, temperature), dtype=type_of_best(tokens))
     if tokens.shape[1] and words.numel():
@@ -199,7 +214,9 @@ def token_backward(grad, tokens, words, token_count, word_count, temperature, be
     if tokens.dtype == torch.bfloat16:
         found = torch.ops.ecg.token_similarity_backward_bf16(grad, tokens, words, token_count, word_count, best)
         return *found, grad.new_zeros(())
-    token_count, word_count = cut(token_count, tokens), cut(word_count, words)
+    token_count, word_count = fitting(tokens, words, token_count, word_count, temperature, 1, grad)
+    if best.shape != shape_of_best(tokens, words, temperature):
+        raise ValueError(f"token_similarity: best is {tuple(best.shape)}; it must be (B, C, W), or (0,)")
     if temperature is not None:
         def similarity(*arguments):
             return tokens_by_words(*arguments)[0]
@@ -219,7 +236,7 @@ def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, ove
         similarity = torch.ops.ecg.beat_similarity_kernel(beats, sentences, beat_count, sentence_count, temperatures, over_sentences,
                                                           mean, BLOCK)
         return similarity, beats.new_empty(len(beats), keep)
-    beat_count, sentence_count = cut(beat_count, beats), cut(sentence_count, sentences)
+    beat_count, sentence_count = fitting(beats, sentences, beat_count, sentence_count, temperatures, 2)
     similarity = beats.new_zeros(len(beats), len(sentences))
     if beats.shape[1] and sentences.numel():
         for b in blocks(beats, beats.shape[1] * sentences.shape[0] * sentences.shape[1]):
@@ -232,8 +249,8 @@ def beat_backward(grad, beats, sentences, beat_count, sentence_count, temperatur
     if suits_beat_kernel(beats, sentences, over_sentences):
         return torch.ops.ecg.beat_similarity_backward_kernel(grad, beats, sentences, beat_count, sentence_count, temperatures,
                                                              over_sentences, mean, BLOCK)
-    beat_count, sentence_count = cut(beat_count, beats), cut(sentence_count, sentences)
-    return backward(beats_by_sentences, grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean)
+    counts = fitting(beats, sentences, beat_count, sentence_count, temperatures, 2, grad)
+    return backward(beats_by_sentences, grad, beats, sentences, *counts, temperatures, over_sentences, mean)
 
 
 def backward(similarity, grad, ecgs, texts, ecg_count, text_count, temperature, *rest):

@@ -466,6 +466,24 @@ def test_what_a_direct_call_gets_wrong_is_told():
             operator(*arguments)
 
 
+def test_the_plain_version_broadcasts_nothing():
+    x, y, grad, warm = torch.rand(3, 5, 8), torch.rand(2, 4, 8), torch.rand(3, 2), torch.tensor([4.0, 5.0])
+    counts, best = (torch.tensor([5, 0, 3]), torch.tensor([4, 2])), torch.zeros(3, 2, 4, dtype=torch.int16)
+    flags, kept = (True, False), torch.rand(3, 0)
+    for function, *arguments in (
+            (plain.token_forward, x, y, counts[0][:1], counts[1], None),
+            (plain.token_forward, x, y, counts[0].float(), counts[1], None),
+            (plain.token_forward, x, y, *counts, warm),
+            (plain.token_forward, x, y.double(), *counts, None),
+            (plain.token_backward, grad[:1], x, y, *counts, None, best),
+            (plain.token_backward, grad, x, y, *counts, None, best[:, :, :1]),
+            (plain.beat_forward, x, y, counts[0], counts[1][:1], warm, *flags),
+            (plain.beat_forward, x, y, *counts, warm[:1], *flags),
+            (plain.beat_backward, grad[:, :1], x, y, *counts, warm, *flags, kept)):
+        with pytest.raises(ValueError, match="do not fit|best is"):
+            function(*arguments)
+
+
 @pytest.mark.parametrize("run", ["operator", "plain"])
 def test_counts_that_cannot_be_are_cut_to_what_can(run):
     x, y, seed = draw(3, 5, 8).detach(), draw(2, 4, 8).detach(), torch.ones(3, 2, dtype=torch.float64)
