@@ -183,8 +183,8 @@ def blocks(ecgs, size_of_one):
 
 
 def fitting(x, y, x_count, y_count, temperatures, numbers, grad=None):
-    """The counts, cut to the rows that there are. ValueError, as in checks.h, where tensors do not fit together:
-    PyTorch would broadcast them to a wrong result."""
+    """The counts, cut to the rows that there are. ValueError, as in checks.h, where tensors do not fit: PyTorch
+    would broadcast them to a wrong result."""
     fit = x.dim() == y.dim() == 3 and x.shape[2] == y.shape[2] and x.dtype == y.dtype
     for count, rows in ((x_count, x), (y_count, y)):
         fit = fit and count.shape == rows.shape[:1] and count.dtype in WHOLE
@@ -192,7 +192,7 @@ def fitting(x, y, x_count, y_count, temperatures, numbers, grad=None):
     if not fit or (grad is not None and grad.shape != (len(x), len(y))):
         tensors = x, y, x_count, y_count, temperatures, grad
         found = [t if t is None else (t.dtype, *t.shape) for t in tensors]
-        raise ValueError(f"similarity: ECGs, texts, counts, temperatures ({numbers}) or gradient do not fit: {found}")
+        raise ValueError(f"similarity: sides, counts, temperatures ({numbers}), gradient do not fit: {found}")
     return cut(x_count, x), cut(y_count, y)
 
 
