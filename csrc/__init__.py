@@ -2,8 +2,8 @@
 
 Behind a function stands the C++ (CPU) or the CUDA version or, where nothing could be built, the NumPy reference: one warning, then
 it just works, slower. The extension is built when this package is first imported (half a minute, once; kept in
-~/.cache/ecg-language or $ECG_CACHE), or ahead of time by python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the
-reference.
+~/.cache/ecg-language or $ECG_CACHE, which only you may be able to write to), or ahead of time by
+python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the reference.
 
     python -c "import csrc; print(csrc.build_info())"     # what runs, and how it was built
 """
@@ -56,8 +56,9 @@ def beat_of_token(peaks, count, n_tokens, n_samples):
     if peaks.dim() != 2 or count.shape != peaks.shape[:1] or peaks.device != count.device:
         raise ValueError(f"beat_of_token: peaks {tuple(peaks.shape)} on {peaks.device} and count {tuple(count.shape)} on "
                          f"{count.device}; they must be (B, K) and (B,) on one device")
-    if n_tokens < 1 or n_samples < 1:
-        raise ValueError(f"beat_of_token: {n_tokens} tokens of {n_samples} samples; there must be one of each at least")
+    if not (1 <= n_tokens < 2**31 and 1 <= n_samples < 2**31):
+        raise ValueError(f"beat_of_token: {n_tokens} tokens of {n_samples} samples; there must be one of "
+                         "each at least, and fewer than 2^31")
     return torch.ops.ecg.beat_of_token(peaks.contiguous(), count.contiguous(), n_tokens, n_samples)
 
 
@@ -105,24 +106,27 @@ def by_way_of_the_cpu(operator):
 
 def start():
     """Load or build the extension -> build_info()'s dictionary."""
-    chosen = os.environ.get("ECG_CSRC", "")
+    chosen = os.environ.get("ECG_CSRC", "").strip()
     if chosen not in ("", "reference"):
-        raise ValueError(f"$ECG_CSRC is {chosen!r}; it may be reference, or not set")
+        warnings.warn(f"csrc: $ECG_CSRC is {chosen!r}, not heeded; it may be reference, or not set.",
+                      stacklevel=3)
+        chosen = ""
     try:
-        if chosen == "reference":
+        if chosen:
             raise RuntimeError("$ECG_CSRC asks for it")
-        library, without_cuda = build.library()
+        library, made, without_cuda = build.library()
         torch.ops.load_library(str(library))
-        info = {"implementation": "compiled", "library": str(library)} | build.recipe_of(library)
-    except (RuntimeError, OSError) as error:
+        info = {"implementation": "compiled", "library": str(library)} | made
+    except Exception as error:  # whatever is wrong with a compiler or a cache: the reference needs neither
+        why = build.told_by(error)
         if not chosen:
-            warnings.warn(f"csrc: the extension could not be built: {error}. Its NumPy reference runs instead, slowly.",
-                          stacklevel=3)
+            warnings.warn(f"csrc: the extension could not be built: {why}. Its NumPy reference runs instead, "
+                          "slowly.", stacklevel=3)
         for device in ("cpu", "cuda"):
             torch.library.impl("ecg::segment_beats", device, segment_beats_reference)
             torch.library.impl("ecg::beat_of_token", device, beat_of_token_reference)
             similarity.use_plain(device)
-        return {"implementation": "reference", "why": str(error)}
+        return {"implementation": "reference", "why": why}
     similarity.use_plain("cuda")
     similarity.KERNELS = bool(info["cuda"])
     if not info["cuda"]:

@@ -3,6 +3,7 @@
 // Scores of some ECGs with all sentences are one matrix product that fits into a core's cache. What belongs to one ECG and some texts is
 // worked on in the L1 cache, a text in each lane of a vector. The length of an attended beat comes from the Gram matrix of the ECG's
 // beats, so that no attended beat is ever made. The backward pass is given the scores if they are few, and else makes them again.
+#include "checks.h"
 #include "similarity_common.h"
 
 namespace similarity {
@@ -280,6 +281,10 @@ template <class T> struct Beats : Rows<T> {
         });
     }
 
+    void check_room(int64_t keep) const {
+        const int64_t all = most * n;
+        TORCH_CHECK(!keep || keep >= all, "beat_similarity: room for ", keep, " scores; there are ", all);
+    }
     int64_t working() const { return Attention<T>::room(most, widest); }
     Tensor memory() const { return at::empty({working() + most * most}, beats.options()); }
 
@@ -306,7 +311,7 @@ static std::tuple<Tensor, Tensor> beat_forward(const Tensor& beats, const Tensor
                                                const Tensor& sentence_count, const Tensor& temperatures, bool over_sentences,
                                                bool mean, int64_t keep) {
     const Beats<T> all(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
-    TORCH_CHECK(!keep || keep >= all.most * all.n, "beat_similarity: room for ", keep, " scores; there are ", all.most * all.n);
+    all.check_room(keep);
     Tensor similarity = at::zeros({all.records, all.texts}, beats.options()), kept = at::empty({all.records, keep}, beats.options());
     T* out = similarity.mutable_data_ptr<T>();
     all.for_every_block(at::get_num_threads(), keep ? kept.mutable_data_ptr<T>() : nullptr, false,
@@ -328,6 +333,7 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
                                                         const Tensor& temperatures, bool over_sentences, bool mean,
                                                         const Tensor& kept) {
     const Beats<T> all(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean);
+    all.check_room(kept.size(1));
     const int64_t most = all.most, dim = all.dim, n = all.n, threads = threads_for(all.records, n * dim);
     Tensor of_beats = n && most ? at::empty_like(beats) : at::zeros_like(beats);
     Tensor of_rows = at::zeros({threads, n, dim}, beats.options());
@@ -375,11 +381,19 @@ static std::tuple<Tensor, Tensor, Tensor> beat_backward(const Tensor& grad, cons
     return {of_beats, all.unpack(of_rows, sentences), of_both.sum(0)};
 }
 
-// ---- types ----------------------------------------------------------------------------------------------------------
+// ---- checks and types ------------------------------------------------------------------------------------
+
+static void check(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count,
+                  const Tensor& sentence_count, const Tensor& temperatures) {
+    checks::sides("beat_similarity", beats, sentences, beat_count, sentence_count);
+    checks::floating("beat_similarity", beats);
+    checks::temperatures("beat_similarity", temperatures, 2, beats);
+}
 
 std::tuple<Tensor, Tensor> beat_similarity(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count,
                                            const Tensor& sentence_count, const Tensor& temperatures, bool over_sentences, bool mean,
                                            int64_t keep) {
+    check(beats, sentences, beat_count, sentence_count, temperatures);
     return beats.scalar_type() == at::kDouble
         ? beat_forward<double>(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, keep)
         : beat_forward<float>(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, keep);
@@ -389,6 +403,11 @@ std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward(const Tensor& grad, 
                                                             const Tensor& beat_count, const Tensor& sentence_count,
                                                             const Tensor& temperatures, bool over_sentences, bool mean,
                                                             const Tensor& kept) {
+    check(beats, sentences, beat_count, sentence_count, temperatures);
+    const int64_t records = beats.size(0), texts = sentences.size(0);
+    checks::like("beat_similarity", "grad", grad, {records, texts}, beats.scalar_type(), beats);
+    TORCH_CHECK(kept.dim() == 2, "beat_similarity: kept must be (B, keep), not ", kept.sizes());
+    checks::like("beat_similarity", "kept", kept, {records, kept.size(1)}, beats.scalar_type(), beats);
     return beats.scalar_type() == at::kDouble
         ? beat_backward<double>(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, kept)
         : beat_backward<float>(grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, kept);

@@ -37,7 +37,7 @@ static int room(int beats, int threads, int rows) {  // rows: a, or a and p, or 
 }
 
 int beat_columns(int beats, bool over_sentences) {
-    int columns = SENTENCES;
+    int columns = beats < ROOM ? SENTENCES : 0;  // more would overflow below
     while (columns && room(beats, columns, over_sentences ? 3 : 1) > ROOM) columns -= 32;
     return columns;
 }

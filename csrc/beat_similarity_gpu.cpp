@@ -1,5 +1,6 @@
 // The beat scale around the kernels of beat_similarity_cuda.cu: it packs the sentences, makes the matrix products, some ECGs at a time,
 // and adds up what the kernels give. It asks for nothing that only a GPU has: the tests run it on the host.
+#include "checks.h"
 #include "similarity.h"
 
 #include <ATen/Functions.h>
@@ -20,10 +21,16 @@ struct Packed {  // what is the same for all ECGs; rows (N, D): the real sentenc
     // Waits for the GPU once, for the numbers of sentences: the sizes of all that follows depend on them.
     Packed(const Tensor& beats, const Tensor& sentences, const Tensor& beat_count, const Tensor& sentence_count,
            const Tensor& temperatures, bool over_sentences, bool mean, int64_t block)
-        : beats(beats), beat_count(beat_count.to(at::kLong).clamp(0, beats.size(1)).contiguous()), warm(temperatures.contiguous()) {
+        : beats(beats) {
+        checks::sides("beat_similarity", beats, sentences, beat_count, sentence_count);
+        checks::temperatures("beat_similarity", temperatures, 2, beats);
+        TORCH_CHECK(block > 0 && beats.size(1) <= checks::MOST, "beat_similarity: block is ", block,
+                    ", beats are ", beats.sizes());
+        this->beat_count = beat_count.to(at::kLong).clamp(0, beats.size(1)).contiguous();
+        warm = temperatures.contiguous();
         const int64_t texts = sentences.size(0), most = sentences.size(1), columns = beat_columns(beats.size(1), over_sentences);
-        TORCH_CHECK(beats.scalar_type() == at::kFloat && sentences.scalar_type() == at::kFloat && warm.scalar_type() == at::kFloat &&
-                    beats.is_contiguous() && sentences.is_contiguous(), "beat_similarity: contiguous float32");
+        TORCH_CHECK(beats.scalar_type() == at::kFloat && warm.scalar_type() == at::kFloat,
+                    "beat_similarity: float32");
         TORCH_CHECK(most <= columns, "beat_similarity: ", most, " sentences in a text; beside ", beats.size(1), " beats there is room for ",
                     columns);
         const Tensor counts = sentence_count.to(at::kCPU, at::kLong).clamp(0, most).contiguous();
@@ -45,6 +52,9 @@ struct Packed {  // what is the same for all ECGs; rows (N, D): the real sentenc
         scale = {nullptr, norm.const_data_ptr<float>(), warm.const_data_ptr<float>(), nullptr, in, in + texts + 1, in + texts + 1 + n,
                  0, int(texts), int(groups), int(beats.size(1)), int(n), over_sentences, mean};
         step = std::max<int64_t>(1, block / std::max<int64_t>(1, beats.size(1) * n));
+        const int64_t grid = groups * std::min(step, beats.size(0));
+        TORCH_CHECK(std::max({texts, n, grid}) <= checks::MOST, "beat_similarity: ", texts, " texts, ", n,
+                    " sentences and blocks of ", step, " ECGs are too many for a kernel");
     }
 
     // Calls block(first ECG, their beats (b, K, D), scores (b K, N), BeatScale) for some ECGs after others.
@@ -76,6 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward_kernel(const Tensor&
                                                                    const Tensor& temperatures, bool over_sentences, bool mean,
                                                                    int64_t block, void* stream) {
     const Packed all(beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean, block);
+    const int64_t records = beats.size(0), texts = sentences.size(0);
+    checks::like("beat_similarity", "grad", grad, {records, texts}, beats.scalar_type(), beats);
     const int64_t most = beats.size(1), dim = beats.size(2), n = all.rows.size(0);
     Tensor of_beats = at::zeros_like(beats), of_rows = at::zeros_like(all.rows), sums = at::zeros({3, n}, beats.options());
     all.for_every_block([&](int64_t first, const Tensor& some, const Tensor& scores, const BeatScale& r) {

@@ -343,8 +343,8 @@ HD int keep_apart(int* peaks, int* height, int n, const Plan& p) {
 // Beat of token t of `tokens` in `length` samples, given that it is no earlier than beat k: borders half-way between peaks.
 HD int beat_at(const int* peaks, int count, int k, int t, int tokens, int length) {
     if (count <= 0) return -1;
-    const int64_t middle = int64_t(2 * t + 1) * length;
-    for (k = most(k, 0); k + 1 < count && int64_t(tokens) * (peaks[k] + peaks[k + 1]) <= middle;) k++;
+    const int64_t middle = (2 * int64_t(t) + 1) * length;
+    for (k = most(k, 0); k + 1 < count && tokens * (int64_t(peaks[k]) + peaks[k + 1]) <= middle;) k++;
     return k;
 }
 

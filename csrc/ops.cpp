@@ -1,4 +1,5 @@
-// The operators as PyTorch sees them. Schemas and checks of what a user gives are in __init__.py.
+// The operators as PyTorch sees them. Schemas, and checks that tell a user what to give instead, are in
+// __init__.py; those here and in checks.h keep direct calls of torch.ops.ecg.* within their tensors' memory.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -14,9 +15,11 @@
 #include "similarity_cuda.h"
 #endif
 
+#include <algorithm>
 #include <tuple>
 
 #include "beats.h"
+#include "checks.h"
 #include "similarity.h"
 
 namespace {
@@ -30,6 +33,7 @@ Sizes sizes_of(const Tensor& ecg, double fs) {
     TORCH_CHECK(ecg.scalar_type() == at::kFloat || ecg.scalar_type() == at::kShort, "segment_beats: ecg must be float32 or int16");
     TORCH_CHECK(ecg.size(1) >= 1 && ecg.size(1) <= beats::MAX_LEADS && fs >= 100 && fs <= 1000 && ecg.size(2) >= 2 * fs &&
                 ecg.size(2) < (1 << 30), "segment_beats: 1 to 12 leads, 100 to 1000 Hz, 2 s at least");
+    TORCH_CHECK(ecg.size(0) <= checks::MOST, "segment_beats: ", ecg.size(0), " records; fewer than 2^31");
     return {ecg.size(0), int(ecg.size(1)), beats::make_plan(fs, int(ecg.size(2)))};
 }
 
@@ -38,10 +42,14 @@ std::tuple<Tensor, Tensor> outputs_of(const Tensor& ecg, const Sizes& s) {
     return {at::empty({s.records, s.plan.max_peaks()}, options), at::empty({s.records}, options)};
 }
 
-void check_tokens(const Tensor& peaks, const Tensor& count) {
-    TORCH_CHECK(peaks.dim() == 2 && count.dim() == 1 && peaks.size(0) == count.size(0) && peaks.is_contiguous() &&
-                count.is_contiguous() && peaks.scalar_type() == at::kInt && count.scalar_type() == at::kInt,
-                "beat_of_token: peaks (B, K) and count (B,) must be contiguous and int32");
+void check_tokens(const Tensor& peaks, const Tensor& count, int64_t tokens, int64_t samples) {
+    TORCH_CHECK(peaks.dim() == 2 && peaks.scalar_type() == at::kInt && peaks.is_contiguous(),
+                "beat_of_token: peaks must be contiguous, (B, K) int32");
+    checks::like("beat_of_token", "count", count, {peaks.size(0)}, at::kInt, peaks);
+    TORCH_CHECK(std::min(tokens, samples) >= 1 && std::max(tokens, samples) <= checks::MOST,
+                "beat_of_token: ", tokens, " tokens of ", samples, " samples; 1 at least, fewer than 2^31");
+    TORCH_CHECK(peaks.size(0) <= checks::MOST && peaks.size(1) <= checks::MOST, "beat_of_token: peaks are ",
+                peaks.sizes(), "; it takes fewer than 2^31 rows and columns");
 }
 
 std::tuple<Tensor, Tensor> segment_beats_cpu(const Tensor& ecg, double fs) {
@@ -58,7 +66,7 @@ std::tuple<Tensor, Tensor> segment_beats_cpu(const Tensor& ecg, double fs) {
 }
 
 Tensor beat_of_token_cpu(const Tensor& peaks, const Tensor& count, int64_t tokens, int64_t samples) {
-    check_tokens(peaks, count);
+    check_tokens(peaks, count, tokens, samples);
     Tensor beat = at::empty({peaks.size(0), tokens}, peaks.options());
     beats::beat_of_token_cpu(peaks.const_data_ptr<int>(), count.const_data_ptr<int>(), peaks.size(0), peaks.size(1), tokens,
                              samples, beat.mutable_data_ptr<int>());
@@ -81,7 +89,7 @@ std::tuple<Tensor, Tensor> segment_beats_cuda(const Tensor& ecg, double fs) {
 
 Tensor beat_of_token_cuda(const Tensor& peaks, const Tensor& count, int64_t tokens, int64_t samples) {
     const c10::cuda::CUDAGuard guard(peaks.device());
-    check_tokens(peaks, count);
+    check_tokens(peaks, count, tokens, samples);
     Tensor beat = at::empty({peaks.size(0), tokens}, peaks.options());
     const char* failed = beats::beat_of_token_cuda(
         peaks.const_data_ptr<int>(), count.const_data_ptr<int>(), peaks.size(0), peaks.size(1), tokens, samples,
@@ -92,11 +100,25 @@ Tensor beat_of_token_cuda(const Tensor& peaks, const Tensor& count, int64_t toke
 
 Tensor aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 ? x.clone() : x; }
 
+// The kernels cut counts to the rows that there are: to look at them here would be to wait for the GPU.
+void check_bf16(const Tensor& tokens, const Tensor& words, const Tensor& counts, const Tensor& word_counts) {
+    const char* name = "token_similarity";
+    checks::sides(name, tokens, words, counts, word_counts);
+    checks::like(name, "token_count", counts, {tokens.size(0)}, at::kLong, tokens);
+    checks::like(name, "word_count", word_counts, {words.size(0)}, at::kLong, tokens);
+    TORCH_CHECK(tokens.scalar_type() == at::kBFloat16 && tokens.size(2) % 8 == 0, name,
+                ": bf16, and a multiple of 8 dimensions");
+    TORCH_CHECK(tokens.size(1) <= 1 << 15, name, ": ", tokens.size(1), " tokens; the kernel takes 32,768");
+    const int64_t grids[] = {tokens.size(0) * words.size(0), words.size(0) * words.size(1), words.size(2),
+                             tokens.size(0) * ((tokens.size(1) + 31) / 32)};
+    for (int64_t size : grids)
+        TORCH_CHECK(size <= checks::MOST, name, ": ", tokens.sizes(), " and ", words.sizes(), ": too many");
+}
+
 std::tuple<Tensor, Tensor> token_similarity_bf16(const Tensor& tokens, const Tensor& words, const Tensor& token_count, const Tensor& word_count) {
     const c10::cuda::CUDAGuard guard(tokens.device());
+    check_bf16(tokens, words, token_count, word_count);
     const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1);
-    TORCH_CHECK(tokens.scalar_type() == at::kBFloat16 && words.scalar_type() == at::kBFloat16 && tokens.size(2) % 8 == 0 &&
-                tokens.size(1) < 32768 && tokens.is_contiguous() && words.is_contiguous(), "token_similarity: contiguous bf16, D a multiple of 8");
     Tensor similarity = at::zeros({records, texts}, tokens.options().dtype(at::kFloat));
     Tensor best = at::zeros({records, texts, most}, tokens.options().dtype(at::kShort));
     if (!tokens.numel() || !words.numel()) return {similarity, best};
@@ -112,6 +134,10 @@ std::tuple<Tensor, Tensor> token_similarity_bf16(const Tensor& tokens, const Ten
 std::tuple<Tensor, Tensor> token_similarity_backward_bf16(const Tensor& grad, const Tensor& tokens, const Tensor& words,
                                                           const Tensor& token_count, const Tensor& word_count, const Tensor& best) {
     const c10::cuda::CUDAGuard guard(tokens.device());
+    check_bf16(tokens, words, token_count, word_count);
+    const int64_t records = tokens.size(0), texts = words.size(0);
+    checks::like("token_similarity", "grad", grad, {records, texts}, at::kFloat, tokens);
+    checks::like("token_similarity", "best", best, {records, texts, words.size(1)}, at::kShort, tokens);
     if (!tokens.numel() || !words.numel()) return {at::zeros_like(tokens), at::zeros_like(words)};
     Tensor of_tokens = at::empty_like(tokens, tokens.options().dtype(at::kFloat)), of_words = at::empty_like(words, words.options().dtype(at::kFloat));
     const char* failed = similarity::token_backward_cuda(
@@ -141,9 +167,14 @@ std::tuple<Tensor, Tensor, Tensor> beat_similarity_backward_kernel(const Tensor&
 
 std::tuple<Tensor, Tensor> sigmoid_terms(const Tensor& scores, int64_t first, const Tensor& both, const Tensor& positive, at::ScalarType dtype) {
     const c10::cuda::CUDAGuard guard(scores.device());
-    TORCH_CHECK(scores.scalar_type() == at::kFloat && scores.is_contiguous() && both.scalar_type() == at::kFloat && both.is_contiguous() &&
-                positive.scalar_type() == at::kBool && positive.is_contiguous() && first + scores.size(0) <= positive.numel() &&
-                (dtype == at::kFloat || dtype == at::kBFloat16), "sigmoid_terms: contiguous float32 scores; gradients float32 or bf16");
+    TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kFloat && scores.is_contiguous() &&
+                scores.size(0) <= checks::MOST && scores.size(1) <= checks::MOST &&
+                (dtype == at::kFloat || dtype == at::kBFloat16),
+                "sigmoid_terms: scores must be contiguous, (R, B) float32, and gradients float32 or bf16");
+    checks::like("sigmoid_terms", "both", both, {2}, at::kFloat, scores);
+    checks::like("sigmoid_terms", "positive", positive, {scores.size(1)}, at::kBool, scores);
+    TORCH_CHECK(first >= 0 && first <= scores.size(1) - scores.size(0), "sigmoid_terms: ", scores.size(0),
+                " rows from ", first, " on, of ", scores.size(1));
     const Tensor x = aligned(scores);
     Tensor gradient = at::empty_like(scores, scores.options().dtype(dtype)), sums = at::zeros({scores.size(0), 3}, scores.options());
     if (!scores.numel()) return {gradient, sums.sum(0)};

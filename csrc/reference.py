@@ -273,6 +273,6 @@ def keep_apart(peaks, height, length, plan):
 
 def beat_of_token(peaks, tokens, samples):
     """Beat of each of `tokens` equal parts of a record: borders half-way between peaks (K,); -1 without a peak. -> (tokens,)"""
-    middles = (2 * np.arange(tokens) + 1) * samples                            # times 2 * tokens: whole numbers
+    middles = (2 * np.arange(tokens, dtype=np.int64) + 1) * samples       # times 2 * tokens: whole numbers
     borders = (peaks[:-1].astype(np.int64) + peaks[1:]) * tokens
     return np.searchsorted(borders, middles, "right") if len(peaks) else np.full(tokens, -1)

@@ -64,6 +64,11 @@ def product(x, y):
 
 def loss_and_gradients(x, y, both, positive, gradients):
     size = len(x)
+    pairs = positive.shape == x.shape[:1] and positive.dtype == torch.bool
+    if x.dim() != 2 or x.shape != y.shape or both.shape != (2,) or not pairs:
+        raise ValueError(f"sigmoid_loss: x {tuple(x.shape)}, y {tuple(y.shape)}, both {tuple(both.shape)}, "
+                         f"positive {positive.dtype} {tuple(positive.shape)}; they must be (B, D), (B, D), "
+                         "(2,) and bool (B,)")
     sums, of_x, of_y = both.new_zeros(3), both.new_zeros(x.shape if gradients else 0), both.new_zeros(y.shape if gradients else 0)
     rows = max(1, PAIRS[x.device.type] // max(1, size))
     for first in range(0, size, rows):

@@ -12,6 +12,7 @@ BLOCK = 2**24    # scores that a block of the plain version may hold
 KEEP = 2**23     # scores that the beat scale may keep for its backward pass (32 MB); where they are more, it makes them again
 KERNELS = False  # are the CUDA kernels there? (__init__.py)
 PLAIN = set()    # devices that the plain version serves
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 TOKEN = "Tensor tokens, Tensor words, Tensor token_count, Tensor word_count, Tensor? temperature"
 BEAT = "Tensor beats, Tensor sentences, Tensor beat_count, Tensor sentence_count, Tensor temperatures, bool over_sentences, bool mean"
@@ -42,8 +43,9 @@ def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhyth
     the scale is 0 without gradient. weights, temperatures: numbers, or tensors that may be learned. float32 and float64 are computed as
     they are, bf16 and fp16 in float32 (on a GPU bf16 products, added in float32). Of several best tokens the first gets the gradient.
     Returns (B, C), float32 or float64; with parts=True also a dictionary of the scales, unweighted. Gradients to all tensors.
-    Memory grows with B * C (and two bytes for every ECG and word), not with tokens; at most 32 MB (KEEP) of the beat scale's scores are
-    kept for the backward pass. Errors: TypeError, ValueError."""
+    Memory grows with B * C (and two bytes for every ECG and word, four with more than 2^15 tokens), not with
+    tokens; at most 32 MB (KEEP) of the beat scale's scores are kept for the backward pass. Errors: TypeError,
+    ValueError."""
     found = {}
     if given("token", tokens, words, "tokens (B, T, D)", "words (C, W, D)", 3):
         x, y = (tokens.contiguous(), words.contiguous()) if suits_kernel(tokens, words, token_temperature) else alike(tokens, words)
@@ -99,7 +101,8 @@ def suits_beat_kernel(beats, sentences, over_sentences):
 def suits_kernel(tokens, words, temperature):
     """Can similarity_cuda.cu take them?"""
     half = tokens.dtype == words.dtype == torch.bfloat16
-    return KERNELS and tokens.is_cuda and half and temperature is None and tokens.shape[2] % 8 == 0 and tokens.shape[1] < 2**15
+    fits = tokens.shape[2] % 8 == 0 and tokens.shape[1] <= 2**15
+    return KERNELS and tokens.is_cuda and half and temperature is None and fits
 
 
 def to_keep(beats, sentences):
@@ -122,7 +125,12 @@ def counts_of(count, rows, name):
         return torch.full((len(rows),), rows.shape[1], device=rows.device)
     if count.shape != rows.shape[:1] or count.is_floating_point():
         raise ValueError(f"token_beat_rhythm: {name} is {count.dtype} {tuple(count.shape)}; it must be whole numbers ({len(rows)},)")
-    return count.to(rows.device, torch.int64).clamp(0, rows.shape[1])
+    return cut(count.to(rows.device, torch.int64), rows)
+
+
+def cut(count, rows):
+    """No fewer than none, and no more than rows (R, N, D) has."""
+    return count.clamp(0, rows.shape[1])
 
 
 # ---- definitions ------------------------------------------------------------------------------------------------------
@@ -174,11 +182,26 @@ def blocks(ecgs, size_of_one):
     return [slice(start, start + size) for start in range(0, len(ecgs), size)]
 
 
+def fitting(x, y, x_count, y_count, temperatures, numbers, grad=None):
+    """The counts, cut to the rows that there are. ValueError, as in checks.h, where tensors do not fit: PyTorch
+    would broadcast them to a wrong result."""
+    fit = x.dim() == y.dim() == 3 and x.shape[2] == y.shape[2] and x.dtype == y.dtype
+    for count, rows in ((x_count, x), (y_count, y)):
+        fit = fit and count.shape == rows.shape[:1] and count.dtype in WHOLE
+    fit = fit and (temperatures is None or temperatures.numel() == numbers)
+    if not fit or (grad is not None and grad.shape != (len(x), len(y))):
+        tensors = x, y, x_count, y_count, temperatures, grad
+        found = [t if t is None else (t.dtype, *t.shape) for t in tensors]
+        raise ValueError(f"similarity: sides, counts, temperatures ({numbers}), gradient do not fit: {found}")
+    return cut(x_count, x), cut(y_count, y)
+
+
 def token_forward(tokens, words, token_count, word_count, temperature):
     if tokens.dtype == torch.bfloat16:
         return torch.ops.ecg.token_similarity_bf16(tokens, words, token_count, word_count)
+    token_count, word_count = fitting(tokens, words, token_count, word_count, temperature, 1)
     similarity = tokens.new_zeros(len(tokens), len(words))
-    best = tokens.new_zeros(shape_of_best(tokens, words, temperature), dtype=torch.int16)
+    best = tokens.new_zeros(shape_of_best(tokens, words, temperature), dtype=type_of_best(tokens))
     if tokens.shape[1] and words.numel():
         for b in blocks(tokens, tokens.shape[1] * words.shape[0] * words.shape[1]):
             similarity[b], took = tokens_by_words(tokens[b], words, token_count[b], word_count, temperature)
@@ -191,6 +214,9 @@ def token_backward(grad, tokens, words, token_count, word_count, temperature, be
     if tokens.dtype == torch.bfloat16:
         found = torch.ops.ecg.token_similarity_backward_bf16(grad, tokens, words, token_count, word_count, best)
         return *found, grad.new_zeros(())
+    token_count, word_count = fitting(tokens, words, token_count, word_count, temperature, 1, grad)
+    if best.shape != shape_of_best(tokens, words, temperature):
+        raise ValueError(f"token_similarity: best is {tuple(best.shape)}; it must be (B, C, W), or (0,)")
     if temperature is not None:
         def similarity(*arguments):
             return tokens_by_words(*arguments)[0]
@@ -210,6 +236,7 @@ def beat_forward(beats, sentences, beat_count, sentence_count, temperatures, ove
         similarity = torch.ops.ecg.beat_similarity_kernel(beats, sentences, beat_count, sentence_count, temperatures, over_sentences,
                                                           mean, BLOCK)
         return similarity, beats.new_empty(len(beats), keep)
+    beat_count, sentence_count = fitting(beats, sentences, beat_count, sentence_count, temperatures, 2)
     similarity = beats.new_zeros(len(beats), len(sentences))
     if beats.shape[1] and sentences.numel():
         for b in blocks(beats, beats.shape[1] * sentences.shape[0] * sentences.shape[1]):
@@ -222,7 +249,8 @@ def beat_backward(grad, beats, sentences, beat_count, sentence_count, temperatur
     if suits_beat_kernel(beats, sentences, over_sentences):
         return torch.ops.ecg.beat_similarity_backward_kernel(grad, beats, sentences, beat_count, sentence_count, temperatures,
                                                              over_sentences, mean, BLOCK)
-    return backward(beats_by_sentences, grad, beats, sentences, beat_count, sentence_count, temperatures, over_sentences, mean)
+    counts = fitting(beats, sentences, beat_count, sentence_count, temperatures, 2, grad)
+    return backward(beats_by_sentences, grad, beats, sentences, *counts, temperatures, over_sentences, mean)
 
 
 def backward(similarity, grad, ecgs, texts, ecg_count, text_count, temperature, *rest):
@@ -253,11 +281,15 @@ def shape_of_best(tokens, words, temperature):
     return (tokens.shape[0], words.shape[0], words.shape[1]) if temperature is None else (0,)
 
 
+def type_of_best(tokens):
+    return torch.int16 if tokens.shape[1] <= 2**15 else torch.int32
+
+
 @torch.library.register_fake("ecg::token_similarity")
 def _(tokens, words, ecg_count, text_count, temperature):
     dtype = torch.float32 if tokens.dtype == torch.bfloat16 else tokens.dtype
     return (tokens.new_empty(tokens.shape[0], words.shape[0], dtype=dtype),
-            tokens.new_empty(shape_of_best(tokens, words, temperature), dtype=torch.int16))
+            tokens.new_empty(shape_of_best(tokens, words, temperature), dtype=type_of_best(tokens)))
 
 
 @torch.library.register_fake("ecg::token_similarity_backward")

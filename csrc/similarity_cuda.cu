@@ -46,11 +46,17 @@ static __device__ __forceinline__ unsigned two_at(const Tile& tile, int row, int
     return both;
 }
 
-struct Sides {  // token_count, word_count: rows that are real
+struct Sides {  // token_count, word_count: rows that are real, to be read by count_of
     const uint16_t *tokens, *words;  // (B, T, D), (C, W, D) bf16
     const int64_t *token_count, *word_count;
     int records, texts, length, most, dim;
 };
+
+// Of ECG or text i: no more rows than there are, whatever is said.
+static __device__ __forceinline__ int count_of(const int64_t* counts, int i, int rows) {
+    const int64_t count = counts[i];
+    return count < 0 ? 0 : count < rows ? int(count) : rows;
+}
 
 static __device__ __forceinline__ void load(Tile& tile, const Sides& s, int ecg, int first_token, int first_text, int texts,
                                             int first_word, int depth) {
@@ -80,7 +86,8 @@ token_kernel(Sides s, int texts_of_group, int text_groups, float* similarity, in
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, mine = warp / (WORDS / 64);
     const int ecg = int(blockIdx.x / text_groups) * ECGS, first_text = int(blockIdx.x % text_groups) * texts_of_group;
     const int texts = s.texts - first_text < texts_of_group ? s.texts - first_text : texts_of_group;
-    const int b = ecg + mine, count = b < s.records ? int(s.token_count[b]) : 0, column = warp % (WORDS / 64) * 64;
+    const int b = ecg + mine, count = b < s.records ? count_of(s.token_count, b, s.length) : 0;
+    const int column = warp % (WORDS / 64) * 64;
     const int steps = (s.dim + DEPTH - 1) / DEPTH, parts = (s.length + TOKENS - 1) / TOKENS;
     float whole = 0;  // of thread ECG * texts + text: the sum over its words
     for (int first_word = 0; first_word < texts * s.most; first_word += WORDS) {
@@ -146,16 +153,20 @@ token_kernel(Sides s, int texts_of_group, int text_groups, float* similarity, in
             }
         __syncthreads();
         if (int(threadIdx.x) < ECGS * texts) {
-            const int e = threadIdx.x / texts, text = threadIdx.x % texts, words = int(s.word_count[first_text + text]);
+            const int e = threadIdx.x / texts, text = threadIdx.x % texts;
+            const int words = count_of(s.word_count, first_text + text, s.most);
             const int from = text * s.most, to = from + words;  // counted through all texts of the group
             for (int w = from > first_word ? from : first_word; w < to && w < first_word + WORDS; w++) whole += value[e][w - first_word];
         }
         __syncthreads();
     }
     if (int(threadIdx.x) < ECGS * texts) {
-        const int e = threadIdx.x / texts, c = first_text + threadIdx.x % texts, words = int(s.word_count[c]);
-        if (ecg + e < s.records)
-            similarity[size_t(ecg + e) * s.texts + c] = words && s.token_count[ecg + e] ? whole / float(words) : 0.f;
+        const int e = threadIdx.x / texts, c = first_text + threadIdx.x % texts;
+        const int words = count_of(s.word_count, c, s.most);
+        if (ecg + e < s.records) {
+            const bool real = words && s.token_count[ecg + e] > 0;
+            similarity[size_t(ecg + e) * s.texts + c] = real ? whole / float(words) : 0.f;
+        }
     }
 }
 
@@ -167,7 +178,8 @@ static __device__ __forceinline__ float to_float(uint16_t x) {
 }
 
 static __device__ __forceinline__ float share_of(const Sides& s, const float* grad, int b, int c) {
-    return s.token_count[b] ? grad[size_t(b) * s.texts + c] / float(s.word_count[c]) : 0.f;
+    const float words = float(count_of(s.word_count, c, s.most));
+    return s.token_count[b] > 0 ? grad[size_t(b) * s.texts + c] / words : 0.f;
 }
 
 // Grid: words. A word collects from the token it took in every ECG.
@@ -178,6 +190,10 @@ static __global__ void words_kernel(Sides s, const float* grad, const int16_t* b
         if (w < s.word_count[c])
             for (int b = 0; b < s.records; b++) {
                 const int token = best[(size_t(b) * s.texts + c) * s.most + w];
+                if (token < 0 || token >= s.length) {  // never of token_kernel
+                    sum = NAN;
+                    break;
+                }
                 sum += share_of(s, grad, b, c) * to_float(s.tokens[(size_t(b) * s.length + token) * s.dim + d]);
             }
         of_words[(size_t(c) * s.most + w) * s.dim + d] = sum;

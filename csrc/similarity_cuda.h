@@ -3,7 +3,8 @@
 //
 // The token scale for bf16.
 // tokens (records, length, dim), words (texts, most, dim) bf16, 16-byte aligned, no size 0, dim a multiple of 8; counts (records,) and
-// (texts,), at most length and most; similarity and grad (records, texts); best (records, texts, most).
+// (texts,), cut to length and most; similarity and grad (records, texts); best (records, texts, most), where
+// what names no token makes the gradient NaN.
 #pragma once
 #include <cmath>
 #include <cstdint>

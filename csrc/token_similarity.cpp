@@ -3,6 +3,7 @@
 // A word's best token is found while its scores are in registers: they are never written. With a temperature, scores are made in blocks
 // that fit into the caches, reduced at once and forgotten; the backward pass makes them again. There is no tensor of ECG x text x token x
 // word. Texts are ragged, so their words are packed first, without the padding.
+#include "checks.h"
 #include "similarity_common.h"
 
 namespace similarity {
@@ -108,6 +109,27 @@ FOR_EVERY_CPU(double)
 
 // ---- all ECGs and texts ----------------------------------------------------------------------------------------------
 
+// Which token each word took, (B, C, W): int16 where that holds them all, else int32.
+static at::ScalarType type_of_best(const Tensor& tokens) {
+    return tokens.size(1) <= 1 << 15 ? at::kShort : at::kInt;
+}
+
+struct Chosen {
+    int16_t* narrow = nullptr;
+    int32_t* wide = nullptr;
+
+    explicit Chosen(const Tensor& best) {
+        void* data = const_cast<void*>(best.const_data_ptr());
+        if (best.scalar_type() == at::kShort) narrow = static_cast<int16_t*>(data);
+        else wide = static_cast<int32_t*>(data);
+    }
+    void set(int64_t i, int64_t token) const {
+        if (narrow) narrow[i] = int16_t(token);
+        else wide[i] = int32_t(token);
+    }
+    int64_t get(int64_t i) const { return narrow ? narrow[i] : wide[i]; }
+};
+
 template <class T>
 static std::tuple<Tensor, Tensor> token_forward(const Tensor& tokens, const Tensor& words, const Tensor& token_count,
                                                 const Tensor& word_count, const std::optional<Tensor>& temperature) {
@@ -115,12 +137,12 @@ static std::tuple<Tensor, Tensor> token_forward(const Tensor& tokens, const Tens
     const std::vector<int64_t> tc = counts_of(token_count, length), wc = counts_of(word_count, most);
     const Words<T> all(words, wc);
     Tensor similarity = at::zeros({records, texts}, tokens.options());
-    const auto places = tokens.options().dtype(at::kShort);
+    const auto places = tokens.options().dtype(type_of_best(tokens));
     Tensor best = temperature ? at::zeros({0}, places) : at::zeros({records, texts, most}, places);
     if (!all.n) return {similarity, best};
     const T warm = temperature ? temperature->item<T>() : T(0), *x = tokens.const_data_ptr<T>();
     T* out = similarity.mutable_data_ptr<T>();
-    int16_t* chosen = best.mutable_data_ptr<int16_t>();
+    const Chosen chosen(best);
     const Tensor panels = panels_of(all.rows.t());
     const int64_t blocks = all.blocks.size();
     at::parallel_for(0, records * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -145,7 +167,7 @@ static std::tuple<Tensor, Tensor> token_forward(const Tensor& tokens, const Tens
                 T whole = 0;
                 for (int64_t w = 0, j = all.starts[c] - block.start; w < wc[c]; w++, j++) {
                     whole += value[j];
-                    if (!temperature) chosen[(b * texts + c) * most + w] = int16_t(at[j]);
+                    if (!temperature) chosen.set((b * texts + c) * most + w, at[j]);
                 }
                 if (wc[c]) out[b * texts + c] = whole / T(wc[c]);
             }
@@ -162,12 +184,14 @@ static std::tuple<Tensor, Tensor> best_backward(const Tensor& grad, const Tensor
     Tensor of_tokens = at::zeros_like(tokens), of_words = at::zeros_like(words);
     const T *g = grad.const_data_ptr<T>(), *x = tokens.const_data_ptr<T>(), *y = words.const_data_ptr<T>();
     T *dx = of_tokens.mutable_data_ptr<T>(), *dy = of_words.mutable_data_ptr<T>();
-    const int16_t* chosen = best.const_data_ptr<int16_t>();
+    const Chosen chosen(best);
     const auto pair = [&](int64_t b, int64_t c, bool to_tokens) {
         if (!tc[b] || !wc[c]) return;
         const T factor = g[b * texts + c] / T(wc[c]);
         for (int64_t w = 0; w < wc[c]; w++) {
-            const int64_t t = (b * length + chosen[(b * texts + c) * most + w]) * dim, u = (c * most + w) * dim;
+            const int64_t token = chosen.get((b * texts + c) * most + w);
+            const int64_t t = (b * length + token) * dim, u = (c * most + w) * dim;
+            TORCH_CHECK(token >= 0 && token < length, "token_similarity: best is ", token, " of ", length);
             if (to_tokens) add(factor, y + u, dim, dx + t);
             else add(factor, x + t, dim, dy + u);
         }
@@ -230,10 +254,20 @@ static std::tuple<Tensor, Tensor, Tensor> token_backward(const Tensor& grad, con
     return {of_tokens, of_words, at::zeros({}, tokens.options())};
 }
 
-// ---- types ----------------------------------------------------------------------------------------------------------
+// ---- checks and types ------------------------------------------------------------------------------------
+
+static void check(const Tensor& tokens, const Tensor& words, const Tensor& token_count,
+                  const Tensor& word_count, const std::optional<Tensor>& temperature) {
+    const char* name = "token_similarity";
+    checks::sides(name, tokens, words, token_count, word_count);
+    checks::floating(name, tokens);
+    TORCH_CHECK(tokens.size(1) <= checks::MOST, name, ": ", tokens.size(1), " tokens; fewer than 2^31");
+    if (temperature) checks::temperatures(name, *temperature, 1, tokens);
+}
 
 std::tuple<Tensor, Tensor> token_similarity(const Tensor& tokens, const Tensor& words, const Tensor& token_count,
                                             const Tensor& word_count, const std::optional<Tensor>& temperature) {
+    check(tokens, words, token_count, word_count, temperature);
     return tokens.scalar_type() == at::kDouble ? token_forward<double>(tokens, words, token_count, word_count, temperature)
                                                : token_forward<float>(tokens, words, token_count, word_count, temperature);
 }
@@ -241,6 +275,11 @@ std::tuple<Tensor, Tensor> token_similarity(const Tensor& tokens, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> token_similarity_backward(const Tensor& grad, const Tensor& tokens, const Tensor& words,
                                                              const Tensor& token_count, const Tensor& word_count,
                                                              const std::optional<Tensor>& temperature, const Tensor& best) {
+    check(tokens, words, token_count, word_count, temperature);
+    const int64_t records = tokens.size(0), texts = words.size(0), most = words.size(1);
+    checks::like("token_similarity", "grad", grad, {records, texts}, tokens.scalar_type(), tokens);
+    if (!temperature)
+        checks::like("token_similarity", "best", best, {records, texts, most}, type_of_best(tokens), tokens);
     return tokens.scalar_type() == at::kDouble
         ? token_backward<double>(grad, tokens, words, token_count, word_count, temperature, best)
         : token_backward<float>(grad, tokens, words, token_count, word_count, temperature, best);

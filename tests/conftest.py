@@ -1,5 +1,6 @@
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SHARED = Path(os.environ.get("ECG_TEST_DATA", ROOT.parent / "shared" / "data")).parent  # real recordings, golden vectors
+SHARED = Path(os.environ.get("ECG_TEST_DATA", ROOT.parent / "shared" / "data")).parent  # real recordings
+GOLDEN = ROOT / "tests" / "golden"  # what the authors' code gave
 
 
 def small_config(method, **options):
@@ -23,6 +25,13 @@ def write_config(folder, method, **options):
     import model as models
     made_by = dict(program=models.VERSION, torch="", csrc="", store="")
     (folder / "config.json").write_text(json.dumps(models.settings_of(small_config(method, **options)) | {"made_by": made_by}))
+
+
+def python(code, *arguments, **environment):
+    """Python code, run beside the project in a process of its own."""
+    environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, errors="replace")
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Our modules, filled through eval.py's tables of names, against numbers that the authors' code gave (shared/golden/README.md)."""
+"""Our modules, filled through eval.py's tables of names, against numbers that the authors' code gave
+(golden/README.md)."""
 import json
 import shutil
 import zlib
@@ -12,10 +13,8 @@ import torch.nn.functional as F
 import csrc
 import eval as evaluation
 import model as models
-from conftest import SHARED, small_config
+from conftest import GOLDEN, small_config
 
-GOLDEN = SHARED / "golden"
-pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the authors' numbers are not at {GOLDEN}")
 TIED = {"language_encoder.shared.weight": "language_encoder.encoder.embed_tokens.weight",  # the second name fills both
         "lm_model.bert.embeddings.word_embeddings.weight": "lm_model.cls.predictions.decoder.weight"}
 

@@ -90,6 +90,15 @@ def test_bad_input_is_explained(arguments, error, words):
         csrc.sigmoid_loss(*arguments)
 
 
+@pytest.mark.parametrize("wrong", [dict(y=torch.ones(3, 3)), dict(both=torch.ones(3)),
+                                   dict(positive=torch.ones(2)), dict(positive=torch.ones(4).bool())])
+def test_a_direct_call_with_other_shapes_is_refused(wrong):
+    true = torch.ones(2, dtype=torch.bool)
+    good = dict(x=torch.ones(2, 3), y=torch.ones(2, 3), both=torch.ones(2), positive=true)
+    with pytest.raises(ValueError, match="they must be"):
+        torch.ops.ecg.sigmoid_loss(*{**good, **wrong}.values(), True)
+
+
 # ---- CUDA, without a GPU ----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

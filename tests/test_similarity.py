@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import csrc
-from conftest import ROOT, SHARED
+from conftest import GOLDEN, ROOT, python
 from csrc import build
 from csrc import similarity as plain
-from test_csrc import compiled, compiler, on_host, python
+from test_csrc import compiled, compiler, on_host
 
-GOLDEN = SHARED / "golden" / "melp_beat_loss.npz"
 OPS = torch.ops.ecg
 PROCESSOR = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []  # what it can do
 
@@ -132,6 +131,30 @@ def test_bf16_is_within_1e2_and_gradients_keep_the_type():
     assert all(t.grad.dtype == torch.bfloat16 and t.grad.abs().sum() > 0 for t in (x, y, u, v))
 
 
+@pytest.mark.parametrize("run", ["operator", "plain"])
+@pytest.mark.parametrize("length", [2**15, 2**15 + 1, 2**16 + 1])
+def test_any_number_of_tokens(length, run):
+    """The best token of each word is the last, or the one before 2^15 or 2^16, and gets the gradient."""
+    tokens, words = torch.zeros(1, length, 2), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    tokens[0, -1, 0], tokens[0, min(length, 2**16) - 2, 1] = 2.0, 3.0
+    whole = torch.tensor([length]), torch.tensor([2])
+    if run == "operator":
+        tokens.requires_grad_(), words.requires_grad_()
+        similarity, best = OPS.token_similarity(tokens, words, *whole, None)
+        of_tokens, of_words = torch.autograd.grad(similarity, (tokens, words), torch.ones(1, 1))
+    else:
+        similarity, best = plain.token_forward(tokens, words, *whole, None)
+        of_tokens, of_words, _ = plain.token_backward(torch.ones(1, 1), tokens, words, *whole, None, best)
+    assert similarity.item() == 2.5 and best.tolist() == [[[length - 1, min(length, 2**16) - 2]]]
+    assert best.dtype == (torch.int16 if length <= 2**15 else torch.int32)
+    expected = torch.zeros(1, length, 2)
+    expected[0, -1, 0] = expected[0, min(length, 2**16) - 2, 1] = 0.5
+    assert torch.equal(of_tokens, expected)
+    assert torch.equal(of_words, torch.tensor([[[1.0, 0.0], [0.0, 1.5]]]))
+    inputs = tokens, words, *whole, None
+    torch.library.opcheck(OPS.token_similarity.default, inputs, test_utils="test_faketensor")
+
+
 def test_learned_temperatures_and_weights_get_gradients():
     data, learned = ragged(), [scalar(v) for v in (0.7, 4.0, 5.0, 10.0)]
     weights = scalar(1.0, 2.0, 3.0)
@@ -150,11 +173,10 @@ def test_mean_is_sum_less_the_logarithm_of_the_number_of_sentences():
     assert torch.allclose(both[0] - both[1], 10 * count.double().log().expand(5, -1))  # METHODS 0, item 12
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN}")
 @pytest.mark.parametrize("kind", ["unit", "soft"])
 @pytest.mark.parametrize("aggregation", ["sum", "mean"])
 def test_melp_beat_loss_of_the_authors(kind, aggregation):
-    golden = np.load(GOLDEN)
+    golden = np.load(GOLDEN / "melp_beat_loss.npz")
     counts = torch.tensor(golden["counts"])
     beats, flat = (torch.tensor(golden[f"{kind}_{name}"], requires_grad=True) for name in ("beats", "sents"))
     sentences = torch.nn.utils.rnn.pad_sequence(flat.split(counts.tolist()), batch_first=True)
@@ -337,6 +359,147 @@ def test_memory_grows_with_pairs_only():
     assert allocated < whole / 4
 
 
+# ---- whoever calls an operator directly --------------------------------------------------------------------
+
+FUZZ = """
+import faulthandler, random, resource, sys, torch
+import csrc
+faulthandler.enable()
+if sys.argv[1:]:
+    torch.ops.load_library(sys.argv[1])
+here = int(open("/proc/self/status").read().split("VmSize:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (here + 2**31, here + 2**31))  # what takes more is refused, not begun
+r, x = random.Random(0), torch.rand
+whole = lambda *values: torch.tensor(values)
+sides = lambda: [x(3, 5, 8), x(2, 4, 8), whole(5, 0, 3), whole(4, 2)]
+token = lambda: [*sides(), r.choice([None, torch.tensor(0.5)])]
+beat = lambda: [*sides(), x(2), True, False]
+half = lambda: [v.bfloat16() if v.is_floating_point() else v for v in sides()]
+peaks = lambda: [whole([100, 300, 420], [10, -1, -1]).int(), whole(3, 1).int()]
+GOOD = {
+    "segment_beats": lambda: [x(2, 3, 1500), 500.0],
+    "beat_of_token": lambda: [*peaks(), 10, 500],
+    "token_similarity": token,
+    "token_similarity_backward": lambda: [x(3, 2), *token(), torch.zeros(3, 2, 4, dtype=torch.int16)],
+    "token_similarity_bf16": half,
+    "token_similarity_backward_bf16": lambda: [x(3, 2), *half(), torch.zeros(3, 2, 4, dtype=torch.int16)],
+    "beat_similarity": lambda: [*beat(), r.choice([0, 5 * (9 * 4 + 32)])],
+    "beat_similarity_backward": lambda: [x(3, 2), *beat(), x(3, r.choice([0, 5 * (9 * 4 + 32)]))],
+    "beat_similarity_kernel": lambda: [*beat(), 50],
+    "beat_similarity_backward_kernel": lambda: [x(3, 2), *beat(), 50],
+    "sigmoid_loss": lambda: [x(5, 3), x(5, 3), x(2), torch.ones(5, dtype=torch.bool), True],
+    "sigmoid_terms": lambda: [x(2, 5), 3, x(2), torch.ones(5, dtype=torch.bool), torch.float32],
+}
+WRONG = [
+    lambda v: x([r.choice([0, 1, 2, 3, 5, 9]) for _ in range(r.randrange(5))]).to(v.dtype),  # of any shape
+    lambda v: v.to(r.choice([torch.float64, torch.float16, torch.bfloat16, torch.complex64])),
+    lambda v: v.to(r.choice([torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool])),
+    lambda v: v.transpose(0, -1) if v.dim() else v,
+    lambda v: torch.stack([v, v], -1)[..., 0],
+    lambda v: v[:0] if v.dim() else v,
+    lambda v: torch.cat([v, v]) if v.dim() else v,
+    lambda v: v.narrow(-1, 0, max(0, v.shape[-1] - 1)) if v.dim() else v,
+    lambda v: torch.full_like(v, r.choice([-1, 6, 99, 2**15 - 1])) if v.dtype != torch.bool else v,
+    lambda v: v.to("meta"),
+    lambda v: v.to_sparse(),
+    lambda v: v.detach().requires_grad_() if v.is_floating_point() else v.view(v.shape + (1,)),
+    lambda v: torch.empty(0, 2**40, 8),
+    lambda v: torch.empty(2**33, 0, dtype=v.dtype),
+]
+ODD = [None, -1, 0, 1, 2**31 - 1, 2**31, 2**62, -2**63, 1.5, torch.nan, torch.inf, "", True, torch.ones(2)]
+for name, good in GOOD.items():
+    operator, ends = getattr(torch.ops.ecg, name), {"a result": 0, "an error": 0}
+    for call in range(int(sys.argv[2]) if sys.argv[2:] else 300):
+        arguments = good()
+        many = r.choice([0, 1, 1, 1, 2, 3]) if call else 0
+        for place in r.sample(range(len(arguments)), min(len(arguments), many)):
+            old, bend = arguments[place], r.random() < 0.8
+            bend = bend and isinstance(old, torch.Tensor)
+            arguments[place] = r.choice(WRONG)(old) if bend else r.choice(ODD)
+        try:
+            operator(*arguments)
+            ends["a result"] += 1
+        except Exception:
+            ends["an error"] += 1
+            assert call or "bf16" in name or "kernel" in name or "terms" in name, name
+    print(name, ends)
+"""
+
+
+def fuzz(*arguments):
+    result = python(FUZZ, *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    return {line.split()[0]: line for line in result.stdout.splitlines()}
+
+
+@compiled
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it limits its memory as Linux does")
+def test_wrong_arguments_end_in_an_error_never_in_a_crash():
+    said = fuzz()
+    assert len(said) == 12
+    assert "'a result': 0" not in said["token_similarity"] + said["beat_similarity_backward"]
+
+
+@compiled
+def test_what_a_direct_call_gets_wrong_is_told():
+    x, y, counts = torch.rand(3, 5, 8), torch.rand(2, 4, 8), (torch.tensor([5, 0, 3]), torch.tensor([4, 2]))
+    grad, best, warm = torch.rand(3, 2), torch.zeros(3, 2, 4, dtype=torch.int16), torch.tensor([4.0, 5.0])
+    token, token_back = OPS.token_similarity, OPS.token_similarity_backward
+    beat_back = OPS.beat_similarity_backward
+    flags, one = (True, False), torch.ones(1, dtype=torch.int32)
+    for words, operator, *arguments in (
+            (r"counts must be whole numbers \(B,\) and \(C,\)", token, x, y, counts[0][:2], counts[1], None),
+            ("both sides must be contiguous", token, x, y.transpose(0, 1), *counts, None),
+            ("of one type", token, x, y.double(), *counts, None),
+            ("float32 or float64, not Half", token, x.half(), y.half(), *counts, None),
+            ("1 floating-point temperatures", token, x, y, *counts, warm),
+            ("grad must be contiguous", token_back, grad.T, x, y, *counts, None, best),
+            ("best is 5 of 5", token_back, grad, x, y, *counts, None, best + 5),
+            ("best is -1 of 5", token_back, grad, x, y, *counts, None, best - 1),
+            ("best must be contiguous, Short", token_back, grad, x, y, *counts, None, best.long()),
+            ("2 floating-point temperatures", OPS.beat_similarity, x, y, *counts, warm[:1], *flags),
+            ("room for 7 scores", OPS.beat_similarity, x, y, *counts, warm, *flags, 7),
+            ("room for 7 scores", beat_back, grad, x, y, *counts, warm, *flags, torch.rand(3, 7)),
+            ("kept must be contiguous", beat_back, grad, x, y, *counts, warm, *flags, torch.rand(2, 0)),
+            ("fewer than 2", OPS.beat_of_token, one[None], one, 2**31, 9)):
+        with pytest.raises(RuntimeError, match=words):
+            operator(*arguments)
+
+
+def test_the_plain_version_broadcasts_nothing():
+    x, y, grad, warm = torch.rand(3, 5, 8), torch.rand(2, 4, 8), torch.rand(3, 2), torch.tensor([4.0, 5.0])
+    counts, best = (torch.tensor([5, 0, 3]), torch.tensor([4, 2])), torch.zeros(3, 2, 4, dtype=torch.int16)
+    flags, kept = (True, False), torch.rand(3, 0)
+    for function, *arguments in (
+            (plain.token_forward, x, y, counts[0][:1], counts[1], None),
+            (plain.token_forward, x, y, counts[0].float(), counts[1], None),
+            (plain.token_forward, x, y, *counts, warm),
+            (plain.token_forward, x, y.double(), *counts, None),
+            (plain.token_backward, grad[:1], x, y, *counts, None, best),
+            (plain.token_backward, grad, x, y, *counts, None, best[:, :, :1]),
+            (plain.beat_forward, x, y, counts[0], counts[1][:1], warm, *flags),
+            (plain.beat_forward, x, y, *counts, warm[:1], *flags),
+            (plain.beat_backward, grad[:, :1], x, y, *counts, warm, *flags, kept)):
+        with pytest.raises(ValueError, match="do not fit|best is"):
+            function(*arguments)
+
+
+@pytest.mark.parametrize("run", ["operator", "plain"])
+def test_counts_that_cannot_be_are_cut_to_what_can(run):
+    x, y, seed = draw(3, 5, 8).detach(), draw(2, 4, 8).detach(), torch.ones(3, 2, dtype=torch.float64)
+    warm = torch.tensor([4.0, 5.0], dtype=torch.float64)
+    wild = torch.tensor([99, -7, 3]), torch.tensor([5, -1])
+    cut = torch.tensor([5, 0, 3]), torch.tensor([4, 0])
+    token = {"operator": (OPS.token_similarity, OPS.token_similarity_backward),
+             "plain": (plain.token_forward, plain.token_backward)}[run]
+    beat = {"operator": (OPS.beat_similarity, OPS.beat_similarity_backward),
+            "plain": (plain.beat_forward, plain.beat_backward)}[run]
+    for (forward, backward), rest in ((token, (None,)), (token, (warm[0],)), (beat, (warm, True, False))):
+        found = [(out, *backward(seed, x, y, *counts, *rest, kept)) for counts in (wild, cut)
+                 for out, kept in [forward(x, y, *counts, *rest)]]
+        assert all(map(torch.equal, *found)) and found[0][0].isfinite().all()
+
+
 # ---- CUDA, without a GPU ----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -374,8 +537,10 @@ def beat_operators(tmp_path_factory):
     from torch.utils import cpp_extension
     build.find_ninja()
     sources = [ROOT / "tests/beat_similarity_on_host.cpp", build.FOLDER / "beat_similarity_gpu.cpp"]
+    folder = tmp_path_factory.mktemp("beat")
     cpp_extension.load("beat_on_host", list(map(str, sources)), extra_cflags=["-O1", "-pthread", "-Wno-unknown-pragmas"],
-                       build_directory=str(tmp_path_factory.mktemp("beat")), is_python_module=False)
+                       build_directory=str(folder), is_python_module=False)
+    return folder / "beat_on_host.so"
 
 
 @pytest.fixture
@@ -423,6 +588,13 @@ def test_beat_kernels_on_the_host_take_empty_sides_and_lose_no_nan(by_kernels):
 
 
 @compiled
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it limits its memory as Linux does")
+def test_wrong_arguments_of_the_beat_kernels_end_in_an_error(beat_operators):
+    said = fuzz(beat_operators, 100)
+    assert "'a result': 0" not in said["beat_similarity_kernel"] + said["beat_similarity_backward_kernel"]
+
+
+@compiled
 def test_what_suits_the_beat_kernels_has_room_and_the_rest_is_plain(by_kernels, monkeypatch):
     counts, warm = (torch.empty(0, dtype=torch.int64), torch.tensor([1])), torch.tensor([4.0, 5.0])
     for over in (True, False):
@@ -431,9 +603,10 @@ def test_what_suits_the_beat_kernels_has_room_and_the_rest_is_plain(by_kernels, 
             OPS.beat_similarity_kernel(torch.empty(0, k, 4), torch.empty(1, s, 4), *counts, warm, over, False, 1)
     monkeypatch.setattr(plain, "beats_by_sentences", by_kernels)
     for beats, sentences in ((65, 2), (2, 129), (64, 33)):
-        x, y, *counts = ragged(torch.float32, beats=beats, sentences=sentences)["beat"]
+        x, y, *some = ragged(torch.float32, beats=beats, sentences=sentences)["beat"]
         x, y = x.detach(), y.detach()
-        ours, theirs = plain.beat_forward(x, y, *counts, warm, True, False)[0], by_kernels(x, y, *counts, warm, True, False)
+        inputs = x, y, *some, warm, True, False
+        ours, theirs = plain.beat_forward(*inputs)[0], by_kernels(*inputs)
         assert torch.allclose(ours, theirs, atol=1e-6)
     with pytest.raises(RuntimeError, match="129 sentences in a text; beside 4 beats there is room for 128"):
         OPS.beat_similarity_kernel(torch.empty(0, 4, 4), torch.empty(1, 129, 4), *counts, warm, True, False, 1)
