@@ -1,5 +1,6 @@
 """python setup.py build_ext --inplace, or pip install --no-build-isolation -e ., builds the extension ahead of its first use."""
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-BESIDE = ["prompts.json"]  # files that the modules look for beside themselves
+BESIDE = ["prompts.json", "weights.json"]  # files that the modules look for beside themselves
 sys.path.insert(0, str(ROOT / "csrc"))
 
 
@@ -66,7 +67,7 @@ def extension():
 ext_modules, cmdclass = extension()
 setup(
     name="ecg-language",
-    version="0.2.0",
+    version=re.search(r'^VERSION = "(.*)"', (ROOT / "model.py").read_text(), re.M)[1],
     description="ECG-language pretraining: ETP, MERL, C-MELT, MELP and FG-CLEP side by side, and compiled operators",
     license="MIT",
     python_requires=">=3.10",
