@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import errno
 import hashlib
 import inspect
 import io
@@ -20,10 +21,11 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import islice
@@ -47,7 +49,9 @@ MAX_GAP = 0.04     # s, longest gap that is interpolated: half a normal QRS, so 
 MIN_SECONDS = 4.0  # s of valid signal that a lead needs: three beats even at 45 a minute
 CROPS = {"first": (SECONDS, False), "center": (SECONDS, True),  # what is kept of a record: seconds, and whether mid-way
          "cpsc-merl": (5, False)}  # MERL's rule for CPSC2018: the first 2,500 samples at 500 Hz, then zeros
-MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "v": 1e3, "nv": 1e-6}  # unit in the header -> mV
+MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3, "v": 1e3, "nv": 1e-6, "millivolt": 1.0,  # unit -> mV
+              "millivolts": 1.0, "microvolt": 1e-3, "microvolts": 1e-3, "volt": 1e3, "volts": 1e3}
+RATES = 50, 20000  # Hz: a header that says anything else is damaged, or not of an ECG
 
 
 class DataError(ValueError):
@@ -62,11 +66,15 @@ class DataError(ValueError):
 
 def open_file(path):
     """A regular file, opened for reading in binary (a pipe or a device would hang). Errors: OSError."""
-    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(0, "no regular file", str(path))
-    return file
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "no name of a file (it holds a zero)", str(path)) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        kind = "a folder, not a file" if stat.S_ISDIR(os.fstat(handle).st_mode) else "no regular file"
+        os.close(handle)
+        raise OSError(errno.EINVAL, kind, str(path))
+    return open(handle, "rb")
 
 
 def read_text(path, advice=""):
@@ -74,7 +82,7 @@ def read_text(path, advice=""):
     try:
         with open_file(path) as file:
             text = file.read().decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a zero in it
+    except (OSError, UnicodeDecodeError) as error:
         fault = getattr(error, "strerror", None) or f"not readable ({error})"
         raise DataError(f"{path}: {fault}{advice and '; ' + advice}") from error
     if text.startswith("version https://git-lfs"):
@@ -109,8 +117,10 @@ KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or
 
 
 def check(value, shape, where):
-    """value, if what was read from a file has this shape, else a DataError that says where it has not: a type or a tuple of types
-    (float takes whole numbers, too); [shape] for a list; {"key": shape} for keys that an object must have, {str: shape} for all."""
+    """value, if what was read from a file has this shape, else a DataError that says where it has not.
+
+    A shape is a type or a tuple of types (float takes whole numbers, too); [shape] for a list; {"key": shape} for keys
+    that an object must have, {str: shape} for all others."""
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
     fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
     if not fits or isinstance(value, bool) and bool not in kinds:
@@ -119,8 +129,8 @@ def check(value, shape, where):
         for i, item in enumerate(value):
             check(item, shape[0], f"{where}, place {i + 1}")
     elif isinstance(shape, dict):
-        for key in shape.keys() - {str}:
-            if key not in value:
+        for key in shape:
+            if key is not str and key not in value:
                 raise DataError(f"{where}: has no {key!r}")
         for key, item in value.items():
             if inner := shape.get(key, shape.get(str)):
@@ -129,8 +139,8 @@ def check(value, shape, where):
 
 
 def write_atomic(path, write):
-    """write(temporary path), then rename: a reader, or a crash, never sees half a file. Errors: DataError where the disk is full or
-    the folder may not be written; what was there stays."""
+    """write(temporary path), then rename: a reader, or a crash, never sees half a file. Errors: DataError where the disk
+    is full or the folder may not be written; what was there stays."""
     temporary = f"{path}.tmp"
     try:
         write(temporary)
@@ -180,6 +190,8 @@ def guarded(main, *errors):
         sentence = str(error)
     except OSError as error:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except MemoryError as error:
+        sentence = f"out of memory ({error or 'no more could be had'})"
     except KeyboardInterrupt:
         sys.exit(130)
     else:
@@ -194,68 +206,206 @@ class Record(NamedTuple):
     signal: np.ndarray  # (leads, N) float32 mV in the file's own lead order, NaN where the file marks a sample invalid
     names: list         # of the leads, as written in the file
     fs: float           # Hz
-    checksum_ok: bool   # False: the samples do not add up to the header's checksum (only looked at in plain format 16)
+    checksum_ok: bool   # False: they do not add up to the header's checksum (only looked at in whole records of format 16)
 
 
-RECORD_LINE = re.compile(r"[^\s/]+\s+(?P<leads>\d+)\s+(?P<fs>\d+\.?\d*)\s+(?P<samples>\d+)(\s|$)")
-SIGNAL_LINE = re.compile(
-    r"(?P<file>\S+)\s+16(\+(?P<offset>\d+))?\s+(?P<gain>-?\d+\.?\d*(e[-+]?\d+)?)(\((?P<baseline>-?\d+)\))?"
-    r"(/(?P<unit>\S+))?\s+\d+\s+(?P<zero>-?\d+)\s+-?\d+\s+(?P<checksum>-?\d+)\s+\d+\s+(?P<name>\S.*)")
+
+MOST = dict(header=2**20, leads=256)  # bytes and signals: more is no ECG, and must not eat the memory
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", re.I)
+RECORD_LINE = re.compile(r"[^\s/]+(/(?P<segments>\d{1,9}))?\s+(?P<leads>\d{1,9})"
+                         r"(\s+(?P<fs>[^\s/(]+)[/(]?\S*(\s+(?P<samples>\d{1,15})(\s.*)?)?)?")
+SIGNAL_LINE = re.compile(  # numbers: resolution, zero, first sample, checksum, block size
+    r"(?P<file>\S+)\s+(?P<format>\d{1,4})(x(?P<frame>\d{1,5}))?(:(?P<skew>\d{1,9}))?(\+(?P<offset>\d{1,15}))?"
+    r"(\s+(?P<gain>[^\s(/]+)(\((?P<baseline>[-+]?\d{1,15})\))?(/(?P<unit>\S+))?"
+    r"(?P<numbers>(\s+[-+]?\d{1,15}(?!\S)){0,5})(\s+(?P<name>\S.*))?)?")
+BYTES = {"8": 1, "80": 1, "16": 2, "61": 2, "160": 2, "24": 3, "32": 4, "212": 3 / 2, "310": 4 / 3, "311": 4 / 3}  # of a sample
+OURS = errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the system lacks is no fault of a record
 
 
-def read_record(path, fast=True):
+def refuse(where, fault, detail=""):
+    raise DataError(f"{where}: {fault}{detail and f' ({detail})'}", fault)
+
+
+def read_record(path, fast=True, part=None):
     """The WFDB record at path (without extension), in any format wfdb reads. DataError says what is wrong with it.
 
-    fast: plain format 16 (PTB-XL, MIMIC-IV-ECG, LUDB, the Challenges' .mat) is read by numpy instead of wfdb.
+    fast: format 16 (PTB-XL, MIMIC-IV-ECG, LUDB, the Challenges' .mat) is read by numpy instead of wfdb.
+    part(samples, Hz) -> (start, stop): what is read of it; the rest of its files is not looked at.
     """
+    path = os.fspath(path)
     try:
-        with open(f"{path}.hea", encoding="latin-1") as file:
-            head, *lines = [line.strip() for line in file if line.strip() and not line.startswith("#")] or [""]
-        record, leads = RECORD_LINE.match(head), [SIGNAL_LINE.match(line) for line in lines]
-        if record and (not lines or len(lines) != int(record["leads"])):
-            raise DataError(f"{path}.hea: announces {record['leads']} leads, has {len(lines)}", "wrong lead count")
-        if any(re.match(r"\S+\s+\S+\s+-?0+\.?0*([(/\s]|$)", line) for line in lines):
-            raise DataError(f"{path}.hea: a lead has gain zero, so its samples have no unit", "zero gain")
-        plain = fast and record and all(leads) and len({(lead["file"], lead["offset"]) for lead in leads}) == 1
-        signal, units, record = read_format16(path, record, leads) if plain else read_wfdb(path)
-    except (FileNotFoundError, PermissionError) as error:
-        fault = "file is missing" if isinstance(error, FileNotFoundError) else "file may not be read"
-        raise DataError(f"{error.filename}: {fault}", fault) from error
-    unknown = [str(unit) for unit in units if str(unit).lower() not in MILLIVOLTS]
-    if unknown or record.fs <= 0:
-        fault = f"unit {unknown[0]!r} is no voltage" if unknown else "sampling rate is zero"
-        raise DataError(f"{path}.hea: {fault}", fault)
-    signal = signal * [MILLIVOLTS[unit.lower()] for unit in units]
-    return record._replace(signal=np.ascontiguousarray(signal.T, np.float32))
+        head, lines = read_header(path)
+        if head["segments"]:
+            return read_segments(path, head, lines, fast, part)
+        leads = [parse_lead(path, line) for line in lines]
+        sizes = {lead["file"]: file_size(lead["file"]) for lead in leads}
+        samples = head["samples"] or length_of(path, leads, sizes)
+        start, stop = part(samples, head["fs"]) if part else (0, samples)
+        if len({(lead["file"], lead["offset"], lead["format"]) for lead in leads}) > len(sizes):
+            refuse(f"{path}.hea", "not readable by wfdb", "gives one file two formats or offsets")
+        plain = fast and all((lead["format"], lead["frame"], lead["skew"]) == ("16", 1, 0) for lead in leads)
+        signal = (read_format16 if plain else read_wfdb)(path, head["fs"], leads, sizes, samples, start, stop)
+    except OSError as error:
+        if error.errno in OURS:
+            raise
+        known = {FileNotFoundError: "file is missing", PermissionError: "file may not be read"}
+        refuse(error.filename or path, known.get(type(error), error.strerror or str(error)))
+    ok = not plain or (start, stop) != (0, samples) or all(lead["adds up"] for lead in leads)
+    signal = signal * [lead["unit"] for lead in leads]
+    with np.errstate(over="ignore"):  # what is beyond float32 is no voltage, and counts as invalid
+        signal = np.ascontiguousarray(signal.T, np.float32)
+    return Record(signal, [lead["name"] for lead in leads], head["fs"], ok)
 
 
-def read_format16(path, record, leads):
-    """One file of interleaved int16 samples, -32768 where invalid -> signal (N, leads), units, Record without it."""
-    name, shape = os.path.join(os.path.dirname(path), leads[0]["file"]), (int(record["samples"]), len(leads))
-    raw = np.fromfile(name, "<i2", offset=int(leads[0]["offset"] or 0))
-    if raw.size != shape[0] * shape[1]:
-        fault = "signal file is " + ("truncated" if raw.size < shape[0] * shape[1] else "longer than its header says")
-        raise DataError(f"{name}: {fault} ({raw.size} samples, header: {shape[0]} x {shape[1]} leads)", fault)
-    raw = raw.reshape(shape)
-    signal = raw - np.array([float(lead["baseline"] or lead["zero"]) for lead in leads])
-    signal /= [float(lead["gain"]) for lead in leads]
-    signal[raw == -32768] = np.nan
-    excess = raw.sum(0, dtype=np.int64) - [int(lead["checksum"]) for lead in leads]
-    record = Record(None, [lead["name"] for lead in leads], float(record["fs"]), not (excess % 65536).any())
-    return signal, [lead["unit"] or "mV" for lead in leads], record
+def read_header(path):
+    """The record line of path.hea, {"segments", "leads", "fs" (Hz), "samples"}, 0 where it does not say, and the lines
+    of its signals or segments."""
+    with open_file(f"{path}.hea") as file:
+        raw = file.read(MOST["header"] + 1)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    lines = [line.strip() for line in re.split(r"[\r\n]", text)]
+    first, *lines = [line for line in lines if line and not line.startswith("#")] or [""]
+    record = RECORD_LINE.fullmatch(first)
+    if not record or len(raw) > MOST["header"]:
+        fault = "a Git LFS pointer; git lfs pull fetches the file" if first.startswith("version https://git-lfs") else (
+            f"record line {first[:60]!r}" if raw else "empty")
+        refuse(f"{path}.hea", "not readable by wfdb", fault)
+    segments, leads = int(record["segments"] or 0), int(record["leads"])
+    if not lines or len(lines) != (segments or leads) or len(lines) > MOST["leads"] and not segments:
+        refuse(f"{path}.hea", "wrong lead count", f"announces {segments or leads}, has {len(lines)}")
+    if not NUMBER.fullmatch(record["fs"] or ""):
+        refuse(f"{path}.hea", "sampling rate is no number", record["fs"] or "none is given")
+    fs = float(record["fs"])
+    if not RATES[0] <= fs <= RATES[1]:
+        refuse(f"{path}.hea", f"sampling rate is not within {RATES[0]} and {RATES[1]} Hz" if fs else "sampling rate is zero", record["fs"])
+    return dict(segments=segments, leads=leads, fs=fs, samples=int(record["samples"] or 0)), lines
 
 
-def read_wfdb(path):
-    """Any other format -> the same as read_format16."""
+def parse_lead(path, line):
+    """A signal line of path.hea -> a dictionary; file is a path, unit in mV."""
+    lead, where = SIGNAL_LINE.fullmatch(line), f"{path}.hea"
+    numbers = (lead and lead["numbers"] or "").split()
+    if not lead or lead["name"] and len(numbers) < 5 and lead_index(lead["name"]) is None:
+        refuse(where, "not readable by wfdb", f"signal line {line[:60]!r}")
+    numbers = [int(number) for number in numbers] + [None] * 5
+    gain, unit = lead["gain"], (lead["unit"] or "mV").strip("[]()").lower()
+    if gain is None or NUMBER.fullmatch(gain) and not float(gain):
+        refuse(where, "zero gain" if gain else "no gain", f"so the samples have no unit: {line[:60]!r}")
+    if not NUMBER.fullmatch(gain):
+        refuse(where, "gain is no number", gain)
+    if unit not in MILLIVOLTS:
+        refuse(where, f"unit {lead['unit']!r} is no voltage")
+    return dict(file=beside(path, lead["file"]), format=lead["format"], frame=int(lead["frame"] or 1), skew=int(lead["skew"] or 0),
+                offset=int(lead["offset"] or 0), gain=float(gain), baseline=int(lead["baseline"] or numbers[1] or 0),
+                unit=MILLIVOLTS[unit], zero=numbers[1] or 0, first=numbers[2], checksum=numbers[3], name=lead["name"] or "")
+
+
+def beside(path, name):
+    """Path of a file that the header of the record at path names: in its folder or below. Errors: DataError."""
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        refuse(f"{path}.hea", "names a file outside of its folder", name)
+    return os.path.join(os.path.dirname(path), name)
+
+
+def file_size(name):
+    with open_file(name) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def length_of(path, leads, sizes):
+    """Samples of a record whose header does not say how many: those that its first file holds."""
+    first = leads[0]
+    frame = sum(lead["frame"] for lead in leads if lead["file"] == first["file"]) * BYTES.get(first["format"], 0)
+    samples = int((sizes[first["file"]] - first["offset"]) / frame) if frame else 0
+    if samples <= 0:
+        refuse(f"{path}.hea", "number of samples is unknown", "neither the header nor the size of the signal file tells it")
+    return samples
+
+
+def read_format16(path, fs, leads, sizes, samples, start, stop):
+    """Files of interleaved int16 samples, -32768 where invalid -> signal (stop - start, leads) in the header's units; notes in
+    leads whether a whole record adds up to its checksums."""
+    signal = np.empty((stop - start, len(leads)))
+    for name in sizes:
+        own = [i for i, lead in enumerate(leads) if lead["file"] == name]
+        offset, width = leads[own[0]]["offset"], len(own)
+        found, wanted = sizes[name] - offset, 2 * samples * width
+        if found != wanted:
+            refuse(name, "signal file is " + ("truncated" if found < wanted else "longer than its header says"),
+                   f"{max(found, 0) // 2} samples, header: {samples} x {width} leads")
+        with open_file(name) as file:
+            raw = np.fromfile(file, "<i2", (stop - start) * width, offset=offset + 2 * start * width).reshape(-1, width)
+        own = [leads[i] for i in own]
+        part = raw - np.array([float(lead["baseline"]) for lead in own])
+        part /= [lead["gain"] for lead in own]
+        part[raw == -32768] = np.nan
+        signal[:, [i for i, lead in enumerate(leads) if lead["file"] == name]] = part
+        for lead, total in zip(own, raw.sum(0, dtype=np.int64)):
+            lead["adds up"] = lead["checksum"] is None or (total - lead["checksum"]) % 65536 == 0
+    return signal
+
+
+def read_wfdb(path, fs, leads, sizes, samples, start, stop):
+    """Any other format -> the same as read_format16. wfdb sees a header of our own beside links to the files: it takes
+    headers for ASCII, and some that the format allows for damaged."""
     import wfdb  # takes a second, and most data sets do not need it
-    try:
-        record = wfdb.rdrecord(path)
-    except OSError:
-        raise
-    except Exception as error:  # wfdb fails in many ways on damaged files; each of them is a fault of this record only
-        fault = "not readable by wfdb"
-        raise DataError(f"{path}: {fault} ({type(error).__name__}: {error})", fault) from error
-    return record.p_signal, record.units, Record(None, record.sig_name, float(record.fs), True)
+    for name in sizes:
+        own = [lead for lead in leads if lead["file"] == name]
+        held = (sizes[name] - own[0]["offset"]) / BYTES.get(own[0]["format"], np.nan)
+        if held < samples * sum(lead["frame"] for lead in own) - 1:
+            refuse(path, "not readable by wfdb", f"{name} is truncated")
+    if any(lead["skew"] > fs or not 0 < lead["frame"] * fs <= RATES[1] for lead in leads):
+        refuse(f"{path}.hea", "not readable by wfdb", "its skew or its samples per frame are beyond all measure")
+    start, skip = (0, start) if any(lead["format"] == "8" for lead in leads) else (start, 0)  # 8: sums of differences
+    with tempfile.TemporaryDirectory() as folder:
+        for i, name in enumerate(sizes):
+            os.symlink(os.path.abspath(name), f"{folder}/{i}.dat")
+        Path(f"{folder}/r.hea").write_text(f"r {len(leads)} {fs} {samples}\n" + "".join(
+            f"{list(sizes).index(lead['file'])}.dat {lead['format']}x{lead['frame']}:{lead['skew']}+{lead['offset']} "
+            f"{lead['gain']:.17g}({lead['baseline']})/mV 16 {lead['zero']} {lead['first'] or 0} 0 0 c{i}\n"
+            for i, lead in enumerate(leads)))
+        try:
+            return wfdb.rdrecord(f"{folder}/r", start, stop).p_signal[skip:]
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # wfdb fails in many ways on damaged files; each of them is a fault of this record only
+            text = " ".join(str(error).replace(folder, os.path.dirname(path)).split())
+            raise DataError(f"{path}: not readable by wfdb ({type(error).__name__}: {text})", "not readable by wfdb") from error
+
+
+def read_segments(path, head, lines, fast, part):
+    """A record whose header names others, to be read one behind another -> Record; NaN where a lead is in none of them."""
+    segments = [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
+    total = sum(int(segment[2]) for segment in segments if segment)
+    if None in segments or head["samples"] not in (0, total):
+        refuse(f"{path}.hea", "not readable by wfdb", "its segments are not those that it announces")
+    start, stop = part(total, head["fs"]) if part else (0, total)
+    found, at = [], 0
+    for name, length in (segment.groups() for segment in segments):
+        first, last = max(start - at, 0), min(stop - at, int(length))
+        if first < last and name != "~":  # ~: a gap
+            if read_header(beside(path, name))[0]["segments"]:
+                refuse(f"{path}.hea", "not readable by wfdb", f"segment {name} has segments of its own")
+            found.append((at + first - start, name, read_record(beside(path, name), fast, lambda samples, fs: (first, min(last, samples)))))
+            if found[-1][2].fs != head["fs"] or found[-1][2].signal.shape[1] != last - first:
+                refuse(f"{path}.hea", "not readable by wfdb", f"segment {name} has another rate or length than announced")
+        at += int(length)
+    names = list(dict.fromkeys(name for _, _, record in found for name in record.names))
+    if any(len(set(record.names)) < len(record.names) for *_, record in found) or not 0 < len(names) <= MOST["leads"]:
+        refuse(f"{path}.hea", "a lead occurs twice" if names else "its segments are empty")
+    signal = np.full((len(names), stop - start), np.nan, np.float32)
+    for at, _, record in found:
+        signal[[names.index(name) for name in record.names], at:at + record.signal.shape[1]] = record.signal
+    return Record(signal, names, head["fs"], all(record.checksum_ok for *_, record in found))
+
+
+def lead_index(name):
+    """Place in LEADS of a lead by its name, whatever case and prefix ("Lead I", "MDC_ECG_LEAD_AVR"), or None."""
+    name = str(name).strip(" '\"").upper().removeprefix("MDC_ECG_LEAD_")
+    return LEAD_INDEX.get(re.sub(r"^((ECG|EKG|LEAD)[\s_:.-]+)+", "", name))
 
 
 def to_twelve(record):
@@ -263,7 +413,7 @@ def to_twelve(record):
 
     Other leads are left out. Missing limb leads are not derived from the others: what is stored was recorded.
     """
-    index = [LEAD_INDEX.get(str(name).strip().upper().removeprefix("MDC_ECG_LEAD_")) for name in record.names]
+    index = [lead_index(name) for name in record.names]
     known = [i for i in index if i is not None]
     if not known or len(set(known)) < len(known):
         fault = "a lead occurs twice" if known else "none of the twelve leads"
@@ -308,13 +458,16 @@ def microvolts(signal, samples):
 
 def load_record(path, rate, crop="first"):
     """A record as a store keeps it: microvolts (12, SECONDS * rate) int16, usable (12,) bool, notes {text: amount}."""
-    record = read_record(path)
-    seconds, middle = CROPS[crop]
-    length = round(seconds * record.fs)
-    start = max(0, (record.signal.shape[1] - length) // 2) if middle else 0
+    def part(samples, fs):
+        seconds, middle = CROPS[crop]
+        length = round(seconds * fs)
+        start = max(0, (samples - length) // 2) if middle else 0
+        return start, min(samples, start + length)
+
+    record = read_record(path, part=part)
     try:
         signal, present = to_twelve(record)
-        signal, usable, zeroed = repair(signal[:, start:start + length], present, record.fs)
+        signal, usable, zeroed = repair(signal, present, record.fs)
     except DataError as error:
         raise DataError(f"{path}: {error}", error.reason) from error
     ratio = (rate / Fraction(str(record.fs))).limit_denominator(10000)  # exact for all but freakish rates
@@ -329,11 +482,12 @@ def load_record(path, rate, crop="first"):
 
 # ---- the store ------------------------------------------------------------------------------------------------------
 
-FORMAT = ["ecg-language store", 2]  # name and version
+FORMAT = ["ecg-language store", 3]  # name and version
 CHUNK = 256  # records of a task: what is written at once, and what the simulator draws at once
 COLUMNS = ("id", "patient", "split", "fold", "statements", "report", "codes", "source", "leads", "features", "peaks")
 JSON_COLUMNS = ("statements", "codes", "features", "peaks")
 AGAIN = "delete it and prepare the data set again"
+STRANGE = "label codes that prompts.json does not know, so that no label set counts them"
 UNFINISHED = "preparing it did not finish; run the same prepare command again"
 
 
@@ -343,20 +497,25 @@ class Store:
 
     def __init__(self, path, verify=False):
         self.path, self.meta = str(path), read_state(str(path))
-        if not self.meta["complete"]:
-            raise DataError(f"{path}: {UNFINISHED}")
         self.rate, self.samples = self.meta["rate"], self.meta["samples"]
-        for name, (size, crc) in self.meta["files"].items():
-            file = os.path.join(self.path, name)
-            found = os.path.getsize(file) if os.path.exists(file) else 0
-            if found != size or (verify or name == "records.csv") and crc_of(file) != crc:
-                raise DataError(f"{file}: damaged ({found} of {size} bytes, or other content); {AGAIN}")
+        for name in self.meta["files"]:
+            self.verify(name, verify or name == "records.csv")
         self.records = pd.read_csv(os.path.join(self.path, "records.csv"), dtype=str, keep_default_na=False)
         if self.meta["files"]["ecg.i16"][0] != len(self) * 24 * self.samples:
             raise DataError(f"{path}: ecg.i16 and records.csv differ in the number of records; {AGAIN}")
         for column in JSON_COLUMNS:
             self.records[column] = [json.loads(text) for text in self.records[column]]
         self.records["fold"] = self.records["fold"].replace("", "0").astype(int)
+
+    def verify(self, name="ecg.i16", content=True):
+        """Compare a file's size, and the checksum of its content (1 GB a second), with what was written. Errors: DataError."""
+        file, (size, crc) = os.path.join(self.path, name), self.meta["files"][name]
+        try:
+            found = file_size(file)
+            if found != size or content and crc_of(file) != crc:
+                raise DataError(f"{file}: damaged ({found} of {size} bytes, or other content); {AGAIN}")
+        except OSError as error:
+            raise DataError(f"{file}: damaged ({error.strerror}); {AGAIN}") from error
 
     def __len__(self):
         return len(self.records)
@@ -368,22 +527,31 @@ class Store:
         return signals[indices].astype(np.float32) / 1000
 
 
-def read_state(folder):
-    """store.json of a store, or of one in the making."""
+def read_state(folder, finished=True):
+    """store.json of a store, or of one in the making. Errors: DataError."""
+    name = os.path.join(folder, "store.json")
     try:
-        with open(os.path.join(folder, "store.json"), encoding="utf-8") as file:
-            state = json.load(file)
-    except (OSError, ValueError) as error:
+        state = read_json(name)
+    except DataError as error:
         raise DataError(f"{folder}: " + (UNFINISHED if os.path.isdir(folder + ".partial") else
                         f"no store ({error}); make one with python data.py prepare SOURCE SRC DST")) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise DataError(f"{folder}/store.json: not of a store of version {FORMAT[1]}; {AGAIN}")
+    if state.get("format") != FORMAT:
+        raise DataError(f"{name}: not of a store of version {FORMAT[1]}; {AGAIN}")
+    if finished and state.get("complete") is False:
+        raise DataError(f"{folder}: {UNFINISHED}")
+    if state.pop("checksum", None) != checksum(state):
+        raise DataError(f"{name}: damaged (its content is not what was written); {AGAIN}")
     return state
+
+
+def checksum(state):
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def write_state(folder, state):
     """Replace store.json in one step: after a crash it is the old one or the new one."""
-    write_text(os.path.join(folder, "store.json"), json.dumps(state, indent=1))
+    state = json.loads(json.dumps(state))  # as it will be read
+    write_text(os.path.join(folder, "store.json"), json.dumps(state | {"checksum": checksum(state)}, indent=1))
 
 
 def crc_of(name):
@@ -393,64 +561,95 @@ def crc_of(name):
 def open_data(spec, rate=100, cache=None, **options):
     """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "simulated", "simulated:N", "store:DIR"; options as of prepare().
 
-    All but a store are prepared on first use into `cache`, or $ECG_CACHE, or ~/.cache/ecg-language.
+    All but a store are prepared on first use into `cache`, or $ECG_CACHE, or ~/.cache/ecg-language. rate: Hz; None: the
+    store's own. Errors: DataError.
     """
     source, _, src = spec.partition(":")
     if source == "store":
-        store = Store(src)
-        if store.rate != rate:
+        store = Store(os.path.expanduser(src))
+        if rate not in (None, store.rate):
             raise DataError(f"{src}: holds records at {store.rate} Hz, not {rate}; prepare another or ask for its rate")
         return store
-    key = json.dumps(settings_of(source, os.path.expanduser(src), rate, **options))
+    rate, src = rate or 100, os.path.expanduser(src)
+    key = json.dumps(settings_of(source, src, rate, **options))
     cache = cache or os.environ.get("ECG_CACHE") or os.path.expanduser("~/.cache/ecg-language")
     dst = os.path.join(cache, f"{source}-{rate}hz-{hashlib.sha256(key.encode()).hexdigest()[:10]}")
     if not os.path.exists(dst):
         print(f"preparing {spec} at {rate} Hz, this once, into {dst}", file=sys.stderr)
-    return prepare(source, os.path.expanduser(src), dst, rate, **options)
+    return prepare(source, src, dst, rate, **options)
 
 
 def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
-    """All that shapes a store beside the data themselves: what translates its reports, or what simulates, included."""
-    if source == "simulated":
-        src = str(src or SIMULATED)
-    if source not in SOURCES or crop not in CROPS or not 100 <= rate <= 1000 or source == "simulated" and not src.isdigit():
-        raise DataError(f"no such data: {source}:{src}, crop {crop}, {rate} Hz; sources are {', '.join(SOURCES)} "
-                        f"(and a number of records), crops {', '.join(CROPS)}, rates 100 to 1000 Hz")
-    wordings = [(f["name"], f["also"]) for f in knowledge()["findings"].values()]
-    maker = {"simulated": inspect.getsource(sys.modules[__name__]).rpartition("# ---- simulator")[2] + str(wordings),
-             "ptbxl": str(knowledge()["lexicon"]) + str(wordings)}.get(source, "")
-    return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src), rate=rate, crop=crop,
-                min_words=min_words, seed=seed, maker=zlib.crc32(maker.encode()))
+    """All that shapes a store beside the data themselves: what reads it, translates its reports, or simulates, included."""
+    src = str(src or SIMULATED if source == "simulated" else src)
+    number = source != "simulated" or re.fullmatch("[0-9]{1,12}", src)
+    counts = [type(n) is int and n >= 0 for n in (rate, min_words, seed)]
+    if source not in SOURCES or not src or crop not in CROPS or not number or not all(counts) or not 100 <= rate <= 1000:
+        raise DataError(f"no such data: {source}:{src}, crop {crop}, {rate} Hz, min_words {min_words}, seed {seed}; sources are "
+                        f"{', '.join(SOURCES)} (and a number of records), crops {', '.join(CROPS)}, rates 100 to 1000 Hz")
+    return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src), rate=rate,
+                crop=crop, min_words=min_words, seed=seed, maker=maker(source))
 
 
 def prepare(source, src, dst, rate=100, workers=None, **options):
     """Make the store dst, or go on where a killed run stopped, or check the one that is there -> Store.
 
     source: a key of SOURCES; options: crop, a key of CROPS; min_words of a MIMIC report (MERL: 4); seed of the simulator.
-    A second process that prepares dst waits for the first.
+    A second process that prepares dst waits for the first. Errors: DataError.
     """
     dst, settings = os.path.abspath(dst), settings_of(source, src, rate, **options)
     plan, total, readable = survey(settings)
     workers = workers or min(os.cpu_count(), 1 + readable // 4000)  # starting one costs some thousand records
-    if not os.path.exists(dst):
-        os.makedirs(os.path.dirname(dst), exist_ok=True)
-        with locked(dst + ".lock"):  # a second process waits here
-            if not os.path.exists(dst):
-                build(settings, plan, total, dst, workers)
-                os.unlink(dst + ".lock")  # whoever waits for it, or comes later, finds dst
+    try:
+        if vacant(dst):
+            os.makedirs(os.path.dirname(dst), exist_ok=True)
+            with locked(dst + ".lock"):  # a second process waits here
+                if vacant(dst):
+                    build(settings, plan, total, dst, workers)
+                    with contextlib.suppress(OSError):
+                        os.unlink(dst + ".lock")  # whoever waits for it, or comes later, finds dst
+        elif not os.path.lexists(os.path.join(dst, "store.json")):
+            raise DataError(f"{dst}: is there already and holds no store; choose another name")
+    except BrokenExecutor as error:
+        raise DataError(f"{dst}: a process that read records was ended from outside, for want of memory, it seems; "
+                        "the same command goes on from there, --workers 1 needs less") from error
+    except OSError as error:
+        raise DataError(f"{dst}: cannot be written ({error.filename or ''} {error.strerror or error}); free space or choose another "
+                        "folder (for the cache: set ECG_CACHE); the same command goes on where it stopped") from error
     store = Store(dst)
     if store.meta["plan"] != plan:
-        raise DataError(f"{dst}: made with other settings or from other records; {AGAIN}")
+        raise DataError(f"{dst}: made with other settings, by other code or from other records; {AGAIN}")
     return store
 
 
+def vacant(dst):
+    """Is there nothing at dst, or an empty folder?"""
+    return not os.path.lexists(dst) or os.path.isdir(dst) and not os.listdir(dst)
+
+
 def survey(settings):
-    """A cheap pass over the source: a checksum of what is prepared and how, the number of rows, and of usable ones."""
+    """A cheap pass over the source: a checksum of what is prepared and how, the number of rows, and of usable ones.
+
+    The rows count as they are, and size and time of change of the files that they name."""
     digest, total, readable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
+    if settings["source"] == "simulated":  # the settings say all
+        return digest.hexdigest(), int(settings["src"]), int(settings["src"])
     for row in SOURCES[settings["source"]](settings):
-        digest.update(json.dumps([row["id"], row.get("path"), row.get("skip")]).encode())
+        digest.update(json.dumps([row, *stamps(row.get("path"))]).encode())
         total, readable = total + 1, readable + ("skip" not in row)
     return digest.hexdigest(), total, readable
+
+
+def stamps(path):
+    """(size, time of change) of a record's header and of the signal file of its name, as far as they are there."""
+    found = []
+    for suffix in (".hea", ".dat", ".mat") if path else ():
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(path + suffix)
+            found.append((suffix, status.st_size, status.st_mtime_ns))
+        if len(found) == 2:
+            break
+    return found
 
 
 def build(settings, plan, total, dst, workers):
@@ -464,10 +663,13 @@ def build(settings, plan, total, dst, workers):
     state = dict(format=FORMAT, complete=False, plan=plan, rate=settings["rate"], samples=SECONDS * settings["rate"],
                  leads=LEADS, settings=settings, rows=0, dropped={}, warnings={},
                  files={"ecg.i16": [0, 0], "records.csv": [0, 0]})  # bytes, crc32
-    if os.path.exists(os.path.join(folder, "store.json")):
-        state = read_state(folder)
+    if os.path.lexists(os.path.join(folder, "store.json")):
+        state = read_state(folder, finished=False)
         if state["plan"] != plan:
-            raise DataError(f"{folder}: left by a run with other settings or records; {AGAIN}")
+            raise DataError(f"{folder}: left by a run with other settings, other code or records; {AGAIN}")
+    size, free = (total - state["rows"]) * 24 * state["samples"], shutil.disk_usage(folder).free
+    if settings["source"] == "simulated" and size > free:  # of other sources, not every row has a record
+        raise DataError(f"{folder}: {total} records need {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free")
     rows = islice(SOURCES[settings["source"]](settings), state["rows"], None)
     tasks = iter(lambda: list(islice(rows, CHUNK)), [])
     with contextlib.ExitStack() as stack:
@@ -491,8 +693,11 @@ def build(settings, plan, total, dst, workers):
             bar.update(count)
     if not state["files"]["ecg.i16"][0]:
         shutil.rmtree(folder)
-        raise DataError(f"{settings['src']}: no usable record; {'; '.join(state['dropped']) or 'the list is empty'}")
+        faults = [f"{text}, e.g. {entry['examples'][0]}" for text, entry in state["dropped"].items()]
+        raise DataError(f"{settings['src']}: no usable record; {'; '.join(faults) or 'the list is empty'}")
     write_state(folder, state | dict(complete=True))
+    if os.path.isdir(dst):
+        os.rmdir(dst)  # empty, see vacant
     os.rename(folder, dst)
 
 
@@ -532,14 +737,22 @@ def work(settings, rows):
                 raise DataError(f"{row['id']}: {row['skip']}", row["skip"])
             ecg, usable, warnings = (load_simulated(settings, row) if settings["source"] == "simulated" else
                                      load_record(row["path"], settings["rate"], settings["crop"]))
+            if "statements" not in row:
+                row["statements"] = translate(row["report"])
         except DataError as error:
             notes.append(("dropped", error.reason, 1, str(error)))
             continue
-        if "statements" not in row:
-            row["statements"] = translate(row["report"])
+        except Exception as error:  # whatever it is, it is a fault of this record and not of the next
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in OURS:
+                raise
+            text = " ".join(f"{row.get('path', row['id'])}: {type(error).__name__}: {error}".split())
+            notes.append(("dropped", f"not readable ({type(error).__name__})", 1, text))
+            continue
         kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable)) | row)
         signals.append(ecg)
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
+        if strange := [code for code in row["codes"] if code not in knowledge()["findings"]]:
+            notes.append(("warnings", STRANGE, len(strange), f"{row['id']}: {', '.join(strange)[:200]}"))
     unknown = [i for i, row in enumerate(kept) if "peaks" not in row]  # the simulator knows them
     for i, peaks in zip(unknown, r_peaks([signals[i] for i in unknown], settings["rate"])):
         kept[i]["peaks"] = peaks
@@ -568,16 +781,55 @@ def csv_lines(rows):
 # One generator each that reads no signal. It yields rows (id, path, patient, split, fold, report, codes, source and, if
 # they need no translation, statements); a row that cannot be used has `skip`, the reason, and counts as dropped.
 
+NOTHING = {"nan", "NaN", "none", "None", "NONE", "null", "NULL", "<NA>", "NaT"}  # an empty field, as pandas and others write it
+
+
 def read_csv(name, columns):
-    """Rows of a csv as dictionaries of strings, one at a time (MIMIC has 800,035); columns: those it must have."""
+    """Rows of a csv as dictionaries of strings, one at a time (MIMIC has 800,035); columns: those it must have.
+
+    Errors: DataError, in which line, where the rows do not fit the columns; a field too many would move all behind it."""
     try:
-        with open(name, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            if missing := [column for column in columns if column not in (reader.fieldnames or [])]:
-                raise DataError(f"{name}: has no column {missing[0]!r}")
-            yield from reader
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{name}: not readable ({error}); is the data set there, in its published layout?") from error
+        with open_file(name) as raw:
+            reader = csv.reader(text_lines(raw), strict=True)
+            header = [column.strip() for column in next(reader, [])]
+            if missing := [column for column in columns if column not in header]:
+                other = [mark for mark in ";\t|" if len(header) == 1 and mark in header[0]]
+                found = f"its columns are separated by {other[0]!r}, not by commas" if other else (
+                    f"its first line names {', '.join(header)[:200]!r}" if header else "it is empty")
+                raise DataError(f"{name}: has no column {missing[0]!r}; {found}")
+            if double := [column for column in header if column and header.count(column) > 1]:
+                raise DataError(f"{name}: has two columns {double[0]!r}; take one out")
+            for row in reader:
+                if len(row) == len(header):
+                    yield dict(zip(header, ["" if field in NOTHING else field for field in row]))
+                elif row:
+                    raise DataError(f"{name}, line {reader.line_num}: {len(row)} fields, but there are {len(header)} columns; "
+                                    "a text that holds commas needs quotes around it")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not in UTF-8 ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{name}, line {reader.line_num}: {error}; is a quote not closed, or not doubled?") from error
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror or error}; is the data set there, in its published layout?") from error
+
+
+def text_lines(raw):
+    for i, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")):
+        if "\0" in line:
+            raise csv.Error("holds zeros: UTF-16, or damaged; save it as UTF-8")
+        if not i and line.startswith("version https://git-lfs"):
+            raise csv.Error("a Git LFS pointer; git lfs pull fetches the file")
+        yield line
+
+
+def whole(text):
+    """'9' or, as pandas and spreadsheets write it, '9.0' -> 9. Errors: ValueError."""
+    return int(without_zero(text))
+
+
+def without_zero(number):
+    """An id that passed through a column of floats: '12345.0' -> '12345'."""
+    return re.sub(r"^(\d+)\.0*$", r"\1", number.strip())
 
 
 def split_by(key, train, val):
@@ -586,27 +838,44 @@ def split_by(key, train, val):
     return "train" if share < train else "val" if share < train + val else "test"
 
 
+def once(rows):
+    """The rows, but each id and each path only the first time: one recording must not get into two splits."""
+    ids, paths = set(), set()
+    for row in rows:
+        path = hash(os.path.normpath(row["path"])) if "path" in row else None  # a number: there may be 800,000
+        if row["id"] in ids or path in paths:
+            row = {key: row[key] for key in row if key != "path"} | dict(skip="occurs twice (its id or its waveform)")
+        ids.add(row["id"])
+        if "skip" not in row:
+            paths.add(path)
+        yield row
+
+
 def ptbxl_rows(settings):
     """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its 100 Hz files, or those of 500 Hz if they are absent."""
-    src, found = settings["src"], False
+    src, found, damaged = settings["src"], False, None
     check_classes(os.path.join(src, "scp_statements.csv"))
+    table = os.path.join(src, "ptbxl_database.csv")
     sizes = ("filename_lr", "filename_hr") if settings["rate"] <= 100 else ("filename_hr",)
     columns = ("ecg_id", "patient_id", "report", "scp_codes", "strat_fold", *sizes)
-    for line in read_csv(os.path.join(src, "ptbxl_database.csv"), columns):
+    for line in read_csv(table, columns):
         row = dict(id=line["ecg_id"], report=line["report"], source="ptbxl")
         try:
-            row |= dict(fold=int(line["strat_fold"]), patient=str(int(float(line["patient_id"]))),
-                        codes=dict(ast.literal_eval(line["scp_codes"])))
-        except (ValueError, TypeError, SyntaxError):
+            row |= dict(id=str(whole(line["ecg_id"])), fold=whole(line["strat_fold"]), patient=str(whole(line["patient_id"])),
+                        codes=check(ast.literal_eval(line["scp_codes"]), {str: float}, "scp_codes"))
+            if not 1 <= row["fold"] <= 10:
+                raise ValueError("strat_fold is not 1 to 10")
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            damaged = damaged or f"{table}: the row of ecg_id {row['id']!r} is damaged ({error})"
             yield row | dict(skip="damaged row of ptbxl_database.csv")
             continue
         row["split"] = "train" if row["fold"] <= 8 else "val" if row["fold"] == 9 else "test"
-        paths = (os.path.join(src, line[size]) for size in sizes)
+        paths = (os.path.join(src, line[size].removesuffix(".hea")) for size in sizes)
         path = next((path for path in paths if os.path.exists(path + ".hea")), None)
         found = found or path
         yield row | (dict(path=path) if path else dict(skip="waveform is not in this copy of PTB-XL"))
     if not found:
-        raise DataError(f"{src}: holds none of the waveforms; download records{100 if len(sizes) > 1 else 500} "
+        raise DataError(damaged or f"{src}: holds none of the waveforms; download records{100 if len(sizes) > 1 else 500} "
                         "from https://physionet.org/content/ptb-xl/ into it")
 
 
@@ -614,16 +883,17 @@ def mimic_rows(settings):
     """MIMIC-IV-ECG 1.0: report_0..17 are the statements; patients 98 % train (as MELP), 1 % val, 1 % test."""
     src = settings["src"]
     listed = read_csv(os.path.join(src, "record_list.csv"), ("study_id", "path"))
-    paths = {line["study_id"]: line["path"] for line in listed}
+    paths = {without_zero(line["study_id"]): line["path"].removesuffix(".hea") for line in listed if line["path"]}
     reports = [f"report_{i}" for i in range(18)]
     for line in read_csv(os.path.join(src, "machine_measurements.csv"), ("subject_id", "study_id", *reports)):
-        study, patient = line["study_id"], line["subject_id"]
+        study, patient = without_zero(line["study_id"]), without_zero(line["subject_id"])
         texts = [text for name in reports if (text := line[name].strip())]
-        statements = [text for text in map(clean, texts) if text]
+        statements = [text for text in map(clean, texts) if WORD.search(text)]
         words = sum(len(text.split()) for text in statements)
         row = dict(id=study, patient=patient, split=split_by(patient, 0.98, 0.01), fold="", source="mimic", codes={},
                    report=". ".join(texts), statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
-        skip = ("report is empty" if not words else f"report of fewer than {settings['min_words']} words"
+        skip = ("study_id or subject_id is empty" if not (study and patient) else
+                "report is empty" if not words else f"report of fewer than {settings['min_words']} words"
                 if words < settings["min_words"] else None if study in paths else "study is not in record_list.csv")
         yield row | (dict(skip=skip) if skip else dict(path=os.path.join(src, paths[study])))
 
@@ -633,20 +903,30 @@ def own_rows(settings):
     (codes separated by ; or a JSON list or {code: likelihood}). Without split, patients go 80/10/10 % by hash."""
     src, seen = settings["src"], set()
     for line in read_csv(src, ("record", "report")):
-        record, labels = line["record"].removesuffix(".hea"), line.get("labels", "").strip()
-        patient = line.get("patient") or record
-        split = line.get("split") or split_by(patient, 0.8, 0.1)
-        if record in seen or split not in ("train", "val", "test"):
-            fault = "occurs twice" if record in seen else f"has split {split!r}, not train, val or test"
+        record, labels = line["record"].strip().removesuffix(".hea"), line.get("labels", "").strip()
+        path = os.path.join(os.path.dirname(src), record)
+        patient = without_zero(line.get("patient", "")) or record
+        split = line.get("split", "").strip() or split_by(patient, 0.8, 0.1)
+        if not record or os.path.normpath(path) in seen or split not in ("train", "val", "test"):
+            fault = (f"has split {split!r}, not train, val or test" if split not in ("train", "val", "test") else
+                     "occurs twice" if record else "has no name")
             raise DataError(f"{src}: record {record} {fault}")
-        seen.add(record)
-        try:
-            labels = json.loads(labels) if labels[:1] in ("[", "{") else list(map(str.strip, labels.split(";")))
-        except ValueError as error:
-            raise DataError(f"{src}: labels of record {record} are no JSON ({error})") from error
-        codes = labels if isinstance(labels, dict) else {code: 100.0 for code in labels if code}
+        seen.add(os.path.normpath(path))
+        codes = labels_of(labels, f"{src}: labels of record {record}")
         yield dict(id=record, patient=patient, split=split, fold="", source="csv", codes=codes, report=line["report"],
-                   statements=split_statements(line["report"]), path=os.path.join(os.path.dirname(src), record))
+                   statements=split_statements(line["report"]), path=path)
+
+
+def labels_of(text, where):
+    """'SR; NORM', '["SR"]' or '{"SR": 80}' -> {code: likelihood}. Errors: DataError."""
+    if text[:1] not in ("[", "{"):
+        return {code.strip(): 100.0 for code in text.split(";") if code.strip()}
+    try:
+        labels = parse_json(text, where)
+        check(labels, [str] if isinstance(labels, list) else {str: float}, where)
+    except DataError as error:
+        raise DataError(f"{error}; they are codes with ; between, or a JSON list of codes, or {{code: likelihood}}") from error
+    return labels if isinstance(labels, dict) else {code: 100.0 for code in labels}
 
 
 def simulated_rows(settings):
@@ -665,7 +945,9 @@ def load_simulated(settings, row):
     return ecg, [True] * 12, {"samples clipped at 32.767 mV": clipped} if clipped else {}
 
 
-SOURCES = {"ptbxl": ptbxl_rows, "mimic": mimic_rows, "csv": own_rows, "simulated": simulated_rows}
+SPEC = "ptbxl|mimic|csv|simulated|store"
+SOURCES = {"ptbxl": lambda settings: once(ptbxl_rows(settings)), "mimic": lambda settings: once(mimic_rows(settings)),
+           "csv": own_rows, "simulated": simulated_rows}
 
 
 # ---- label sets: always by name, never by position ------------------------------------------------------------------
@@ -675,11 +957,41 @@ LABEL_SETS = {"ptbxl_super": "diagnostic_class", "ptbxl_sub": "diagnostic_subcla
               "ptbxl_rhythm": "rhythm", "ptbxl_diag": "diagnostic", "ptbxl_all": None, "simulated": None}
 
 
+WORDING = {"name": str, "also": [str], "features": [str]}
+KNOWLEDGE = {"findings": {str: WORDING | {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool, "diagnostic_class":
+                                          (str, type(None)), "diagnostic_subclass": (str, type(None))}},
+             "more_findings": {str: WORDING}, "label_sets": {name: (dict, list) for name in LABEL_SETS if name != "simulated"},
+             "lexicon": {"rewrite": [[str]], "negations": [str], **{kind: {str: str} for kind in (
+                 "sites", "statements", "prefix", "suffix", "join", "drop")}}}
+
+
 @lru_cache
 def knowledge():
     """prompts.json: findings by SCP code, and the label sets with their prompts."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts.json"), encoding="utf-8") as file:
-        return json.load(file)
+    return read_knowledge(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts.json"))
+
+
+def read_knowledge(path):
+    """A file of the form of prompts.json, checked: people edit it. Errors: DataError, which entry is wrong."""
+    table = read_json(path, KNOWLEDGE, "it belongs to this program; git checkout prompts.json brings it back")
+    findings, entries = table["findings"], [("findings", table["findings"]), ("more_findings", table["more_findings"])]
+    for name, classes in table["label_sets"].items():
+        where = f"{path}, label_sets, {name}"
+        if name not in LABEL_SETS:
+            raise DataError(f"{where}: no such label set; known are {', '.join(LABEL_SETS)}")
+        known = {class_in(name, code, finding) for code, finding in findings.items()} - {None}
+        check(classes, {str: {"name": str, "prompts": [str]}} if isinstance(classes, dict) else [str], where)
+        if wrong := [code for code in classes if code not in known]:
+            raise DataError(f"{where}: {wrong[0]!r} is no class that findings has for it")
+        if len(set(classes)) < len(known):
+            raise DataError(f"{where}: has no {sorted(known - set(classes))[0]!r}, which findings has")
+        entries += [(f"label_sets, {name}", classes)] if isinstance(classes, dict) else []
+    for where, part in entries:
+        for key, entry in part.items():
+            if not all(WORD.search(text) for text in (entry["name"], *entry.get("also", ()), *entry.get("prompts", ["a"]))) or (
+                    entry.get("prompts") == []):
+                raise DataError(f"{path}, {where}, {key}: a name or wording without a word, or no prompts")
+    return table
 
 
 def label_set(name):
@@ -730,6 +1042,7 @@ def check_classes(name):
 LEAD = r"(?:av[rlf]|v[1-6]|i{1,3})\b"
 LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:(?:and|und|och|bis|to)\s+)?{LEAD})*"
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
+WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
 # a dot behind one of these ends no sentence
 ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl neg part
     pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst z.n""".split()
@@ -738,17 +1051,28 @@ SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIO
 GOES_ON = "a|an|and|or|but|this|these|which|with|in|at|age|old|due|may|cannot|likely|plus|non|regular|flat"
 COMMA = re.compile(rf",\s+(?=\S+ \S)(?!{LEAD}|\d|(?:{GOES_ON})\b|probab|possib|consi|sugg)")
 
+NEGATED_LIST = re.compile(r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal|sinus|but"
+                          r"|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
+LATE = "not", "never", "absent", "nie", "niemals", "ej", "icke", "inte"  # may stand behind what they negate
+
+
 
 def clean(text):
     """A report in the form MERL published: ECG for EKG, no *** and =, lower case, one line."""
     return " ".join(re.sub(r"\*\*\*|=", "", text.lower()).replace("ekg", "ecg").split())
 
 
+def one_negation(text):
+    """'no ischemia, infarct or hypertrophy' -> 'no ischemia or infarct or hypertrophy': what it negates stays together."""
+    text = re.sub(r"(?<=\w)n['\u2019]t\b", " not", re.sub(r"\bcan['\u2019]t\b", "cannot", text))
+    return NEGATED_LIST.sub(lambda found: re.sub(r",\s+(?!(?:n?or|oder|noch|eller)\b)", " or ", found[0]), text)
+
+
 def split_statements(text):
     """Statements of a report: its lines and sentences, and parts between commas that stand on their own."""
-    sentences = SENTENCE_END.split(clean(text.replace("\n", " . ")))
+    sentences = SENTENCE_END.split(one_negation(clean(text.replace("\n", " . "))))
     parts = [part.strip(" ,.;") for sentence in sentences for part in COMMA.split(sentence)]
-    return [part for part in parts if part]
+    return [part for part in parts if WORD.search(part)]
 
 
 def lead_names(text):
@@ -773,18 +1097,36 @@ def attach(templates, statement):
     return statement
 
 
+def negates(template):
+    """Does a template of the lexicon say that the statement does not hold?"""
+    return template.startswith("no ") or template in ("~ unlikely", "~ less likely", "resolved ~")
+
+
 class Translator:
     """German, Swedish and English reports -> English statements, by the phrases in prompts.json ("lexicon").
 
-    Longest phrase first, left to right; a prefix waits for the next statement, a suffix changes the last one.
+    Longest phrase first, left to right; a prefix waits for the next statement, a suffix changes the last one. What a
+    sentence says is dropped where it holds a word of negation that is in no phrase.
     """
 
     def __init__(self, lexicon, synonyms=()):
-        """lexicon: "lexicon" in prompts.json; synonyms: (wording, English) of statements it need not repeat."""
-        self.rewrite = [(re.compile(old), new) for old, new in lexicon["rewrite"]]
+        """lexicon: "lexicon" in prompts.json; synonyms: (wording, text) of statements it need not repeat. Errors: DataError."""
+        self.rewrite, self.negations = [], set(lexicon["negations"])
+        for i, (old, new, *more) in enumerate(rule if len(rule) > 1 else (*rule, "", "") for rule in lexicon["rewrite"]):
+            try:
+                self.rewrite.append((re.compile(old), new))
+                self.rewrite[-1][0].sub(new, "")
+            except (re.error, IndexError) as error:
+                more = error
+            if more:
+                raise DataError(f"prompts.json, lexicon, rewrite, place {i + 1}: no [pattern, text] ({more})")
         self.table = {}  # words of a phrase -> (kind, English texts)
         for kind in ("drop", "join", "suffix", "prefix", "statements"):  # a later kind wins
             for phrase, english in lexicon[kind].items():
+                if len(self.sentences(phrase)) != 1 or kind in ("suffix", "prefix") and "~" not in english or (
+                        kind == "statements" and not all(map(WORD.search, english.split("; ")))):
+                    raise DataError(f"prompts.json, lexicon, {kind}: {phrase!r}: {english!r} is no phrase with its English"
+                                    f"{' and a ~' if kind in ('suffix', 'prefix') else ''}")
                 for site, name in lexicon["sites"].items() if "<site>" in phrase else [("", "")]:
                     [words] = self.sentences(phrase.replace("<site>", site).replace("<leads>", "v1"))
                     self.table[self.key(words)] = kind, english.replace("<site>", name).split("; ")
@@ -796,7 +1138,7 @@ class Translator:
 
     def sentences(self, text):
         """List of words of every sentence, rewritten; a list of leads is one word, 'v1, v2'."""
-        text = clean(text)
+        text = one_negation(clean(text))
         for pattern, new in self.rewrite:
             text = pattern.sub(new, text)
         words = [TOKEN.findall(sentence) for sentence in SENTENCE_END.split(text)]
@@ -815,25 +1157,37 @@ class Translator:
             yield kind, [text.replace("<leads>", leads) for text in texts], words[:size]
             words = words[size:]
 
-    def read(self, report):
-        """-> (English statements, words understood, words not understood)"""
+    def parse(self, report):
+        """-> (templates, the last one innermost, and text) of what is said; words understood; words not understood"""
         out, last, understood, unknown = [], 0, [], []  # out[last:] is what the last phrase said: a suffix changes it
         for sentence in self.sentences(report):
             waiting, used, placed = [], [], False  # prefixes to come and last used; may a place be that of out[last:]?
+            begin, before, doubt, late = len(out), "", False, False
             for kind, texts, words in self.phrases(sentence):
                 (unknown if kind == "unknown" else understood).extend(w for w in words if re.search("[a-z]", w))
                 if kind == "statements":
                     last, used, waiting, placed = len(out), waiting, [], True
-                    out += [attach(used, text) for text in texts]
+                    out += [(used, text) for text in texts]
                 elif kind == "prefix":
                     waiting = waiting + texts
+                    late = before in ("statements", "suffix") and words[-1] in LATE  # "infarct is not ..."
                 elif kind == "join":  # "no ischemia or infarction": the prefix of the one is that of the other
                     waiting = waiting or used
                 elif kind == "suffix" and (placed or not texts[0].startswith("~ in ")):
-                    out[last:] = [attach(texts, text) for text in out[last:]]
+                    out[last:] = [(texts + templates, text) for templates, text in out[last:]]
                 elif kind == "unknown":
-                    placed = False
-        return list(dict.fromkeys(out)), understood, unknown
+                    placed, doubt = False, doubt or words[0] in self.negations
+                before = before if kind == "drop" else kind
+            if doubt:
+                del out[begin:]
+            elif any(map(negates, waiting)) and late:
+                del out[last:]
+        return out, understood, unknown
+
+    def read(self, report):
+        """-> (English statements, words understood, words not understood)"""
+        said, *words = self.parse(report)
+        return list(dict.fromkeys(attach(*each) for each in said)), *words
 
     def __call__(self, report):
         """English statements of a report in its order, each once; none where it says nothing."""
@@ -847,10 +1201,15 @@ class Translator:
         return known, known + sum(left.values()), left
 
 
+def wordings(text):
+    """(wording, text of its finding) of all findings; text(code, finding)."""
+    table = {**knowledge()["findings"], **knowledge()["more_findings"]}
+    return [(wording, text(code, f)) for code, f in table.items() for wording in (f["name"], *f["also"])]
+
+
 @lru_cache
 def translator():
-    findings = [*knowledge()["findings"].values(), *knowledge()["more_findings"].values()]
-    return Translator(knowledge()["lexicon"], [(word, f["name"]) for f in findings for word in (f["name"], *f["also"])])
+    return Translator(knowledge()["lexicon"], wordings(lambda code, finding: finding["name"]))
 
 
 def translate(report):
@@ -865,59 +1224,72 @@ def report_tags(store, language="english"):
     return list(store.records["statements"] if language == "english" else map(split_statements, store.records["report"]))
 
 
+def split_specs(text):
+    """Data specs and files with commas between -> list. A comma belongs to a name in double quotes, to a path that is there, and
+    where what follows it neither begins a spec (ptbxl:, store:, ...) nor is there."""
+    parts, specs = re.findall(r'(?:[^,"]|"[^"]*"|")+', text), []
+    there = lambda part: os.path.exists(os.path.expanduser(re.sub(rf"^({SPEC}):", "", part.strip())))
+    while parts:
+        many = next((n for n in range(len(parts), 1, -1) if there(",".join(parts[:n]))), 1)
+        while many < len(parts) and '"' not in parts[0] + parts[many] and not (
+                re.match(rf"\s*({SPEC}:|simulated\s*$)", parts[many]) or there(parts[many])):
+            many += 1
+        specs.append(",".join(parts[:many]).replace('"', "").strip())
+        parts = parts[many:]
+    return specs
+
+
 def corpus(specs, language="english"):
-    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand; of a text file every
-    line. specs: several with commas between. Errors: DataError where one is not there."""
+    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand; of a text
+    file every line. specs: see split_specs. Errors: DataError where one is not there."""
     texts = []
-    for spec in specs.split(","):
+    for spec in split_specs(specs):
         source, colon, src = spec.partition(":")
         if source in ("ptbxl", "mimic", "csv"):
             for row in SOURCES[source](settings_of(source, os.path.expanduser(src), 100)):
                 texts.append(". ".join(split_statements(row["report"]) if language == "original" else
                                        row["statements"] if "statements" in row else translate(row["report"])))
         elif source in ("simulated", "store"):
-            texts += map(". ".join, report_tags(open_data(spec), language))
+            texts += map(". ".join, report_tags(open_data(spec, None), language))
         else:
             try:
-                with open(spec, encoding="utf-8") as file:
-                    texts += file.read().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
+                texts += read_text(os.path.expanduser(spec)).splitlines()
+            except DataError as error:
                 raise DataError(f"{spec}: neither a data set nor a readable text file ({error})") from error
     return sorted({text.strip() for text in texts} - {""})
 
 
-class Findings:
+class Findings(Translator):
     """The knowledge table in prompts.json: what findings the statements of a report name, and which waveform features these suggest.
 
-    Findings are recognised by their name and other wordings, longest first; a statement that negates names nothing."""
+    Findings are recognised by their name and other wordings, longest first; a statement that negates one does not name it."""
 
     def __init__(self):
         table = {**knowledge()["findings"], **knowledge()["more_findings"]}
         self.features = {code: finding["features"] for code, finding in table.items()}
-        self.codes = {tuple(wording.split()): code for code, finding in table.items() for wording in (finding["name"], *finding["also"])}
-        self.longest = max(map(len, self.codes))
+        lexicon = knowledge()["lexicon"]
+        denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
+        parts = {kind: {p: e for p, e in lexicon[kind].items() if denied(p, e)} for kind in ("drop", "suffix", "prefix")}
+        super().__init__(lexicon | parts | {"rewrite": [], "statements": {}}, wordings(lambda code, finding: code))
         self.known = {}  # statement -> codes: there are far fewer statements than reports
+
+    def sentences(self, text):
+        """A statement is one; its words are those of the findings, with no lead or degree taken for another."""
+        text = re.sub(r"\ba[- :]v(?= block| nodal| dual| sequ| conduc| diss)", "av", one_negation(text.lower()))
+        return [re.findall(r"[^\s,.;:()]+", re.sub(r"\b(r|t|atrial|ventricular|dual)-(?=wave|paced|sensed)", r"\1 ", text))]
+
+    key = staticmethod(tuple)
 
     def named(self, statements):
         """SCP codes (or names of further findings) that the statements name, each once."""
         for statement in set(statements) - self.known.keys():
-            self.known[statement] = self.read(statement)
+            said = self.parse(statement)[0]
+            self.known[statement] = [code for templates, code in said if not any(map(negates, templates))]
         return list(dict.fromkeys(code for statement in statements for code in self.known[statement]))
 
     def candidates(self, statements):
         """Features that the statements of one report suggest, each once."""
         return list(dict.fromkeys(feature for code in self.named(statements) for feature in self.features[code]))
-
-    def read(self, statement):
-        words, found = re.findall(r"[^\s,.;:()]+", statement.lower()), []
-        if {"no", "not", "without"} & set(words) and "excluded" not in words:
-            return []
-        while words:
-            size = next((n for n in range(min(self.longest, len(words)), 0, -1) if tuple(words[:n]) in self.codes), 1)
-            if code := self.codes.get(tuple(words[:size])):
-                found.append(code)
-            words = words[size:]
-        return found
 
 
 # ---- simulator ------------------------------------------------------------------------------------------------------
@@ -1390,6 +1762,33 @@ def _report(rng, codes, features):
     return said + [str(x) for x in shown]
 
 
+# what shapes a store of a kind beside its data, and is therefore in the key of the cache: code, and the tables it uses
+READS = (open_file, read_record, read_header, parse_lead, beside, file_size, length_of, read_format16, read_wfdb,
+         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines, read_csv, text_lines,
+         without_zero, split_by, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE,
+         BYTES, NOTHING)
+SPLITS = clean, split_statements, WORD, SENTENCE_END, COMMA
+MAKERS = {"ptbxl": (*READS, once, whole, ptbxl_rows, SPLITS, TOKEN, lead_names, attach, negates, Translator),
+          "mimic": (*READS, once, mimic_rows, SPLITS), "csv": (*READS, own_rows, labels_of, SPLITS),
+          "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, simulated_block.__wrapped__, _block,
+                        _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label, _rhythm, _ectopic,
+                        _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS, WALL, ZONE, DRAWN, ORDER, MOVES, TURNS, ALWAYS)}
+
+
+@lru_cache
+def maker(source):
+    """A checksum of MAKERS[source], of its words in prompts.json, and of the definition of R peaks."""
+    parts = [inspect.getsource(part) if callable(part) else getattr(part, "pattern", None) or repr(part) for part in MAKERS[source]]
+    table = knowledge()
+    if source == "simulated":
+        parts.append(json.dumps([table["findings"], table["more_findings"]]))
+    else:
+        parts.append(read_text(os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "reference.py")))
+    if source == "ptbxl":
+        parts.append(json.dumps([table["lexicon"], wordings(lambda code, finding: finding["name"])]))
+    return zlib.crc32("\n".join(parts).encode())
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def describe(store):
@@ -1460,7 +1859,7 @@ def main():
     if name == "coverage":
         print_coverage(**args)
     elif name == "plot":
-        plot(open_data(args["data"]), args["ids"], args["out"])
+        plot(open_data(args["data"], None), args["ids"], args["out"])
     else:
         describe((prepare if name == "prepare" else Store)(**args))
 
