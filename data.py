@@ -238,13 +238,12 @@ def read_record(path, fast=True, part=None):
         if head["segments"]:
             return read_segments(path, head, lines, fast, part)
         leads = [parse_lead(path, line) for line in lines]
-        sizes = {lead["file"]: file_size(lead["file"]) for lead in leads}
+        sizes = {name: file_size(name) for name in dict.fromkeys(lead["file"] for lead in leads)}
         samples = head["samples"] or length_of(path, leads, sizes)
         start, stop = part(samples, head["fs"]) if part else (0, samples)
-        if len({(lead["file"], lead["offset"], lead["format"]) for lead in leads}) > len(sizes):
-            refuse(f"{path}.hea", "not readable by wfdb", "gives one file two formats or offsets")
+        check_sizes(path, leads, sizes, samples)
         plain = fast and all((lead["format"], lead["frame"], lead["skew"]) == ("16", 1, 0) for lead in leads)
-        signal = (read_format16 if plain else read_wfdb)(path, head["fs"], leads, sizes, samples, start, stop)
+        signal = (read_format16 if plain else read_wfdb)(path, leads, sizes, head["fs"], samples, start, stop)
     except OSError as error:
         if error.errno in OURS:
             raise
@@ -325,38 +324,42 @@ def length_of(path, leads, sizes):
     return samples
 
 
-def read_format16(path, fs, leads, sizes, samples, start, stop):
-    """Files of interleaved int16 samples, -32768 where invalid -> signal (stop - start, leads) in the header's units; notes in
-    leads whether a whole record adds up to its checksums."""
-    signal = np.empty((stop - start, len(leads)))
+def check_sizes(path, leads, sizes, samples):
+    """Signal files must be as long as the header says. sizes: {file: bytes}. Errors: DataError."""
+    for name, size in sizes.items():
+        own = [lead for lead in leads if lead["file"] == name]
+        if len({(lead["offset"], lead["format"]) for lead in own}) > 1:
+            refuse(f"{path}.hea", "not readable by wfdb", "gives one file two formats or offsets")
+        width = sum(lead["frame"] for lead in own)
+        found, wanted = size - own[0]["offset"], samples * width * BYTES.get(own[0]["format"], 0)
+        text = f"{found} bytes, header: {samples} x {width} samples"
+        if own[0]["format"] == "16" and found != wanted:
+            refuse(name, "signal file is " + ("truncated" if found < wanted else "longer than its header says"), text)
+        if found < int(wanted):
+            refuse(path, "not readable by wfdb", f"{name} is truncated: {text}")
+
+
+def read_format16(path, leads, sizes, fs, samples, start, stop):
+    """Files of interleaved int16 samples, -32768 where invalid -> signal (stop - start, leads) in the header's units; sets
+    "adds up" in leads: do the samples that were read fit the checksum?"""
+    raw = np.empty((stop - start, len(leads)), np.int16)
     for name in sizes:
         own = [i for i, lead in enumerate(leads) if lead["file"] == name]
-        offset, width = leads[own[0]]["offset"], len(own)
-        found, wanted = sizes[name] - offset, 2 * samples * width
-        if found != wanted:
-            refuse(name, "signal file is " + ("truncated" if found < wanted else "longer than its header says"),
-                   f"{max(found, 0) // 2} samples, header: {samples} x {width} leads")
         with open_file(name) as file:
-            raw = np.fromfile(file, "<i2", (stop - start) * width, offset=offset + 2 * start * width).reshape(-1, width)
-        own = [leads[i] for i in own]
-        part = raw - np.array([float(lead["baseline"]) for lead in own])
-        part /= [lead["gain"] for lead in own]
-        part[raw == -32768] = np.nan
-        signal[:, [i for i, lead in enumerate(leads) if lead["file"] == name]] = part
-        for lead, total in zip(own, raw.sum(0, dtype=np.int64)):
-            lead["adds up"] = lead["checksum"] is None or (total - lead["checksum"]) % 65536 == 0
+            first, width = leads[own[0]]["offset"] + 2 * start * len(own), len(own)
+            raw[:, own] = np.fromfile(file, "<i2", (stop - start) * width, offset=first).reshape(-1, width)
+    signal = raw - np.array([float(lead["baseline"]) for lead in leads])
+    signal /= [lead["gain"] for lead in leads]
+    signal[raw == -32768] = np.nan
+    for lead, total in zip(leads, raw.sum(0, dtype=np.int64)):
+        lead["adds up"] = lead["checksum"] is None or (total - lead["checksum"]) % 65536 == 0
     return signal
 
 
-def read_wfdb(path, fs, leads, sizes, samples, start, stop):
+def read_wfdb(path, leads, sizes, fs, samples, start, stop):
     """Any other format -> the same as read_format16. wfdb sees a header of our own beside links to the files: it takes
     headers for ASCII, and some that the format allows for damaged."""
     import wfdb  # takes a second, and most data sets do not need it
-    for name in sizes:
-        own = [lead for lead in leads if lead["file"] == name]
-        held = (sizes[name] - own[0]["offset"]) / BYTES.get(own[0]["format"], np.nan)
-        if held < samples * sum(lead["frame"] for lead in own) - 1:
-            refuse(path, "not readable by wfdb", f"{name} is truncated")
     if any(lead["skew"] > fs or not 0 < lead["frame"] * fs <= RATES[1] for lead in leads):
         refuse(f"{path}.hea", "not readable by wfdb", "its skew or its samples per frame are beyond all measure")
     start, skip = (0, start) if any(lead["format"] == "8" for lead in leads) else (start, 0)  # 8: sums of differences
@@ -389,7 +392,7 @@ def read_segments(path, head, lines, fast, part):
         if first < last and name != "~":  # ~: a gap
             if read_header(beside(path, name))[0]["segments"]:
                 refuse(f"{path}.hea", "not readable by wfdb", f"segment {name} has segments of its own")
-            found.append((at + first - start, name, read_record(beside(path, name), fast, lambda samples, fs: (first, min(last, samples)))))
+            found.append((at + first - start, name, read_record(beside(path, name), fast, lambda samples, _: (first, last) if samples == int(length) else (0, 0))))
             if found[-1][2].fs != head["fs"] or found[-1][2].signal.shape[1] != last - first:
                 refuse(f"{path}.hea", "not readable by wfdb", f"segment {name} has another rate or length than announced")
         at += int(length)
@@ -402,6 +405,7 @@ def read_segments(path, head, lines, fast, part):
     return Record(signal, names, head["fs"], all(record.checksum_ok for *_, record in found))
 
 
+@lru_cache(4096)
 def lead_index(name):
     """Place in LEADS of a lead by its name, whatever case and prefix ("Lead I", "MDC_ECG_LEAD_AVR"), or None."""
     name = str(name).strip(" '\"").upper().removeprefix("MDC_ECG_LEAD_")
@@ -781,7 +785,7 @@ def csv_lines(rows):
 # One generator each that reads no signal. It yields rows (id, path, patient, split, fold, report, codes, source and, if
 # they need no translation, statements); a row that cannot be used has `skip`, the reason, and counts as dropped.
 
-NOTHING = {"nan", "NaN", "none", "None", "NONE", "null", "NULL", "<NA>", "NaT"}  # an empty field, as pandas and others write it
+NOTHING = dict.fromkeys("nan NaN none None NONE null NULL <NA> NaT".split())  # an empty field, as pandas and others write it
 
 
 def read_csv(name, columns):
@@ -1763,13 +1767,13 @@ def _report(rng, codes, features):
 
 
 # what shapes a store of a kind beside its data, and is therefore in the key of the cache: code, and the tables it uses
-READS = (open_file, read_record, read_header, parse_lead, beside, file_size, length_of, read_format16, read_wfdb,
+READS = (open_file, read_record, read_header, parse_lead, beside, file_size, length_of, check_sizes, read_format16, read_wfdb,
          read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines, read_csv, text_lines,
          without_zero, split_by, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE,
          BYTES, NOTHING)
-SPLITS = clean, split_statements, WORD, SENTENCE_END, COMMA
-MAKERS = {"ptbxl": (*READS, once, whole, ptbxl_rows, SPLITS, TOKEN, lead_names, attach, negates, Translator),
-          "mimic": (*READS, once, mimic_rows, SPLITS), "csv": (*READS, own_rows, labels_of, SPLITS),
+SPLITS = clean, one_negation, split_statements, NEGATED_LIST, WORD, SENTENCE_END, COMMA
+MAKERS = {"ptbxl": (*READS, once, whole, ptbxl_rows, *SPLITS, TOKEN, lead_names, attach, negates, Translator, LATE),
+          "mimic": (*READS, once, mimic_rows, *SPLITS), "csv": (*READS, own_rows, labels_of, *SPLITS),
           "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, simulated_block.__wrapped__, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label, _rhythm, _ectopic,
                         _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS, WALL, ZONE, DRAWN, ORDER, MOVES, TURNS, ALWAYS)}

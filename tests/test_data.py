@@ -220,6 +220,219 @@ def test_truncated_file_of_another_format(tmp_path):
         data.read_record(path)
 
 
+# ---- headers: every form that header(5) allows, and what is none ------------------------------------------------------
+
+def header(path, record, lines, tail="", newline="\n", encoding="utf-8"):
+    path.with_suffix(".hea").write_bytes((newline.join([record, *lines]) + newline + tail).encode(encoding))
+    return path
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A record of format 16 with 12 leads, 5,000 samples at 500 Hz -> its path, signal, signal lines as lists of fields."""
+    signal = beats()
+    path = write(tmp_path / "a", signal)
+    return path, signal, [line.split() for line in path.with_suffix(".hea").read_text().splitlines()[1:13]]
+
+
+RECORD_LINES = ["a 12 500 5000", "a 12 500 5000 12:00:00 01/02/2003", "a 12 500/1000(17) 5000", "a\t12  500.0\t5000  ", "a.mat 12 5e2 5000",
+                "a 12 500", "a 12 500 0", "\n\n  # a comment first\n\t#another\na 12 500 5000"]
+SPOILT_RECORD_LINES = {  # record line -> the reason
+    "a 12": "sampling rate is no number", "a 12 5x0 5000": "sampling rate is no number", "a 12 nan 5000": "sampling rate is no number",
+    "a 12 : 5000": "sampling rate is no number", "a 12 1e999 5000": "sampling rate is no number", "a 12 0 5000": "sampling rate is zero",
+    "a 12 5 5000": "sampling rate is not within 50 and 20000 Hz", "a 12 500000 5000": "sampling rate is not within 50 and 20000 Hz",
+    "a 12 -500 5000": "sampling rate is not within 50 and 20000 Hz", "a 11 500 5000": "wrong lead count", "a 0 500 5000": "wrong lead count",
+    "a 12 500 999999999999999": "signal file is truncated", "a 12 500 5x00": "not readable by wfdb", "12 500 5000": "wrong lead count",
+    "version https://git-lfs.github.com/spec/v1": "not readable by wfdb"}
+
+
+@pytest.mark.parametrize("line", RECORD_LINES)
+@pytest.mark.parametrize("fast", [True, False])
+def test_record_lines(plain, line, fast):
+    path, signal, fields = plain
+    record = data.read_record(header(path, line, map(" ".join, fields), "\t# Age: 61\n #Dx: 1\n"), fast)
+    np.testing.assert_allclose(record.signal, signal, atol=1e-6)
+    assert record.fs == 500
+
+
+@pytest.mark.parametrize("line", SPOILT_RECORD_LINES)
+def test_spoilt_record_lines(plain, line):
+    path, _, fields = plain
+    with pytest.raises(data.DataError) as error:
+        data.read_record(header(path, line, map(" ".join, fields)))
+    assert error.value.reason == SPOILT_RECORD_LINES[line] and str(path) in str(error.value)
+
+
+SIGNAL_LINES = {  # what is done to the fields of each signal line -> what the samples become
+    "as they are": (lambda f: f, 1), "tabs": (lambda f: ["\t".join(f) + " "], 1), "frame": (lambda f: [f[0], "16x1:0+0", *f[2:]], 1),
+    "gain alone": (lambda f: [*f[:2], "1000", *f[3:]], 1), "exponent": (lambda f: [*f[:2], "1e3/mV", *f[3:]], 1),
+    "inverted": (lambda f: [*f[:2], "-1000/mV", *f[3:]], -1), "microvolts": (lambda f: [*f[:2], "1/\u00b5V", *f[3:]], 1),
+    "Greek mu": (lambda f: [*f[:2], "1/\u03bcV", *f[3:]], 1), "brackets": (lambda f: [*f[:2], "1000/[mV]", *f[3:]], 1),
+    "zero": (lambda f: [*f[:2], "1000/mV", "16", "0", *f[5:]], 1), "names": (lambda f: [*f[:8], "ECG lead " + f[8].lower()], 1),
+    "quotes": (lambda f: [*f[:8], f'"{f[8]}"'], 1), "MDC": (lambda f: [*f[:8], "MDC_ECG_LEAD_" + f[8]], 1),
+    "name at once": (lambda f: [*f[:3], f[8]], 1)}
+SPOILT_SIGNAL_LINES = {
+    "no gain": (lambda f: f[:2]), "gain is no number": (lambda f: [*f[:2], "nan/mV", *f[3:]]), "zero gain": (lambda f: [*f[:2], "0/mV", *f[3:]]),
+    "unit 'mmHg' is no voltage": (lambda f: [*f[:2], "1000/mmHg", *f[3:]]), "not readable by wfdb": (lambda f: [*f[:4], "x0", *f[5:]]),
+    "none of the twelve leads": (lambda f: f[:8]), "names a file outside of its folder": (lambda f: ["../" + f[0], *f[1:]]),
+    "signal file is truncated": (lambda f: [f[0], "16+24", *f[2:]]), "file is missing": (lambda f: ["b.dat", *f[1:]])}
+
+
+@pytest.mark.parametrize("form", SIGNAL_LINES)
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("encoding, newline", [("utf-8", "\n"), ("latin-1", "\r\n")])
+def test_signal_lines(plain, form, fast, encoding, newline):
+    path, signal, fields = plain
+    if form == "Greek mu" and encoding == "latin-1":
+        pytest.skip("has no Greek")
+    change, factor = SIGNAL_LINES[form]
+    header(path, "a 12 500 5000", [" ".join(change(f)) for f in fields], newline=newline, encoding=encoding)
+    record = data.read_record(path, fast)
+    np.testing.assert_allclose(record.signal, factor * signal, atol=1e-6)
+    assert data.to_twelve(record)[1].all() and record.checksum_ok
+
+
+@pytest.mark.parametrize("reason", SPOILT_SIGNAL_LINES)
+def test_spoilt_signal_lines(plain, reason):
+    path, _, fields = plain
+    header(path, "a 12 500 5000", [" ".join(SPOILT_SIGNAL_LINES[reason](f)) for f in fields])
+    with pytest.raises(data.DataError) as error:
+        data.load_record(path, 100)
+    assert error.value.reason == reason and str(path.parent) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.dat", "x/../../secret.dat", "..\\secret.dat"])
+def test_a_header_does_not_lead_out_of_its_folder(plain, name):
+    path, _, fields = plain
+    path.with_suffix(".dat").rename(path.parent.parent / "secret.dat")
+    for line in ("a 12 500 5000", "a/1 12 500 5000"):
+        lines = [f"{name.removesuffix('.dat')} 5000"] if "/" in line else [" ".join([name, *f[1:]]) for f in fields]
+        with pytest.raises(data.DataError, match="outside of its folder"):
+            data.read_record(header(path, line, lines))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_leads_in_several_files(plain, fast):
+    path, signal, fields = plain
+    raw = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(-1, 12)
+    for name, columns in (("x", slice(0, 5)), ("y", slice(5, 12))):
+        (path.parent / f"{name}.dat").write_bytes(b"head" * (name == "y") + raw[:, columns].tobytes())
+    header(path, "a 12 500", [" ".join(["x.dat", "16", *f[2:]] if i < 5 else ["y.dat", "16+4", *f[2:]]) for i, f in enumerate(fields)])
+    np.testing.assert_allclose(data.read_record(path, fast).signal, signal, atol=1e-6)
+
+
+def test_segments(tmp_path):
+    """One behind another; a gap (~) and a lead that a segment lacks are NaN; only what is kept is read."""
+    signal = beats(6000)
+    write(tmp_path / "s0", signal[:, :2000])
+    write(tmp_path / "s1", signal[:11, 2000:3000], fmt="212", gain=200)
+    write(tmp_path / "s2", signal[:, 4000:])
+    header(tmp_path / "a", "a/5 12 500 6000", ["lay 0", "s0 2000", "s1 1000", "~ 1000", "s2 2000"])
+    record = data.read_record(tmp_path / "a")
+    np.testing.assert_allclose(record.signal[:, :2000], signal[:, :2000], atol=1e-6)
+    np.testing.assert_allclose(record.signal[:11, 2000:3000], signal[:11, 2000:3000], atol=0.0026)
+    assert np.isnan(record.signal[11, 2000:3000]).all() and np.isnan(record.signal[:, 3000:4000]).all()
+    np.testing.assert_allclose(record.signal[:, 4000:], signal[:, 4000:], atol=1e-6)
+    expected = wfdb.rdrecord(str(tmp_path / "s2")).p_signal
+    np.testing.assert_allclose(record.signal[:, 4000:].T, expected, atol=1e-6)
+    (tmp_path / "s2.dat").unlink()
+    with pytest.raises(data.DataError, match="file is missing"):
+        data.load_record(tmp_path / "a", 100)
+    header(tmp_path / "a", "a/3 12 500", ["s0 2000", "s1 1000", "s2 999999999999"])
+    assert data.read_record(tmp_path / "a", part=lambda samples, fs: (100, 2500)).signal.shape == (12, 2400)
+    for lines, message in ((["a 500", "s1 1000"], "segments of its own"), (["s0 1999", "s1 1000"], "another rate or length"),
+                           (["s0 2000", "s1"], "segments are not those")):
+        with pytest.raises(data.DataError, match=message):
+            data.read_record(header(tmp_path / "a", "a/2 12 500", lines))
+
+
+@pytest.mark.parametrize("fmt", ["16", "212", "24", "32", "80", "8", "61", "160", "310", "311", "516"])
+def test_only_what_is_kept_is_read(tmp_path, fmt):
+    signal = np.round(beats(20000) * (25 if fmt in ("80", "8") else 200)) / 1000
+    path = write(tmp_path / "a", signal, fmt=fmt if fmt in ("16", "212", "24", "32", "80", "516") else "16")
+    raw = np.rint(signal.T * 1000).astype(int)
+    if fmt in ("8", "61", "160", "310", "311"):
+        first = raw[0]
+        coded = {"8": lambda: np.diff(raw, axis=0, prepend=raw[:1]).astype("i1"), "61": lambda: raw.astype(">i2"),
+                 "160": lambda: (raw + 32768).astype("<u2")}.get(fmt)
+        if not coded:
+            wfdb.wrsamp  # 310 and 311 cannot be written by it
+            pytest.skip("no writer")
+        coded().tofile(path.with_suffix(".dat"))
+        text = path.with_suffix(".hea").read_text().splitlines()
+        lines = [line.split() for line in text[1:13]]
+        header(path, text[0], [" ".join([f[0], fmt, *f[2:5], str(first[i]), *f[6:]]) for i, f in enumerate(lines)])
+    whole = data.read_record(path, fast=False).signal
+    np.testing.assert_allclose(whole, signal, atol=1e-6)
+    for crop, part in (("first", slice(0, 5000)), ("center", slice(7500, 12500)), ("cpsc-merl", slice(0, 2500))):
+        kept = data.load_record(path, 500, crop)[0]
+        np.testing.assert_allclose(kept[:, :part.stop - part.start], whole[:, part] * 1000, atol=0.51)
+
+
+def test_a_header_that_claims_too_much_is_cheap(tmp_path):
+    """A lossless file says little of its length: what is not kept is neither read nor allocated."""
+    import tracemalloc
+    path = write(tmp_path / "a", beats(leads=8), fmt="516")
+    edit(path.with_suffix(".hea"), " 8 500 5000", " 8 500 900000000000")
+    tracemalloc.start()
+    expected = data.load_record(path, 500)[0]
+    np.testing.assert_allclose(expected[0], np.rint(beats()[0] * 1000), atol=1)
+    for old, new in (("516 ", "516x60000 "), ("516 ", "516:900000000 ")):
+        text = path.with_suffix(".hea").read_text()
+        path.with_suffix(".hea").write_text(text.replace(old, new))
+        with pytest.raises(data.DataError, match="beyond all measure"):
+            data.load_record(path, 500)
+        path.with_suffix(".hea").write_text(text)
+    with pytest.raises(data.DataError, match="not readable by wfdb"):
+        data.load_record(path, 500, "center")
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
+    path.with_suffix(".hea").write_bytes(b"a 12 500 5000\n" + b"x" * 2**21)
+    with pytest.raises(data.DataError, match="not readable"):
+        data.read_record(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("fmt", ["16", "212"])
+def test_only_regular_files_are_opened(tmp_path, fmt):
+    for suffix in (".hea", ".dat"):
+        path = write(tmp_path / suffix[1:] / "a", beats(), fmt=fmt)
+        path.with_suffix(suffix).unlink()
+        os.mkfifo(path.with_suffix(suffix))
+        with pytest.raises(data.DataError, match="no regular file"):
+            data.read_record(path)
+        path.with_suffix(suffix).unlink()
+        path.with_suffix(suffix).symlink_to("/dev/zero")
+        with pytest.raises(data.DataError, match="no regular file"):
+            data.read_record(path)
+
+
+def test_whatever_one_record_is_the_others_are_prepared(tmp_path, monkeypatch):
+    source = csv_source(tmp_path / "src", 8)
+    src = tmp_path / "src"
+    for name in ("r1.hea", "r2.dat", "r3.hea"):
+        (src / name).unlink()
+    (src / "r1.hea").mkdir()
+    (src / "r2.dat").write_bytes(b"")
+    (src / "r3.hea").symlink_to(src / "r3.hea")
+    rows = list(csv.DictReader(open(source))) + [dict(record="x" * 300, report="", patient="")]
+    table(source, rows)
+    real = data.to_twelve
+    monkeypatch.setattr(data, "to_twelve", lambda record: 1 / 0 if record.signal[0, 400] == beats(seed=4)[0, 400].astype("f4") and
+                        np.allclose(record.signal, beats(seed=4), atol=1e-6) else real(record))
+    store = data.prepare("csv", source, tmp_path / "dst", workers=1)
+    assert store.records["id"].tolist() == ["r0", "r5", "r6", "r7"]
+    dropped = store.meta["dropped"]
+    assert {"a folder, not a file", "signal file is truncated", "not readable (ZeroDivisionError)"} <= set(dropped) and len(dropped) == 5
+    assert all("\n" not in entry["examples"][0] for entry in dropped.values())
+    for error in (MemoryError(), OSError(28, "No space left on device")):
+        def fail(record, error=error):
+            raise error
+        monkeypatch.setattr(data, "to_twelve", fail)  # what the system lacks is no fault of a record
+        with pytest.raises((MemoryError, data.DataError), match="No space left|^$"):
+            data.prepare("csv", source, tmp_path / f"other{type(error).__name__}", workers=1)
+
+
 # ---- the store ------------------------------------------------------------------------------------------------------
 
 COMMAND = [sys.executable, str(ROOT / "data.py"), "prepare"]
