@@ -574,7 +574,7 @@ def open_data(spec, rate=100, cache=None, **options):
         if rate not in (None, store.rate):
             raise DataError(f"{src}: holds records at {store.rate} Hz, not {rate}; prepare another or ask for its rate")
         return store
-    rate, src = rate or 100, os.path.expanduser(src)
+    rate, src = 100 if rate is None else rate, os.path.expanduser(src)
     key = json.dumps(settings_of(source, src, rate, **options))
     cache = cache or os.environ.get("ECG_CACHE") or os.path.expanduser("~/.cache/ecg-language")
     dst = os.path.join(cache, f"{source}-{rate}hz-{hashlib.sha256(key.encode()).hexdigest()[:10]}")

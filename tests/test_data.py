@@ -713,6 +713,282 @@ def test_ptbxl(tmp_path):
         data.prepare("ptbxl", src, tmp_path / "s101")
 
 
+# ---- tables as people and programs write them -------------------------------------------------------------------------
+
+def csv_of(folder, text, encoding="utf-8"):
+    """Records r0..r2 and a list of them with this text."""
+    for i in range(3):
+        write(folder / f"r{i}", beats(seed=i))
+    (folder / "list.csv").write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("record,report\nr0,sinus rhythm, normal axis\n", "list.csv, line 2: 3 fields, but there are 2 columns"),
+    ("record,report,patient\nr0,sinus rhythm,p\nr1,sinus rhythm\n", "list.csv, line 3: 2 fields, but there are 3 columns"),
+    ("record;report\nr0;sinus rhythm\n", "no column 'record'; its columns are separated by ';'"),
+    ("record\treport\nr0\tsinus rhythm\n", "no column 'record'; its columns are separated by '\\\\t'"),
+    ("r0,sinus rhythm\nr1,sinus rhythm\n", "no column 'record'; its first line names 'r0, sinus rhythm'"),
+    ("", "it is empty"), ("record,report,report\nr0,a,b\n", "two columns 'report'"),
+    ('record,report\nr0,"sinus rhythm\nr1,normal\n', "line 3: .*is a quote not closed"),
+    ('record,report\nr0,"sinus" rhythm\n', "line 2: .*is a quote not closed, or not doubled"),
+    ("record,report\nr0,sinus\0rhythm\n", "holds zeros"), ("record,report\nr0,überhöht\n".encode("latin-1"), "not in UTF-8"),
+    ("record,report\nr0,sinus\n".encode("utf-16"), "not in UTF-8"), ("record,report\nr0,sinus\n".encode("utf-16-le"), "holds zeros"),
+    ("record,report\nr0," + "x" * 200000 + "\n", "field larger than field limit"),
+    ("record,report\nr0,a\n./r0,b\n", "record ./r0 occurs twice"), ("record,report\nr0,a\nr0.hea,b\n", "record r0 occurs twice"),
+    ("record,report\nr0,a\nx/../r0,b\n", "occurs twice"), ("record,report\n,a\n", "has no name"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer")])
+def test_csv_that_cannot_be_honoured(tmp_path, text, message):
+    with pytest.raises(data.DataError, match=message) as error:
+        data.prepare("csv", csv_of(tmp_path, text), tmp_path / "dst")
+    assert "list.csv" in str(error.value) and not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeffrecord,report\r\nr0,sinus rhythm\r\n\r\nr1,nan\r\n", "record,report\rr0,sinus rhythm\rr1,None\r",
+    ",record , report,x\n0,r0,sinus rhythm,\n1,r1,NaN,\n", "record,report,,\nr0,sinus rhythm,,\nr1,null,,\n"])
+def test_csv_as_programs_write_them(tmp_path, text):
+    store = data.prepare("csv", csv_of(tmp_path, text), tmp_path / "dst")
+    assert store.records["statements"].tolist() == [["sinus rhythm"], []] and store.records["report"].tolist() == ["sinus rhythm", ""]
+    assert store.records["patient"].tolist() == ["r0", "r1"]
+
+
+def test_statements_without_a_word_and_empty_patients(tmp_path):
+    text = 'record,report,patient,split\nr0,"***. ... sinus rhythm. --",nan,\nr1,"***",12.0,\nr2,"a",12,train \n'
+    store = data.prepare("csv", csv_of(tmp_path, text), tmp_path / "dst")
+    assert store.records["statements"].tolist() == [["sinus rhythm"], [], ["a"]]
+    assert store.records["patient"].tolist() == ["r0", "12", "12"]
+
+
+@pytest.mark.parametrize("labels, codes", [
+    ('[{"code": "AFIB"}]', None), ('[["AFIB"]]', None), ("[1]", None), ("[null]", None), ('{"AFIB": "x"}', None), ('{"AFIB": null}', None),
+    ('{"AFIB": true}', None), ('{"AFIB": 1, "AFIB": 2}', None), ("[x", None), ("null", {}), ("", {}), (" AFIB ;", {"AFIB": 100.0}),
+    ('["AFIB", "SR"]', {"AFIB": 100.0, "SR": 100.0}), ('{"AFIB": 50}', {"AFIB": 50}), ("NaN", {})])
+def test_labels(tmp_path, labels, codes):
+    source = csv_source(tmp_path / "src", 1)
+    table(source, [dict(record="r0", report="x", labels=labels)])
+    if codes is None:
+        with pytest.raises(data.DataError, match="list.csv: labels of record r0"):
+            data.prepare("csv", source, tmp_path / "dst")
+    else:
+        assert data.prepare("csv", source, tmp_path / "dst").records["codes"][0] == codes
+
+
+def test_codes_that_nobody_knows_are_told(tmp_path, capsys):
+    source = csv_source(tmp_path / "src", 2)
+    table(source, [dict(record="r0", report="x", labels="AFIB;164889003;afib"), dict(record="r1", report="x", labels="SR")])
+    store = data.prepare("csv", source, tmp_path / "dst")
+    entry = store.meta["warnings"][data.STRANGE]
+    assert (entry["records"], entry["amount"], entry["examples"]) == (1, 2, ["r0: 164889003, afib"])
+    data.describe(store)
+    assert "164889003" in capsys.readouterr().out
+
+
+def ptbxl_copy(folder, change=lambda row: row, count=10):
+    """A copy of PTB-XL with synthetic records."""
+    folder.mkdir()
+    findings = data.knowledge()["findings"]
+    table(folder / "scp_statements.csv", [{"": code} | {key: value if isinstance(value, str) else "1.0" if value else "" for key in (
+        "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass") for value in [f[key]]} for code, f in findings.items()])
+    for i in range(1, count + 1):
+        write(folder / f"r{i}_lr", beats(1000, seed=i), fs=100)
+    table(folder / "ptbxl_database.csv", [change(dict(
+        ecg_id=i, patient_id=float(i), report="sinusrhythmus. normales ekg", scp_codes="{'NORM': 100.0, 'SR': 0.0}", strat_fold=i,
+        filename_lr=f"r{i}_lr", filename_hr=f"r{i}_hr")) for i in range(1, count + 1)])
+    return folder
+
+
+def test_ptbxl_as_pandas_writes_it(tmp_path):
+    store = data.prepare("ptbxl", ptbxl_copy(tmp_path / "src", lambda row: {"": row["ecg_id"] - 1} | row | dict(
+        ecg_id=f"{row['ecg_id']}.0", strat_fold=f"{row['strat_fold']}.0", filename_lr=row["filename_lr"] + ".hea")), tmp_path / "dst")
+    assert store.records["fold"].tolist() == list(range(1, 11)) and store.records["id"].tolist() == [str(i) for i in range(1, 11)]
+    assert store.records["split"].tolist() == ["train"] * 8 + ["val", "test"]
+    broken = {"2": dict(strat_fold="nan"), "3": dict(strat_fold="11"), "4": dict(patient_id=""), "5": dict(scp_codes="{'NORM': 'x'}"),
+              "6": dict(scp_codes="[" * 500), "7": dict(ecg_id="1"), "8": dict(filename_lr="./r1_lr"), "9": dict(strat_fold="9.5")}
+    source = ptbxl_copy(tmp_path / "broken", lambda row: row | broken.get(str(row["ecg_id"]), {}))
+    store = data.prepare("ptbxl", source, tmp_path / "some")
+    assert store.records["id"].tolist() == ["1", "10"]
+    assert {reason: entry["records"] for reason, entry in store.meta["dropped"].items()} == {
+        "damaged row of ptbxl_database.csv": 6, "occurs twice (its id or its waveform)": 2}
+    source = ptbxl_copy(tmp_path / "none", lambda row: row | dict(strat_fold="x"))
+    with pytest.raises(data.DataError, match="ptbxl_database.csv: the row of ecg_id '1' is damaged"):
+        data.prepare("ptbxl", source, tmp_path / "no")
+
+
+def test_mimic_ids_that_were_floats_and_rows_that_occur_twice(tmp_path):
+    mimic_tree(tmp_path / "mimic")
+    name = tmp_path / "mimic" / "machine_measurements.csv"
+    rows = list(csv.DictReader(open(name)))
+    rows += [rows[0] | dict(subject_id="5", report_0="Atrial fibrillation"), rows[1] | dict(study_id="40000077"), rows[0] | dict(study_id="")]
+    for row in rows:
+        row.update(subject_id=row["subject_id"] + ".0", study_id=row["study_id"] + ".0" * bool(row["study_id"]), report_3="nan", report_4="***")
+    table(name, rows)
+    listed = tmp_path / "mimic" / "record_list.csv"
+    paths = list(csv.DictReader(open(listed)))
+    table(listed, paths + [paths[1] | dict(study_id="40000077", path=paths[1]["path"].replace("files/", "files/./"))])
+    store = data.prepare("mimic", tmp_path / "mimic", tmp_path / "dst")
+    assert store.records["id"].tolist() == ["40000001", "40000002", "40000006"]
+    assert store.records["patient"].tolist() == ["10000000", "10000001", "10000003"]
+    assert store.records["statements"][0] == ["sinus rhythm", "anterior infarct"]
+    assert store.meta["dropped"]["occurs twice (its id or its waveform)"]["records"] == 2
+    assert store.meta["dropped"]["study_id or subject_id is empty"]["records"] == 1
+
+
+# ---- a store is kept while its source and its makers are the same -------------------------------------------------------
+
+def test_a_changed_source_is_no_longer_the_store(tmp_path, monkeypatch):
+    source = csv_source(tmp_path / "src", 3)
+    rows = [row | dict(split="train", labels="SR") for row in csv.DictReader(open(source))]
+    table(source, rows)
+    dst = tmp_path / "dst"
+    data.prepare("csv", source, dst)
+    before = (dst / "store.json").stat()
+    data.prepare("csv", source, dst)
+    assert (dst / "store.json").stat() == before  # the same again is recognised
+    for change in (dict(report="atrial fibrillation"), dict(split="test"), dict(labels="AFIB"), dict(patient="q")):
+        table(source, [rows[0] | change, *rows[1:]])
+        with pytest.raises(data.DataError, match="dst: made .* or from other records; delete it and prepare the data set again"):
+            data.prepare("csv", source, dst)
+    table(source, rows)
+    assert len(data.prepare("csv", source, dst)) == 3
+    signal = tmp_path / "src" / "r1.dat"
+    content, status = signal.read_bytes(), signal.stat()
+    signal.write_bytes(content[::-1])  # exported again: the same length
+    os.utime(signal, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(data.DataError, match="from other records"):
+        data.prepare("csv", source, dst)
+    signal.write_bytes(content)
+    os.utime(signal, ns=(status.st_atime_ns, status.st_mtime_ns))
+    data.prepare("csv", source, dst)
+    monkeypatch.setattr(data, "MAKERS", data.MAKERS | {"csv": (*data.MAKERS["csv"], "another step")})
+    data.maker.cache_clear()
+    with pytest.raises(data.DataError, match="by other code"):
+        data.prepare("csv", source, dst)
+    data.maker.cache_clear()
+
+
+def test_what_makes_a_store_is_named(monkeypatch):
+    """In the key: the words of both tables of findings, and the definition of R peaks; not: plot() and main()."""
+    keys = lambda: [data.maker.__wrapped__(source) for source in data.SOURCES]
+    before, table = keys(), json.loads(json.dumps(data.knowledge()))
+    table["more_findings"]["normal axis"]["also"].append("straight axis")
+    monkeypatch.setattr(data, "knowledge", lambda: table)
+    assert [a != b for a, b in zip(before, keys())] == [True, False, False, True]
+    monkeypatch.undo()
+    read = data.read_text
+    monkeypatch.setattr(data, "read_text", lambda path: read(path) + "# other peaks")
+    assert [a != b for a, b in zip(before, keys())] == [True, True, True, False]
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "plot", None)
+    assert keys() == before
+    named = {part.__name__ for parts in data.MAKERS.values() for part in parts if callable(part)}
+    left = {name for name, f in vars(data).items() if getattr(f, "__module__", "") == "data" and callable(f)} - named
+    assert not left & {name for name in left if name.startswith(("read_format", "_"))}, left
+
+
+def test_damage_is_noticed_when_asked(many, tmp_path):
+    folder = tmp_path / "dst"
+    folder.mkdir()
+    for file, content in contents(many / "whole").items():
+        (folder / file).write_bytes(content)
+    store = data.Store(folder)
+    store.verify()
+    with open(folder / "ecg.i16", "r+b") as file:
+        file.seek(12345)
+        file.write(b"\x55\xaa")
+    with pytest.raises(data.DataError, match="ecg.i16: damaged"):
+        store.verify()
+    edit(folder / "store.json", '"rate": 100', '"rate": 101')
+    with pytest.raises(data.DataError, match="store.json: damaged"):
+        data.Store(folder)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "empty"), (b"{", "Expecting"), (b"[]", "must be an object"), (b"{}", "not of a store of version"), (b"\xff", "not readable"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b'{"format": ["ecg-language store", 2]}', "not of a store of version 3"),
+    (b'{"format": ["ecg-language store", 3], "rate": "x"}', "damaged"), (b'{"a": 1, "a": 2}', "occurs twice"), (None, "a folder, not a file")])
+def test_what_is_no_store_is_said(tmp_path, content, message):
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "store.json").mkdir() if content is None else (tmp_path / "dst" / "store.json").write_bytes(content)
+    source = csv_source(tmp_path / "src", 1)
+    for open_ in (lambda: data.Store(tmp_path / "dst"), lambda: data.prepare("csv", source, tmp_path / "dst"),
+                  lambda: data.open_data(f"store:{tmp_path / 'dst'}")):
+        with pytest.raises(data.DataError, match=message):
+            open_()
+    (tmp_path / "dst").rename(tmp_path / "other.partial")
+    with pytest.raises(data.DataError, match=message + "|did not finish"):
+        data.prepare("csv", source, tmp_path / "other")
+
+
+# ---- where a store is made ------------------------------------------------------------------------------------------
+
+def test_destinations(tmp_path, monkeypatch):
+    source = csv_source(tmp_path / "src", 1)
+    (tmp_path / "empty").mkdir()
+    assert len(data.prepare("csv", source, tmp_path / "empty")) == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("")
+    (tmp_path / "file").write_text("")
+    for dst, message in (("full", "is there already and holds no store"), ("file", "is there already and holds no store"),
+                         ("file/dst", "file/dst: cannot be written .*ECG_CACHE"), ("x" * 300, "cannot be written")):
+        with pytest.raises(data.DataError, match=message):
+            data.prepare("csv", source, f"{tmp_path}/{dst}")
+    monkeypatch.setenv("ECG_CACHE", "/proc/none/cache")
+    with pytest.raises(data.DataError, match="/proc/none/cache.* cannot be written .*ECG_CACHE"):
+        data.open_data("simulated:8")
+    with pytest.raises(data.DataError, match="r0.dat.hea: file is missing"):
+        table(source, [dict(record="r0.dat", report="x")])
+        data.prepare("csv", source, tmp_path / "none")
+
+
+def test_a_full_disk_is_one_sentence_and_preparing_goes_on(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        (tmp_path / "src").mkdir()
+        source = csv_source(tmp_path / "src", 60)
+        with pytest.raises(data.DataError, match="dst: cannot be written .*No space left"):
+            data.prepare("csv", source, disk / "dst", workers=1)
+        subprocess.run(["mount", "-o", "remount,size=8M", disk], check=True)
+        assert len(data.prepare("csv", source, disk / "dst", workers=1)) == 60
+        with pytest.raises(data.DataError, match="4000 records need 0.1 GB more"):
+            data.prepare("simulated", "4000", disk / "simulated")
+    finally:
+        subprocess.run(["umount", disk])
+
+
+@pytest.mark.parametrize("spec, options", [
+    ("simulated:-5", {}), ("simulated:1e3", {}), ("simulated:\u00b2", {}), (":", {}), ("", {}), ("ptbxl", {}), ("csv:", {}),
+    ("simulated:8", dict(rate=100.5)), ("simulated:8", dict(rate=-100)), ("simulated:8", dict(rate=0)), ("simulated:8", dict(rate=True)),
+    ("simulated:8", dict(seed=-1)), ("simulated:8", dict(min_words=1.5)), ("simulated:8", dict(crop="middle")),
+    ("simulated:9999999999999999", {}), ("simulated:999999999999", {})])
+def test_nonsense_is_one_sentence(tmp_path, spec, options):
+    with pytest.raises(data.DataError, match="no such data|999999999999 records need .* GB more"):
+        data.open_data(spec, cache=tmp_path, **options)
+
+
+def test_a_store_is_plotted_at_its_own_rate(tmp_path):
+    data.prepare("csv", csv_source(tmp_path / "src", 1), tmp_path / "dst", rate=500)
+    result = subprocess.run([*COMMAND[:-1], "plot", f"store:{tmp_path / 'dst'}", "r0", "--out", str(tmp_path / "x.png")], capture_output=True)
+    assert result.returncode == 0 and (tmp_path / "x.png").stat().st_size > 10000
+
+
+def test_split_specs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ECG, export 2023").mkdir()
+    for name in ("ECG, export 2023/list.csv", "lines.txt", "a,b,c.txt"):
+        (tmp_path / name).write_text("")
+    for text, specs in (("simulated", ["simulated"]), ("csv:a.csv,simulated:8", ["csv:a.csv", "simulated:8"]),
+                        ("csv:ECG, export 2023/list.csv", ["csv:ECG, export 2023/list.csv"]),
+                        ("csv:ECG, export 2023/list.csv,lines.txt", ["csv:ECG, export 2023/list.csv", "lines.txt"]),
+                        ("a,b,c.txt,lines.txt,ptbxl:x", ["a,b,c.txt", "lines.txt", "ptbxl:x"]), ("csv:not, there.csv", ["csv:not, there.csv"]),
+                        ('"x, y.txt",simulated,store:z', ["x, y.txt", "simulated", "store:z"]),
+                        ('csv:"x,lines.txt",lines.txt', ["csv:x,lines.txt", "lines.txt"]), ("", [])):
+        assert data.split_specs(text) == specs, text
+
+
 # ---- label sets -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
