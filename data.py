@@ -77,6 +77,9 @@ def open_file(path):
     return open(handle, "rb")
 
 
+LFS = ": a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+
+
 def read_text(path, advice=""):
     """A text file in UTF-8, whole. advice: what to do where that is not possible. Errors: DataError."""
     try:
@@ -86,7 +89,7 @@ def read_text(path, advice=""):
         fault = getattr(error, "strerror", None) or f"not readable ({error})"
         raise DataError(f"{path}: {fault}{advice and '; ' + advice}") from error
     if text.startswith("version https://git-lfs"):
-        raise DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+        raise DataError(f"{path}{LFS}")
     return text
 
 
@@ -218,8 +221,9 @@ SIGNAL_LINE = re.compile(  # numbers: resolution, zero, first sample, checksum, 
     r"(?P<file>\S+)\s+(?P<format>\d{1,4})(x(?P<frame>\d{1,5}))?(:(?P<skew>\d{1,9}))?(\+(?P<offset>\d{1,15}))?"
     r"(\s+(?P<gain>[^\s(/]+)(\((?P<baseline>[-+]?\d{1,15})\))?(/(?P<unit>\S+))?"
     r"(?P<numbers>(\s+[-+]?\d{1,15}(?!\S)){0,5})(\s+(?P<name>\S.*))?)?")
-BYTES = {"8": 1, "80": 1, "16": 2, "61": 2, "160": 2, "24": 3, "32": 4, "212": 3 / 2, "310": 4 / 3, "311": 4 / 3}  # of a sample
+BYTES = {"8": 1, "80": 1, "16": 2, "61": 2, "160": 2, "24": 3, "32": 4, "212": 3 / 2, "310": 4 / 3, "311": 4 / 3}
 OURS = errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the system lacks is no fault of a record
+ODD = "not readable by wfdb"
 
 
 def refuse(where, fault, detail=""):
@@ -238,12 +242,10 @@ def read_record(path, fast=True, part=None):
         if head["segments"]:
             return read_segments(path, head, lines, fast, part)
         leads = [parse_lead(path, line) for line in lines]
-        sizes = {name: file_size(name) for name in dict.fromkeys(lead["file"] for lead in leads)}
-        samples = head["samples"] or length_of(path, leads, sizes)
+        samples = measure(path, leads, head["samples"])
         start, stop = part(samples, head["fs"]) if part else (0, samples)
-        check_sizes(path, leads, sizes, samples)
         plain = fast and all((lead["format"], lead["frame"], lead["skew"]) == ("16", 1, 0) for lead in leads)
-        signal = (read_format16 if plain else read_wfdb)(path, leads, sizes, head["fs"], samples, start, stop)
+        signal = (read_format16 if plain else read_wfdb)(path, leads, head["fs"], samples, start, stop)
     except OSError as error:
         if error.errno in OURS:
             raise
@@ -257,30 +259,27 @@ def read_record(path, fast=True, part=None):
 
 
 def read_header(path):
-    """The record line of path.hea, {"segments", "leads", "fs" (Hz), "samples"}, 0 where it does not say, and the lines
-    of its signals or segments."""
-    with open_file(f"{path}.hea") as file:
+    """path.hea -> {"segments", "leads", "fs" (Hz), "samples"}, 0 where it does not say; lines of signals or segments."""
+    where = f"{path}.hea"
+    with open_file(where) as file:
         raw = file.read(MOST["header"] + 1)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
     lines = [line.strip() for line in re.split(r"[\r\n]", text)]
-    first, *lines = [line for line in lines if line and not line.startswith("#")] or [""]
+    first, *lines = [line for line in lines if line and not line.startswith("#")] or ["(empty)"]
     record = RECORD_LINE.fullmatch(first)
     if not record or len(raw) > MOST["header"]:
-        fault = "a Git LFS pointer; git lfs pull fetches the file" if first.startswith("version https://git-lfs") else (
-            f"record line {first[:60]!r}" if raw else "empty")
-        refuse(f"{path}.hea", "not readable by wfdb", fault)
-    segments, leads = int(record["segments"] or 0), int(record["leads"])
+        refuse(where, ODD, f"record line {first[:60]!r}" + LFS * first.startswith("version https://git-lfs"))
+    segments, leads, fs = int(record["segments"] or 0), int(record["leads"]), record["fs"] or "none is given"
     if not lines or len(lines) != (segments or leads) or len(lines) > MOST["leads"] and not segments:
-        refuse(f"{path}.hea", "wrong lead count", f"announces {segments or leads}, has {len(lines)}")
-    if not NUMBER.fullmatch(record["fs"] or ""):
-        refuse(f"{path}.hea", "sampling rate is no number", record["fs"] or "none is given")
-    fs = float(record["fs"])
-    if not RATES[0] <= fs <= RATES[1]:
-        refuse(f"{path}.hea", f"sampling rate is not within {RATES[0]} and {RATES[1]} Hz" if fs else "sampling rate is zero", record["fs"])
-    return dict(segments=segments, leads=leads, fs=fs, samples=int(record["samples"] or 0)), lines
+        refuse(where, "wrong lead count", f"announces {segments or leads}, has {len(lines)}")
+    if not NUMBER.fullmatch(fs):
+        refuse(where, "sampling rate is no number", fs)
+    if not RATES[0] <= float(fs) <= RATES[1]:
+        refuse(where, f"sampling rate is not {RATES[0]} to {RATES[1]} Hz" if float(fs) else "sampling rate is zero", fs)
+    return dict(segments=segments, leads=leads, fs=float(fs), samples=int(record["samples"] or 0)), lines
 
 
 def parse_lead(path, line):
@@ -288,18 +287,19 @@ def parse_lead(path, line):
     lead, where = SIGNAL_LINE.fullmatch(line), f"{path}.hea"
     numbers = (lead and lead["numbers"] or "").split()
     if not lead or lead["name"] and len(numbers) < 5 and lead_index(lead["name"]) is None:
-        refuse(where, "not readable by wfdb", f"signal line {line[:60]!r}")
-    numbers = [int(number) for number in numbers] + [None] * 5
-    gain, unit = lead["gain"], (lead["unit"] or "mV").strip("[]()").lower()
-    if gain is None or NUMBER.fullmatch(gain) and not float(gain):
+        refuse(where, ODD, f"signal line {line[:60]!r}")
+    _, zero, first, check, *_ = [int(number) for number in numbers] + [None] * 4
+    gain, unit = lead["gain"] or "", (lead["unit"] or "mV").strip("[]()").lower()
+    if not gain or NUMBER.fullmatch(gain) and not float(gain):
         refuse(where, "zero gain" if gain else "no gain", f"so the samples have no unit: {line[:60]!r}")
     if not NUMBER.fullmatch(gain):
         refuse(where, "gain is no number", gain)
     if unit not in MILLIVOLTS:
         refuse(where, f"unit {lead['unit']!r} is no voltage")
-    return dict(file=beside(path, lead["file"]), format=lead["format"], frame=int(lead["frame"] or 1), skew=int(lead["skew"] or 0),
-                offset=int(lead["offset"] or 0), gain=float(gain), baseline=int(lead["baseline"] or numbers[1] or 0),
-                unit=MILLIVOLTS[unit], zero=numbers[1] or 0, first=numbers[2], checksum=numbers[3], name=lead["name"] or "")
+    return dict(file=beside(path, lead["file"]), format=lead["format"], frame=int(lead["frame"] or 1),
+                skew=int(lead["skew"] or 0), offset=int(lead["offset"] or 0), gain=float(gain),
+                baseline=int(lead["baseline"] or zero or 0), unit=MILLIVOLTS[unit], zero=zero or 0, first=first or 0,
+                checksum=check, name=lead["name"] or "")
 
 
 def beside(path, name):
@@ -314,40 +314,41 @@ def file_size(name):
         return os.fstat(file.fileno()).st_size
 
 
-def length_of(path, leads, sizes):
-    """Samples of a record whose header does not say how many: those that its first file holds."""
-    first = leads[0]
-    frame = sum(lead["frame"] for lead in leads if lead["file"] == first["file"]) * BYTES.get(first["format"], 0)
-    samples = int((sizes[first["file"]] - first["offset"]) / frame) if frame else 0
-    if samples <= 0:
-        refuse(f"{path}.hea", "number of samples is unknown", "neither the header nor the size of the signal file tells it")
+def files_of(leads):
+    """{signal file: the places of its leads}"""
+    files = {}
+    for i, lead in enumerate(leads):
+        files.setdefault(lead["file"], []).append(i)
+    return files
+
+
+def measure(path, leads, samples):
+    """Samples of a record, by the size of its files where the header does not say (0); they must be as long as it says."""
+    for name, own in files_of(leads).items():
+        lead, room = leads[own[0]], file_size(name) - leads[own[0]]["offset"]
+        if any((leads[i]["offset"], leads[i]["format"]) != (lead["offset"], lead["format"]) for i in own):
+            refuse(f"{path}.hea", ODD, "gives one file two formats or offsets")
+        width = sum(leads[i]["frame"] for i in own)
+        frame = width * BYTES.get(lead["format"], 0)  # 0: compressed
+        samples = samples or (max(0, int(room / frame)) if frame else 0)
+        text = f"{room} bytes, header: {samples} x {width} samples"
+        if not samples:
+            refuse(f"{path}.hea", "number of samples is unknown", f"it gives none, and {name} tells none")
+        if lead["format"] == "16" and room != samples * frame:
+            refuse(name, "signal file is " + ("truncated" if room < samples * frame else "longer than its header says"), text)
+        if room < int(samples * frame):
+            refuse(path, ODD, f"{name} is truncated: {text}")
     return samples
 
 
-def check_sizes(path, leads, sizes, samples):
-    """Signal files must be as long as the header says. sizes: {file: bytes}. Errors: DataError."""
-    for name, size in sizes.items():
-        own = [lead for lead in leads if lead["file"] == name]
-        if len({(lead["offset"], lead["format"]) for lead in own}) > 1:
-            refuse(f"{path}.hea", "not readable by wfdb", "gives one file two formats or offsets")
-        width = sum(lead["frame"] for lead in own)
-        found, wanted = size - own[0]["offset"], samples * width * BYTES.get(own[0]["format"], 0)
-        text = f"{found} bytes, header: {samples} x {width} samples"
-        if own[0]["format"] == "16" and found != wanted:
-            refuse(name, "signal file is " + ("truncated" if found < wanted else "longer than its header says"), text)
-        if found < int(wanted):
-            refuse(path, "not readable by wfdb", f"{name} is truncated: {text}")
-
-
-def read_format16(path, leads, sizes, fs, samples, start, stop):
-    """Files of interleaved int16 samples, -32768 where invalid -> signal (stop - start, leads) in the header's units; sets
+def read_format16(path, leads, fs, samples, start, stop):
+    """Files of interleaved int16, -32768 where invalid -> signal (stop - start, leads) in the header's units; sets
     "adds up" in leads: do the samples that were read fit the checksum?"""
     raw = np.empty((stop - start, len(leads)), np.int16)
-    for name in sizes:
-        own = [i for i, lead in enumerate(leads) if lead["file"] == name]
+    for name, own in files_of(leads).items():
         with open_file(name) as file:
-            first, width = leads[own[0]]["offset"] + 2 * start * len(own), len(own)
-            raw[:, own] = np.fromfile(file, "<i2", (stop - start) * width, offset=first).reshape(-1, width)
+            first, count = leads[own[0]]["offset"] + 2 * start * len(own), (stop - start) * len(own)
+            raw[:, own] = np.fromfile(file, "<i2", count, offset=first).reshape(-1, len(own))
     signal = raw - np.array([float(lead["baseline"]) for lead in leads])
     signal /= [lead["gain"] for lead in leads]
     signal[raw == -32768] = np.nan
@@ -356,53 +357,55 @@ def read_format16(path, leads, sizes, fs, samples, start, stop):
     return signal
 
 
-def read_wfdb(path, leads, sizes, fs, samples, start, stop):
+def read_wfdb(path, leads, fs, samples, start, stop):
     """Any other format -> the same as read_format16. wfdb sees a header of our own beside links to the files: it takes
     headers for ASCII, and some that the format allows for damaged."""
     import wfdb  # takes a second, and most data sets do not need it
     if any(lead["skew"] > fs or not 0 < lead["frame"] * fs <= RATES[1] for lead in leads):
-        refuse(f"{path}.hea", "not readable by wfdb", "its skew or its samples per frame are beyond all measure")
+        refuse(f"{path}.hea", ODD, "its skew or its samples per frame are beyond all measure")
     start, skip = (0, start) if any(lead["format"] == "8" for lead in leads) else (start, 0)  # 8: sums of differences
     with tempfile.TemporaryDirectory() as folder:
-        for i, name in enumerate(sizes):
+        lines, files = [f"r {len(leads)} {fs} {samples}"], list(files_of(leads))
+        for i, name in enumerate(files):
             os.symlink(os.path.abspath(name), f"{folder}/{i}.dat")
-        Path(f"{folder}/r.hea").write_text(f"r {len(leads)} {fs} {samples}\n" + "".join(
-            f"{list(sizes).index(lead['file'])}.dat {lead['format']}x{lead['frame']}:{lead['skew']}+{lead['offset']} "
-            f"{lead['gain']:.17g}({lead['baseline']})/mV 16 {lead['zero']} {lead['first'] or 0} 0 0 c{i}\n"
-            for i, lead in enumerate(leads)))
+        for i, lead in enumerate(leads):
+            lines.append("{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 c{}"
+                         .format(files.index(lead["file"]), i, **lead))
+        Path(f"{folder}/r.hea").write_text("\n".join(lines))
         try:
             return wfdb.rdrecord(f"{folder}/r", start, stop).p_signal[skip:]
-        except (MemoryError, KeyboardInterrupt):
+        except MemoryError:
             raise
-        except Exception as error:  # wfdb fails in many ways on damaged files; each of them is a fault of this record only
+        except Exception as error:  # wfdb fails in many ways on damaged files; each is a fault of this record only
             text = " ".join(str(error).replace(folder, os.path.dirname(path)).split())
-            raise DataError(f"{path}: not readable by wfdb ({type(error).__name__}: {text})", "not readable by wfdb") from error
+            raise DataError(f"{path}: {ODD} ({type(error).__name__}: {text})", ODD) from error
 
 
 def read_segments(path, head, lines, fast, part):
-    """A record whose header names others, to be read one behind another -> Record; NaN where a lead is in none of them."""
-    segments = [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
+    """A record whose header names others, one behind another -> Record; NaN where a lead is in none of them."""
+    where, segments = f"{path}.hea", [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
     total = sum(int(segment[2]) for segment in segments if segment)
     if None in segments or head["samples"] not in (0, total):
-        refuse(f"{path}.hea", "not readable by wfdb", "its segments are not those that it announces")
+        refuse(where, ODD, "its segments are not those that it announces")
     start, stop = part(total, head["fs"]) if part else (0, total)
-    found, at = [], 0
-    for name, length in (segment.groups() for segment in segments):
-        first, last = max(start - at, 0), min(stop - at, int(length))
+    found, end = [], 0
+    for name, length in ((segment[1], int(segment[2])) for segment in segments):
+        first, last = max(start - end, 0), min(stop - end, length)
         if first < last and name != "~":  # ~: a gap
             if read_header(beside(path, name))[0]["segments"]:
-                refuse(f"{path}.hea", "not readable by wfdb", f"segment {name} has segments of its own")
-            found.append((at + first - start, name, read_record(beside(path, name), fast, lambda samples, _: (first, last) if samples == int(length) else (0, 0))))
-            if found[-1][2].fs != head["fs"] or found[-1][2].signal.shape[1] != last - first:
-                refuse(f"{path}.hea", "not readable by wfdb", f"segment {name} has another rate or length than announced")
-        at += int(length)
-    names = list(dict.fromkeys(name for _, _, record in found for name in record.names))
-    if any(len(set(record.names)) < len(record.names) for *_, record in found) or not 0 < len(names) <= MOST["leads"]:
-        refuse(f"{path}.hea", "a lead occurs twice" if names else "its segments are empty")
+                refuse(where, ODD, f"segment {name} has segments of its own")
+            record = read_record(beside(path, name), fast, lambda samples, _: (first, last) if samples == length else (0, 0))
+            if record.fs != head["fs"] or record.signal.shape[1] != last - first:
+                refuse(where, ODD, f"segment {name} has another rate or length than announced")
+            found.append((slice(end + first - start, end + last - start), record))
+        end += length
+    names = list(dict.fromkeys(name for _, record in found for name in record.names))
+    if any(len(set(record.names)) < len(record.names) for _, record in found) or not 0 < len(names) <= MOST["leads"]:
+        refuse(where, "a lead occurs twice" if names else "its segments are empty")
     signal = np.full((len(names), stop - start), np.nan, np.float32)
-    for at, _, record in found:
-        signal[[names.index(name) for name in record.names], at:at + record.signal.shape[1]] = record.signal
-    return Record(signal, names, head["fs"], all(record.checksum_ok for *_, record in found))
+    for place, record in found:
+        signal[[names.index(name) for name in record.names], place] = record.signal
+    return Record(signal, names, head["fs"], all(record.checksum_ok for _, record in found))
 
 
 @lru_cache(4096)
@@ -791,39 +794,33 @@ NOTHING = dict.fromkeys("nan NaN none None NONE null NULL <NA> NaT".split())  # 
 def read_csv(name, columns):
     """Rows of a csv as dictionaries of strings, one at a time (MIMIC has 800,035); columns: those it must have.
 
-    Errors: DataError, in which line, where the rows do not fit the columns; a field too many would move all behind it."""
+    Errors: DataError, in which line, where a row does not fit the columns: all behind would be taken for another."""
+    reader = None
     try:
         with open_file(name) as raw:
-            reader = csv.reader(text_lines(raw), strict=True)
+            reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True)
             header = [column.strip() for column in next(reader, [])]
             if missing := [column for column in columns if column not in header]:
-                other = [mark for mark in ";\t|" if len(header) == 1 and mark in header[0]]
-                found = f"its columns are separated by {other[0]!r}, not by commas" if other else (
-                    f"its first line names {', '.join(header)[:200]!r}" if header else "it is empty")
-                raise DataError(f"{name}: has no column {missing[0]!r}; {found}")
+                marks = [mark for mark in ";\t|" if len(header) == 1 and mark in header[0]]
+                raise DataError(f"{name}: has no column {missing[0]!r}; " + (
+                    f"its columns are separated by {marks[0]!r}, not by commas" if marks else
+                    f"its first line names {', '.join(header)[:200]!r}" if header else "it is empty"))
             if double := [column for column in header if column and header.count(column) > 1]:
                 raise DataError(f"{name}: has two columns {double[0]!r}; take one out")
             for row in reader:
-                if len(row) == len(header):
+                if row and len(row) != len(header):
+                    raise DataError(f"{name}, line {reader.line_num}: {len(row)} fields, but there are {len(header)} "
+                                    "columns; a text that holds commas needs quotes around it")
+                if "\0" in "".join(row):
+                    raise csv.Error("holds zeros: UTF-16, or damaged; save it as UTF-8")
+                if row:
                     yield dict(zip(header, ["" if field in NOTHING else field for field in row]))
-                elif row:
-                    raise DataError(f"{name}, line {reader.line_num}: {len(row)} fields, but there are {len(header)} columns; "
-                                    "a text that holds commas needs quotes around it")
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not in UTF-8 ({error}); save it as UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{name}, line {reader.line_num}: {error}; is a quote not closed, or not doubled?") from error
     except OSError as error:
-        raise DataError(f"{name}: {error.strerror or error}; is the data set there, in its published layout?") from error
-
-
-def text_lines(raw):
-    for i, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")):
-        if "\0" in line:
-            raise csv.Error("holds zeros: UTF-16, or damaged; save it as UTF-8")
-        if not i and line.startswith("version https://git-lfs"):
-            raise csv.Error("a Git LFS pointer; git lfs pull fetches the file")
-        yield line
+        raise DataError(f"{name}: {error.strerror}; is the data set there, in its published layout?") from error
 
 
 def whole(text):
@@ -1312,71 +1309,15 @@ DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132], [-.515, .157, -.917
                   [.882, .098, -1.277], [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])  # I, II, V1-V6
 LIMBS = np.eye(12, 8, -4)                                                          # I, II, V1..V6 -> twelve leads
 LIMBS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
+LOBES = "QRLSEJHT"
 Q, R, L, S, E, J, H, T = range(8)  # lobes of a beat: septum, apex, free wall, base, extra; ST; rise and top of T
-# walls of the left ventricle: direction towards it; what each chest lead V1..V6 sees of it beyond the dipole
-WALL = {"IMI": ((-.1, .8, 0), (0, 0, 0, 0, 0, 0)), "ILMI": ((.6, .8, 0), (0, 0, 0, 0, .5, .8)),
-        "IPMI": ((0, .75, .65), (-.5, -.5, 0, 0, 0, 0)), "IPLMI": ((.6, .6, .55), (-.5, -.5, 0, 0, .5, .8)),
-        "PMI": ((0, .1, 1), (-.7, -.8, -.4, 0, 0, 0)), "ASMI": ((.2, .1, -.97), (.35, .9, 1.3, 1.1, .2, 0)),
-        "AMI": ((.5, .1, -.86), (0, .6, 1, 1, .4, 0)), "ALMI": ((.95, -.1, -.3), (0, .1, .6, 1, 1, .8)),
-        "LMI": ((.94, -.33, .1), (0, 0, 0, 0, .7, 1))}
-ZONE = {"AS": "ASMI", "AN": "AMI", "AL": "ALMI", "LA": "LMI", "IN": "IMI", "IL": "ILMI"}  # INJ.., ISC..: the wall meant
-# drawn evenly between two bounds; rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB
-DRAWN = {"SBRAD": {"rate": (38, 58)}, "STACH": {"rate": (101, 138)}, "AFIB": {"rate": (52, 145)},
-         "AFLT": {"rate": (240, 330)}, "SVTAC": {"rate": (140, 215)}, "3AVB": {"rate": (28, 52)},
-         "2AVB": {"rate": (65, 100)}, "1AVB": {"pr": (.208, .32)}, "LAO/LAE": {"pr": (.15, .2), "p_gap": (.052, .068)},
-         "LNGQT": {"qtc": (.47, .56)}, "DIG": {"qtc": (.34, .39)}, "CLBBB": {"qrs": (.124, .175)},
-         "ILBBB": {"qrs": (.108, .119)}, "CRBBB": {"qrs": (.122, .158)}, "IRBBB": {"qrs": (.098, .118)},
-         "IVCD": {"qrs": (.112, .138)}, "WPW": {"pr": (.08, .118), "qrs": (.115, .145)},
-         "PACE": {"rate": (60, 85), "qrs": (.14, .185)}}
-# when the lobes Q..E come, as shares of the QRS
-ORDER = {"CRBBB": (.14, .31, .43, .55, .7), "IRBBB": (.18, .4, .5, .61, .74), "WPW": (.16, .58, .7, .84, .3),
-         "CLBBB": (.15, .35, .56, .79, .9), "PACE": (.17, .37, .58, .8, .9)}
-# code, lobe, share of the patient's own lobe that stays, what is added (mV), times a factor between two bounds
-MOVES = [
-    ("CLBBB", Q, 0, (.25, .15, .4), .6, 1.4), ("CLBBB", R, 0, (.55, .45, 2.0), .6, 1.4),
-    ("CLBBB", L, 0, (.75, .3, 1.4), .6, 1.4), ("CLBBB", S, 0, (.85, -.2, .9), .5, 1.4),
-    ("ILBBB", Q, .5, (.1, .05, .15), .6, 1.4), ("ILBBB", R, .6, (.15, .1, .5), .6, 1.4),
-    ("ILBBB", L, .7, (.3, .1, .5), .6, 1.4), ("IVCD", Q, .7, (.05, 0, .12), 0, 1.5),
-    ("IVCD", R, 1, (0, 0, .3), 0, 1.5), ("IVCD", L, 1, (.05, 0, .2), 0, 1.5),
-    ("CRBBB", R, .8, 0, 0, 0), ("CRBBB", L, (.8, .8, .45), 0, 0, 0), ("CRBBB", S, .2, 0, 0, 0),
-    ("CRBBB", E, 1, (-.6, -.08, -.52), .6, 1.5), ("CRBBB", T, 1, (.12, .02, .46), .6, 1.4),
-    ("IRBBB", L, (1, 1, .55), 0, 0, 0), ("IRBBB", S, (1, 1, .4), 0, 0, 0),
-    ("IRBBB", E, 1, (-.26, -.24, -.28), .2, 1.1), ("IRBBB", T, 1, (.05, 0, .15), .2, 1.4),
-    ("LAFB", Q, 1, (.3, .25, 0), .4, 1.2), ("LAFB", R, (.7, 1, 1), (0, 0, .2), .3, 1.5),
-    ("LAFB", S, 1, (.08, -.5, .05), .4, 1.4), ("LPFB", Q, 1, (.2, -.2, 0), .4, 1.2),
-    ("LPFB", S, 1, (.1, .35, 0), .3, 1.2), ("PACE", Q, 0, (.1, -.15, .15), .5, 1.5),
-    ("PACE", R, 0, (.05, -.55, .75), .5, 1.5), ("PACE", L, 0, (.1, -.7, .9), .5, 1.5),
-    ("PACE", S, 0, (0, -.4, .45), .5, 1.5), ("LVH", R, 1.25, (.45, .2, 0), .4, 2),
-    ("LVH", L, 1.2, (.1, .05, .55), 0, 1.7), ("LVH", T, (.6, .7, 1.1), 0, 0, 0),
-    ("LVH", J, 1, (-.06, -.03, 0), 0, 1.2),
-    ("strain", T, (.2, .3, 1.1), (-.16, -.12, -.1), .2, 1.6), ("strain", J, 1, (-.06, -.03, -.05), .3, 1.8),
-    ("RVH", R, (.75, .9, 1), (-.1, .05, -.3), .2, 1.5), ("RVH", L, (.5, .7, .3), 0, 0, 0),
-    ("RVH", S, 1, (-.5, .02, -.5), .5, 1.4), ("RVH", T, 1, (.1, -.12, .35), .3, 1.2),
-    ("SEHYP", Q, 1, (-.45, -.3, -.5), .7, 1.6), ("SEHYP", R, 1, (.2, 0, -.1), 0, 1),
-    ("NDT", T, (.25, .25, .8), (.07, .03, .08), -1, 1), ("NDT", J, 1, (-.5, -.3, .3), 0, .07),
-    ("DIG", T, .4, 0, 0, 0), ("NST_", T, .35, 0, 0, 0),
-    ("NST_", J, 1, (-.8, -.5, .3), .05, .11), ("ischemia", T, (.2, .2, .8), (-.2, -.12, 0), .3, 1.3),
-    ("ischemia", J, 1, (-.8, -.5, .3), .03, .12), ("WPW left", Q, 0, (-.1, .15, -.18), .5, 1.3),
-    ("WPW left", E, 0, (-.2, .3, -.35), .6, 1.4), ("WPW right", Q, 0, (.24, .1, .03), .5, 1.3),
-    ("WPW right", E, 0, (.5, .2, .05), .6, 1.4), ("WPW septum", Q, 0, (.18, -.15, -.2), .5, 1.3),
-    ("WPW septum", E, 0, (.4, -.3, -.4), .6, 1.4)]
-# code: turn of the lobes R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of each
-TURNS = {"LAFB": (-60, 8, 0, 6), "LPFB": (62, 10, 0, 6), "CLBBB": (-8, 24, 0, 10), "PACE": (0, 40, 0, 30),
-         "LVH": (6, 8, 3, 8)}
-# waveform features that every record with the code shows; all others are measured
-ALWAYS = {"AFIB": "absent p waves; fibrillatory baseline; irregularly irregular rr intervals",
-          "AFLT": "absent p waves; sawtooth flutter waves", "SVTAC": "absent p waves", "WPW": "delta waves",
-          "1AVB": "pr interval longer than 200 ms", "2AVB": "p waves not followed by qrs",
-          "3AVB": "p waves not followed by qrs; p waves unrelated to qrs", "RAO/RAE": "tall peaked p waves in ii",
-          "LAO/LAE": "wide notched p waves in ii; deep terminal p wave in v1", "DIG": "scooped st depression",
-          "CLBBB": "broad notched r waves in i and v6; absent septal q waves; t wave opposite to the qrs",
-          "CRBBB": "rsr' pattern in v1; wide s waves in i and v6", "ILBBB": "absent septal q waves",
-          "LAFB": "small q and tall r in i and avl; small r and deep s in ii, iii and avf",
-          "LPFB": "small r and deep s in i and avl; small q and tall r in ii, iii and avf",
-          "SEHYP": "deep narrow q waves in v4 to v6", "PACE": "pacing spikes; t wave opposite to the qrs",
-          "PVC": "early wide qrs without p wave; t wave opposite to the qrs", "IRBBB": "rsr' pattern in v1",
-          "PAC": "early narrow qrs; early p wave of different shape", "BIGU": "every second beat early",
-          "SVARR": "early narrow qrs; early p wave of different shape", "TRIGU": "every third beat early"}
+# prompts.json, "simulator" holds what each code does:
+# wall: of the left ventricle, the direction towards it, and what each chest lead V1..V6 sees of it beyond the dipole;
+# zone: the wall that INJ.. and ISC.. mean; order: when the lobes Q..E come, as shares of the QRS;
+# drawn: evenly between two bounds (rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB);
+# moves: code, lobe, share of the patient's own lobe that stays, what is added (mV), times a factor between two bounds;
+# turns: of the lobes R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of each;
+# always: waveform features that every record with the code shows; all others are measured
 
 
 @lru_cache(1)
@@ -1465,10 +1406,10 @@ def _patient(rng, c):
          "p": np.array([[.05, .07, -.03], [.065, .05, .03]]) * logn(.3, 1, 1) + .008 * norm((n, 2, 3)),
          "dual": c["PACE"] & (rng.random(n) < .5),                                  # P waves sensed or paced as well
          "spike": ((.3, -.9, .4) + .5 * norm((n, 3))) * rng.lognormal(-2, 1, (n, 1))}
-    for k, table in DRAWN.items():
+    for k, table in knowledge()["simulator"]["drawn"].items():
         for name, bounds in table.items():
             p[name] = np.where(c[k], uni(*bounds)[:, 0], p[name])
-    for k, share in ORDER.items():
+    for k, share in knowledge()["simulator"]["order"].items():
         p["frac"][c[k]] = share
     v, w = np.zeros((n, 8, 3)), np.zeros((n, 8, 6))
     v[:, :4] = (-.10, -.02, -.30), (1.20, .46, -.03), (.22, .16, .62), (-.32, -.10, .34)
@@ -1480,9 +1421,10 @@ def _patient(rng, c):
     v[:, T:] = _turn(v[:, T:], 14 * norm(n), 20 * norm(n))
     w[:, T] = np.linalg.norm(v[:, T], axis=1)[:, None] * (0, .17, -.05, -.15, 0, 0)  # T is tall in V2, beyond a dipole
     v[:, J] = .14 * v[:, T] + (0, 0, -.03) + .012 * norm((n, 3))
-    for k, lobe, stays, added, low, high in MOVES:
+    for k, lobe, stays, added, low, high in knowledge()["simulator"]["moves"]:
+        lobe = LOBES.index(lobe)
         v[c[k], lobe] = (v[:, lobe] * stays + uni(low, high) * np.array(added))[c[k]]
-    for k, (mean, spread, back, back_spread) in TURNS.items():
+    for k, (mean, spread, back, back_spread) in knowledge()["simulator"]["turns"].items():
         v[c[k], R:E] = _turn(v[:, R:E], mean + spread * norm(n), back + back_spread * norm(n))[c[k]]
     w[:, E, :2] += (c["CRBBB"][:, None] * uni(0, .5) + c["IRBBB"][:, None] * uni(0, .25)) * (1, .5)
     w[:, J, 1:4] += c["early repolarization"][:, None] * uni(.1, .3) * (1, 1, .5)
@@ -1513,15 +1455,15 @@ def _oppose(p, v, strength):
 
 def _damage(rng, c, p, v, w):
     """Infarction (Q, loss of R, ST and T by age), injury and ischemia of a wall. Changes v, w and p."""
-    uni = lambda a, b: rng.uniform(a, b, (CHUNK, 1))
+    uni, table = lambda a, b: rng.uniform(a, b, (CHUNK, 1)), knowledge()["simulator"]
     stage = rng.choice(3, (CHUNK, 1), p=(.78, .15, .07))                            # old, subacute, acute
 
     def change(k, wall, *parts):
         for lobe, dipole, local in parts:
-            v[:, lobe] += c[k][:, None] * dipole * WALL[wall][0]
-            w[:, lobe] += c[k][:, None] * local * WALL[wall][1]
+            v[:, lobe] += c[k][:, None] * dipole * table["wall"][wall][0]
+            w[:, lobe] += c[k][:, None] * local * table["wall"][wall][1]
 
-    for k, (wall, _) in WALL.items():
+    for k, (wall, _) in table["wall"].items():
         size, on = uni(.3, 1), c[k]
         lost = np.maximum(v[:, R] @ wall, .55)[:, None] * size * uni(.25, 1)
         st = np.choose(stage, (uni(-.05, .02), uni(-.02, .08), uni(.1, .3)))
@@ -1531,7 +1473,7 @@ def _damage(rng, c, p, v, w):
         p["frac"][on, Q], p["wide"][on, Q] = p["frac"][on, Q] + .05, 1.35 * p["wide"][on, Q]
         change(k, k, (Q, -.03 - .3 * size, -.25 * size), (R, -lost, -.45 * size * uni(.2, 1)), (L, -.15 * size, 0),
                (J, st, .4 * st), (T, t, .4 * t))
-    for zone, wall in ZONE.items():
+    for zone, wall in table["zone"].items():
         for k, low, high in (("INJ" + zone, .06, .2), ("ISC" + zone, 0, .07)):
             if k in c:
                 st, t = uni(low, high), uni(.09, .34)
@@ -1621,7 +1563,8 @@ def _label(c, p, m):
         "tall peaked t waves": t[:, 6:].max(1) > 1.2, "qrs below 0.5 mv in limb leads": low_limbs,
         "qrs below 1 mv in chest leads": low_chest}
     codes = [{k: 100.0 for k, on in code.items() if on[i]} for i in range(CHUNK)]
-    always = [[x for k in codes[i] if k in ALWAYS for x in ALWAYS[k].split("; ")] for i in range(CHUNK)]
+    shows = knowledge()["simulator"]["always"]
+    always = [[x for k in codes[i] if k in shows for x in shows[k].split("; ")] for i in range(CHUNK)]
     return codes, [list(dict.fromkeys(always[i] + [k for k, on in f.items() if on[i]])) for i in range(CHUNK)]
 
 
@@ -1767,8 +1710,8 @@ def _report(rng, codes, features):
 
 
 # what shapes a store of a kind beside its data, and is therefore in the key of the cache: code, and the tables it uses
-READS = (open_file, read_record, read_header, parse_lead, beside, file_size, length_of, check_sizes, read_format16, read_wfdb,
-         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines, read_csv, text_lines,
+READS = (open_file, read_record, read_header, parse_lead, beside, files_of, measure, read_format16, read_wfdb,
+         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines, read_csv,
          without_zero, split_by, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE,
          BYTES, NOTHING)
 SPLITS = clean, one_negation, split_statements, NEGATED_LIST, WORD, SENTENCE_END, COMMA
@@ -1776,7 +1719,7 @@ MAKERS = {"ptbxl": (*READS, once, whole, ptbxl_rows, *SPLITS, TOKEN, lead_names,
           "mimic": (*READS, once, mimic_rows, *SPLITS), "csv": (*READS, own_rows, labels_of, *SPLITS),
           "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, simulated_block.__wrapped__, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label, _rhythm, _ectopic,
-                        _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS, WALL, ZONE, DRAWN, ORDER, MOVES, TURNS, ALWAYS)}
+                        _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS)}
 
 
 @lru_cache
@@ -1785,7 +1728,7 @@ def maker(source):
     parts = [inspect.getsource(part) if callable(part) else getattr(part, "pattern", None) or repr(part) for part in MAKERS[source]]
     table = knowledge()
     if source == "simulated":
-        parts.append(json.dumps([table["findings"], table["more_findings"]]))
+        parts.append(json.dumps([table["findings"], table["more_findings"], table["simulator"]]))
     else:
         parts.append(read_text(os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "reference.py")))
     if source == "ptbxl":
