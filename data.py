@@ -27,7 +27,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +49,7 @@ MAX_GAP = 0.04     # s, longest gap that is interpolated: half a normal QRS, so 
 MIN_SECONDS = 4.0  # s of valid signal that a lead needs: three beats even at 45 a minute
 CROPS = {"first": (SECONDS, False), "center": (SECONDS, True),  # what is kept of a record: seconds, and whether mid-way
          "cpsc-merl": (5, False)}  # MERL's rule for CPSC2018: the first 2,500 samples at 500 Hz, then zeros
-MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3, "v": 1e3, "nv": 1e-6, "millivolt": 1.0,  # unit -> mV
-              "millivolts": 1.0, "microvolt": 1e-3, "microvolts": 1e-3, "volt": 1e3, "volts": 1e3}
+MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3, "v": 1e3, "nv": 1e-6}  # unit -> mV
 RATES = 50, 20000  # Hz: a header that says anything else is damaged, or not of an ECG
 
 
@@ -122,8 +121,8 @@ KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or
 def check(value, shape, where):
     """value, if what was read from a file has this shape, else a DataError that says where it has not.
 
-    A shape is a type or a tuple of types (float takes whole numbers, too); [shape] for a list; {"key": shape} for keys
-    that an object must have, {str: shape} for all others."""
+    A shape is a type or a tuple of types (float takes whole numbers, too); [shape] for a list; {"key": shape} for
+    keys that an object must have, {str: shape} for all others."""
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
     fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
     if not fits or isinstance(value, bool) and bool not in kinds:
@@ -142,8 +141,9 @@ def check(value, shape, where):
 
 
 def write_atomic(path, write):
-    """write(temporary path), then rename: a reader, or a crash, never sees half a file. Errors: DataError where the disk
-    is full or the folder may not be written; what was there stays."""
+    """write(temporary path), then rename: a reader, or a crash, never sees half a file.
+
+    Errors: DataError where the disk is full or the folder may not be written; what was there stays."""
     temporary = f"{path}.tmp"
     try:
         write(temporary)
@@ -203,13 +203,16 @@ def guarded(main, *errors):
     sys.exit(2)
 
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 class Record(NamedTuple):
     signal: np.ndarray  # (leads, N) float32 mV in the file's own lead order, NaN where the file marks a sample invalid
     names: list         # of the leads, as written in the file
     fs: float           # Hz
-    checksum_ok: bool   # False: they do not add up to the header's checksum (only looked at in whole records of format 16)
+    checksum_ok: bool   # False: not the header's checksum (only looked at where a record of format 16 is read whole)
 
 
 
@@ -259,7 +262,7 @@ def read_record(path, fast=True, part=None):
 
 
 def read_header(path):
-    """path.hea -> {"segments", "leads", "fs" (Hz), "samples"}, 0 where it does not say; lines of signals or segments."""
+    """path.hea -> {"segments", "fs" (Hz), "samples"}, 0 where it does not say; lines of signals or segments."""
     where = f"{path}.hea"
     with open_file(where) as file:
         raw = file.read(MOST["header"] + 1)
@@ -278,8 +281,8 @@ def read_header(path):
     if not NUMBER.fullmatch(fs):
         refuse(where, "sampling rate is no number", fs)
     if not RATES[0] <= float(fs) <= RATES[1]:
-        refuse(where, f"sampling rate is not {RATES[0]} to {RATES[1]} Hz" if float(fs) else "sampling rate is zero", fs)
-    return dict(segments=segments, leads=leads, fs=float(fs), samples=int(record["samples"] or 0)), lines
+        refuse(where, "sampling rate is " + ("not {} to {} Hz".format(*RATES) if float(fs) else "zero"), fs)
+    return dict(segments=segments, fs=float(fs), samples=int(record["samples"] or 0)), lines
 
 
 def parse_lead(path, line):
@@ -288,7 +291,7 @@ def parse_lead(path, line):
     numbers = (lead and lead["numbers"] or "").split()
     if not lead or lead["name"] and len(numbers) < 5 and lead_index(lead["name"]) is None:
         refuse(where, ODD, f"signal line {line[:60]!r}")
-    _, zero, first, check, *_ = [int(number) for number in numbers] + [None] * 4
+    _, zero, first, total, *_ = [int(number) for number in numbers] + [None] * 4
     gain, unit = lead["gain"] or "", (lead["unit"] or "mV").strip("[]()").lower()
     if not gain or NUMBER.fullmatch(gain) and not float(gain):
         refuse(where, "zero gain" if gain else "no gain", f"so the samples have no unit: {line[:60]!r}")
@@ -298,12 +301,12 @@ def parse_lead(path, line):
         refuse(where, f"unit {lead['unit']!r} is no voltage")
     return dict(file=beside(path, lead["file"]), format=lead["format"], frame=int(lead["frame"] or 1),
                 skew=int(lead["skew"] or 0), offset=int(lead["offset"] or 0), gain=float(gain),
-                baseline=int(lead["baseline"] or zero or 0), unit=MILLIVOLTS[unit], zero=zero or 0, first=first or 0,
-                checksum=check, name=lead["name"] or "")
+                baseline=int(lead["baseline"] or zero or 0), unit=MILLIVOLTS[unit], zero=zero or 0,
+                first=first or 0, checksum=total, name=lead["name"] or "")
 
 
 def beside(path, name):
-    """Path of a file that the header of the record at path names: in its folder or below. Errors: DataError."""
+    """Path of a file that the header of the record at path names, in its folder or below. Errors: DataError."""
     if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         refuse(f"{path}.hea", "names a file outside of its folder", name)
     return os.path.join(os.path.dirname(path), name)
@@ -323,7 +326,7 @@ def files_of(leads):
 
 
 def measure(path, leads, samples):
-    """Samples of a record, by the size of its files where the header does not say (0); they must be as long as it says."""
+    """Samples of a record, by the size of its files where the header does not say (0); else that must fit."""
     for name, own in files_of(leads).items():
         lead, room = leads[own[0]], file_size(name) - leads[own[0]]["offset"]
         if any((leads[i]["offset"], leads[i]["format"]) != (lead["offset"], lead["format"]) for i in own):
@@ -335,15 +338,17 @@ def measure(path, leads, samples):
         if not samples:
             refuse(f"{path}.hea", "number of samples is unknown", f"it gives none, and {name} tells none")
         if lead["format"] == "16" and room != samples * frame:
-            refuse(name, "signal file is " + ("truncated" if room < samples * frame else "longer than its header says"), text)
+            fault = "truncated" if room < samples * frame else "longer than its header says"
+            refuse(name, f"signal file is {fault}", text)
         if room < int(samples * frame):
             refuse(path, ODD, f"{name} is truncated: {text}")
     return samples
 
 
 def read_format16(path, leads, fs, samples, start, stop):
-    """Files of interleaved int16, -32768 where invalid -> signal (stop - start, leads) in the header's units; sets
-    "adds up" in leads: do the samples that were read fit the checksum?"""
+    """Files of interleaved int16, -32768 where invalid -> signal (stop - start, leads) in the header's units.
+
+    Sets "adds up" in leads: do the samples that were read fit the checksum?"""
     raw = np.empty((stop - start, len(leads)), np.int16)
     for name, own in files_of(leads).items():
         with open_file(name) as file:
@@ -358,25 +363,26 @@ def read_format16(path, leads, fs, samples, start, stop):
 
 
 def read_wfdb(path, leads, fs, samples, start, stop):
-    """Any other format -> the same as read_format16. wfdb sees a header of our own beside links to the files: it takes
-    headers for ASCII, and some that the format allows for damaged."""
+    """Any other format -> the same as read_format16.
+
+    wfdb sees a header of ours beside links to the files: it takes headers for ASCII, and some for damaged."""
     import wfdb  # takes a second, and most data sets do not need it
     if any(lead["skew"] > fs or not 0 < lead["frame"] * fs <= RATES[1] for lead in leads):
         refuse(f"{path}.hea", ODD, "its skew or its samples per frame are beyond all measure")
-    start, skip = (0, start) if any(lead["format"] == "8" for lead in leads) else (start, 0)  # 8: sums of differences
+    start, skip = (0, start) if leads[0]["format"] == "8" else (start, 0)  # 8: sums of differences
     with tempfile.TemporaryDirectory() as folder:
         lines, files = [f"r {len(leads)} {fs} {samples}"], list(files_of(leads))
         for i, name in enumerate(files):
             os.symlink(os.path.abspath(name), f"{folder}/{i}.dat")
         for i, lead in enumerate(leads):
-            lines.append("{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 c{}"
-                         .format(files.index(lead["file"]), i, **lead))
+            lines.append("{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 c"
+                         .format(files.index(lead["file"]), **lead) + str(i))
         Path(f"{folder}/r.hea").write_text("\n".join(lines))
         try:
             return wfdb.rdrecord(f"{folder}/r", start, stop).p_signal[skip:]
         except MemoryError:
             raise
-        except Exception as error:  # wfdb fails in many ways on damaged files; each is a fault of this record only
+        except Exception as error:  # wfdb fails in many ways on damaged files
             text = " ".join(str(error).replace(folder, os.path.dirname(path)).split())
             raise DataError(f"{path}: {ODD} ({type(error).__name__}: {text})", ODD) from error
 
@@ -394,14 +400,16 @@ def read_segments(path, head, lines, fast, part):
         if first < last and name != "~":  # ~: a gap
             if read_header(beside(path, name))[0]["segments"]:
                 refuse(where, ODD, f"segment {name} has segments of its own")
-            record = read_record(beside(path, name), fast, lambda samples, _: (first, last) if samples == length else (0, 0))
+            record = read_record(beside(path, name), fast,
+                                 lambda samples, _: (first, last) if samples == length else (0, 0))
             if record.fs != head["fs"] or record.signal.shape[1] != last - first:
                 refuse(where, ODD, f"segment {name} has another rate or length than announced")
             found.append((slice(end + first - start, end + last - start), record))
         end += length
     names = list(dict.fromkeys(name for _, record in found for name in record.names))
-    if any(len(set(record.names)) < len(record.names) for _, record in found) or not 0 < len(names) <= MOST["leads"]:
-        refuse(where, "a lead occurs twice" if names else "its segments are empty")
+    twice = any(len(set(record.names)) < len(record.names) for _, record in found)
+    if twice or not 0 < len(names) <= MOST["leads"]:
+        refuse(where, "a lead occurs twice" if twice else ODD, f"{len(names)} leads in all segments")
     signal = np.full((len(names), stop - start), np.nan, np.float32)
     for place, record in found:
         signal[[names.index(name) for name in record.names], place] = record.signal
@@ -410,7 +418,7 @@ def read_segments(path, head, lines, fast, part):
 
 @lru_cache(4096)
 def lead_index(name):
-    """Place in LEADS of a lead by its name, whatever case and prefix ("Lead I", "MDC_ECG_LEAD_AVR"), or None."""
+    """Place in LEADS of a lead by its name, whatever case and prefix ("Lead I", "MDC_ECG_LEAD_AVR"); or None."""
     name = str(name).strip(" '\"").upper().removeprefix("MDC_ECG_LEAD_")
     return LEAD_INDEX.get(re.sub(r"^((ECG|EKG|LEAD)[\s_:.-]+)+", "", name))
 
@@ -515,7 +523,9 @@ class Store:
         self.records["fold"] = self.records["fold"].replace("", "0").astype(int)
 
     def verify(self, name="ecg.i16", content=True):
-        """Compare a file's size, and the checksum of its content (1 GB a second), with what was written. Errors: DataError."""
+        """Compare a file's size, and the checksum of its content (0.1 s a GB), with what was written.
+
+        Errors: DataError."""
         file, (size, crc) = os.path.join(self.path, name), self.meta["files"][name]
         try:
             found = file_size(file)
@@ -557,8 +567,8 @@ def checksum(state):
 
 def write_state(folder, state):
     """Replace store.json in one step: after a crash it is the old one or the new one."""
-    state = json.loads(json.dumps(state))  # as it will be read
-    write_text(os.path.join(folder, "store.json"), json.dumps(state | {"checksum": checksum(state)}, indent=1))
+    text = json.dumps(state | {"checksum": checksum(state)}, indent=1)
+    write_text(os.path.join(folder, "store.json"), text)
 
 
 def crc_of(name):
@@ -568,8 +578,8 @@ def crc_of(name):
 def open_data(spec, rate=100, cache=None, **options):
     """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "simulated", "simulated:N", "store:DIR"; options as of prepare().
 
-    All but a store are prepared on first use into `cache`, or $ECG_CACHE, or ~/.cache/ecg-language. rate: Hz; None: the
-    store's own. Errors: DataError.
+    All but a store are prepared on first use into `cache`, or $ECG_CACHE, or ~/.cache/ecg-language.
+    rate: Hz; None: the store's own, or 100. Errors: DataError.
     """
     source, _, src = spec.partition(":")
     if source == "store":
@@ -587,15 +597,16 @@ def open_data(spec, rate=100, cache=None, **options):
 
 
 def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
-    """All that shapes a store beside the data themselves: what reads it, translates its reports, or simulates, included."""
+    """All that shapes a store beside the data themselves, what reads them or simulates included. Errors: DataError."""
     src = str(src or SIMULATED if source == "simulated" else src)
+    right = all(type(n) is int and n >= 0 for n in (rate, min_words, seed)) and 100 <= rate <= 1000
     number = source != "simulated" or re.fullmatch("[0-9]{1,12}", src)
-    counts = [type(n) is int and n >= 0 for n in (rate, min_words, seed)]
-    if source not in SOURCES or not src or crop not in CROPS or not number or not all(counts) or not 100 <= rate <= 1000:
-        raise DataError(f"no such data: {source}:{src}, crop {crop}, {rate} Hz, min_words {min_words}, seed {seed}; sources are "
-                        f"{', '.join(SOURCES)} (and a number of records), crops {', '.join(CROPS)}, rates 100 to 1000 Hz")
-    return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src), rate=rate,
-                crop=crop, min_words=min_words, seed=seed, maker=maker(source))
+    if source not in SOURCES or not src or crop not in CROPS or not number or not right:
+        raise DataError(f"no such data: {source}:{src}, {rate} Hz, crop {crop}, min_words {min_words}, seed {seed}; "
+                        f"sources are {', '.join(SOURCES)} (and a number of records), crops {', '.join(CROPS)}, "
+                        "rates 100 to 1000 Hz, all whole numbers")
+    return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src),
+                rate=rate, crop=crop, min_words=min_words, seed=seed, maker=maker(source))
 
 
 def prepare(source, src, dst, rate=100, workers=None, **options):
@@ -618,11 +629,11 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
         elif not os.path.lexists(os.path.join(dst, "store.json")):
             raise DataError(f"{dst}: is there already and holds no store; choose another name")
     except BrokenExecutor as error:
-        raise DataError(f"{dst}: a process that read records was ended from outside, for want of memory, it seems; "
+        raise DataError(f"{dst}: a process that read records was killed, for want of memory, it seems; "
                         "the same command goes on from there, --workers 1 needs less") from error
     except OSError as error:
-        raise DataError(f"{dst}: cannot be written ({error.filename or ''} {error.strerror or error}); free space or choose another "
-                        "folder (for the cache: set ECG_CACHE); the same command goes on where it stopped") from error
+        raise DataError(f"{dst}: cannot be written ({error.filename or ''} {error.strerror or error}); free space or "
+                        "choose another folder (for the cache: set ECG_CACHE); the same command goes on") from error
     store = Store(dst)
     if store.meta["plan"] != plan:
         raise DataError(f"{dst}: made with other settings, by other code or from other records; {AGAIN}")
@@ -637,7 +648,7 @@ def vacant(dst):
 def survey(settings):
     """A cheap pass over the source: a checksum of what is prepared and how, the number of rows, and of usable ones.
 
-    The rows count as they are, and size and time of change of the files that they name."""
+    Of the rows everything counts, and size and time of change of the files that they name."""
     digest, total, readable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
     if settings["source"] == "simulated":  # the settings say all
         return digest.hexdigest(), int(settings["src"]), int(settings["src"])
@@ -648,12 +659,14 @@ def survey(settings):
 
 
 def stamps(path):
-    """(size, time of change) of a record's header and of the signal file of its name, as far as they are there."""
+    """(name, size, time of change) of a record's header and of the signal file beside it, if they are there."""
     found = []
     for suffix in (".hea", ".dat", ".mat") if path else ():
-        with contextlib.suppress(OSError, ValueError):
+        try:
             status = os.stat(path + suffix)
-            found.append((suffix, status.st_size, status.st_mtime_ns))
+        except (OSError, ValueError):
+            continue
+        found.append((suffix, status.st_size, status.st_mtime_ns))
         if len(found) == 2:
             break
     return found
@@ -676,7 +689,7 @@ def build(settings, plan, total, dst, workers):
             raise DataError(f"{folder}: left by a run with other settings, other code or records; {AGAIN}")
     size, free = (total - state["rows"]) * 24 * state["samples"], shutil.disk_usage(folder).free
     if settings["source"] == "simulated" and size > free:  # of other sources, not every row has a record
-        raise DataError(f"{folder}: {total} records need {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free")
+        raise DataError(f"{folder}: {total} records need {size / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
     rows = islice(SOURCES[settings["source"]](settings), state["rows"], None)
     tasks = iter(lambda: list(islice(rows, CHUNK)), [])
     with contextlib.ExitStack() as stack:
@@ -788,13 +801,13 @@ def csv_lines(rows):
 # One generator each that reads no signal. It yields rows (id, path, patient, split, fold, report, codes, source and, if
 # they need no translation, statements); a row that cannot be used has `skip`, the reason, and counts as dropped.
 
-NOTHING = dict.fromkeys("nan NaN none None NONE null NULL <NA> NaT".split())  # an empty field, as pandas and others write it
+NOTHING = dict.fromkeys("nan NaN none None NONE null NULL <NA> NaT".split())  # an empty field, as programs write it
 
 
 def read_csv(name, columns):
     """Rows of a csv as dictionaries of strings, one at a time (MIMIC has 800,035); columns: those it must have.
 
-    Errors: DataError, in which line, where a row does not fit the columns: all behind would be taken for another."""
+    Errors: DataError, in which line, where a row does not fit the columns: fields would be taken for others."""
     reader = None
     try:
         with open_file(name) as raw:
@@ -809,8 +822,8 @@ def read_csv(name, columns):
                 raise DataError(f"{name}: has two columns {double[0]!r}; take one out")
             for row in reader:
                 if row and len(row) != len(header):
-                    raise DataError(f"{name}, line {reader.line_num}: {len(row)} fields, but there are {len(header)} "
-                                    "columns; a text that holds commas needs quotes around it")
+                    raise DataError(f"{name}, line {reader.line_num}: {len(row)} fields, but there are {len(header)} columns"
+                                    "; a text that holds commas needs quotes around it")
                 if "\0" in "".join(row):
                     raise csv.Error("holds zeros: UTF-16, or damaged; save it as UTF-8")
                 if row:
@@ -818,7 +831,8 @@ def read_csv(name, columns):
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not in UTF-8 ({error}); save it as UTF-8") from error
     except csv.Error as error:
-        raise DataError(f"{name}, line {reader.line_num}: {error}; is a quote not closed, or not doubled?") from error
+        fault = f"{error}; is a quote not closed, or not doubled?"
+        raise DataError(f"{name}, line {reader.line_num}: {fault}") from error
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}; is the data set there, in its published layout?") from error
 
@@ -830,7 +844,8 @@ def whole(text):
 
 def without_zero(number):
     """An id that passed through a column of floats: '12345.0' -> '12345'."""
-    return re.sub(r"^(\d+)\.0*$", r"\1", number.strip())
+    head, _, tail = number.strip().partition(".")
+    return head if head.isdigit() and not tail.strip("0") else number.strip()
 
 
 def split_by(key, train, val):
@@ -839,19 +854,24 @@ def split_by(key, train, val):
     return "train" if share < train else "val" if share < train + val else "test"
 
 
-def once(rows):
-    """The rows, but each id and each path only the first time: one recording must not get into two splits."""
-    ids, paths = set(), set()
-    for row in rows:
-        path = hash(os.path.normpath(row["path"])) if "path" in row else None  # a number: there may be 800,000
-        if row["id"] in ids or path in paths:
-            row = {key: row[key] for key in row if key != "path"} | dict(skip="occurs twice (its id or its waveform)")
-        ids.add(row["id"])
-        if "skip" not in row:
-            paths.add(path)
-        yield row
+def once(source):
+    """A source whose ids and paths count only the first time: one recording must not get into two splits."""
+    @wraps(source)
+    def rows(settings):
+        seen = set()
+        for row in source(settings):
+            keys = {hash(("id", row["id"]))}  # numbers: there may be 800,000
+            if "path" in row:
+                keys.add(hash(os.path.normpath(row["path"])))
+            if keys & seen:
+                row.pop("path", None)
+                row["skip"] = "occurs twice (its id or its waveform)"
+            seen |= keys
+            yield row
+    return rows
 
 
+@once
 def ptbxl_rows(settings):
     """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its 100 Hz files, or those of 500 Hz if they are absent."""
     src, found, damaged = settings["src"], False, None
@@ -862,7 +882,8 @@ def ptbxl_rows(settings):
     for line in read_csv(table, columns):
         row = dict(id=line["ecg_id"], report=line["report"], source="ptbxl")
         try:
-            row |= dict(id=str(whole(line["ecg_id"])), fold=whole(line["strat_fold"]), patient=str(whole(line["patient_id"])),
+            row |= dict(id=str(whole(line["ecg_id"])), fold=whole(line["strat_fold"]),
+                        patient=str(whole(line["patient_id"])),
                         codes=check(ast.literal_eval(line["scp_codes"]), {str: float}, "scp_codes"))
             if not 1 <= row["fold"] <= 10:
                 raise ValueError("strat_fold is not 1 to 10")
@@ -876,15 +897,16 @@ def ptbxl_rows(settings):
         found = found or path
         yield row | (dict(path=path) if path else dict(skip="waveform is not in this copy of PTB-XL"))
     if not found:
-        raise DataError(damaged or f"{src}: holds none of the waveforms; download records{100 if len(sizes) > 1 else 500} "
-                        "from https://physionet.org/content/ptb-xl/ into it")
+        raise DataError(damaged or f"{src}: holds none of the waveforms; download records"
+                        f"{100 if len(sizes) > 1 else 500} from https://physionet.org/content/ptb-xl/ into it")
 
 
+@once
 def mimic_rows(settings):
     """MIMIC-IV-ECG 1.0: report_0..17 are the statements; patients 98 % train (as MELP), 1 % val, 1 % test."""
     src = settings["src"]
     listed = read_csv(os.path.join(src, "record_list.csv"), ("study_id", "path"))
-    paths = {without_zero(line["study_id"]): line["path"].removesuffix(".hea") for line in listed if line["path"]}
+    paths = {without_zero(line["study_id"]): line["path"].removesuffix(".hea") for line in listed}
     reports = [f"report_{i}" for i in range(18)]
     for line in read_csv(os.path.join(src, "machine_measurements.csv"), ("subject_id", "study_id", *reports)):
         study, patient = without_zero(line["study_id"]), without_zero(line["subject_id"])
@@ -895,7 +917,7 @@ def mimic_rows(settings):
                    report=". ".join(texts), statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
         skip = ("study_id or subject_id is empty" if not (study and patient) else
                 "report is empty" if not words else f"report of fewer than {settings['min_words']} words"
-                if words < settings["min_words"] else None if study in paths else "study is not in record_list.csv")
+                if words < settings["min_words"] else None if paths.get(study) else "study is not in record_list.csv")
         yield row | (dict(skip=skip) if skip else dict(path=os.path.join(src, paths[study])))
 
 
@@ -908,9 +930,9 @@ def own_rows(settings):
         path = os.path.join(os.path.dirname(src), record)
         patient = without_zero(line.get("patient", "")) or record
         split = line.get("split", "").strip() or split_by(patient, 0.8, 0.1)
-        if not record or os.path.normpath(path) in seen or split not in ("train", "val", "test"):
-            fault = (f"has split {split!r}, not train, val or test" if split not in ("train", "val", "test") else
-                     "occurs twice" if record else "has no name")
+        fault = ("has no name" if not record else "occurs twice" if os.path.normpath(path) in seen else None
+                 if split in ("train", "val", "test") else f"has split {split!r}, not train, val or test")
+        if fault:
             raise DataError(f"{src}: record {record} {fault}")
         seen.add(os.path.normpath(path))
         codes = labels_of(labels, f"{src}: labels of record {record}")
@@ -926,7 +948,7 @@ def labels_of(text, where):
         labels = parse_json(text, where)
         check(labels, [str] if isinstance(labels, list) else {str: float}, where)
     except DataError as error:
-        raise DataError(f"{error}; they are codes with ; between, or a JSON list of codes, or {{code: likelihood}}") from error
+        raise DataError(f"{error}; write codes with ; between, or a JSON list of codes, or {{code: likelihood}}") from error
     return labels if isinstance(labels, dict) else {code: 100.0 for code in labels}
 
 
@@ -946,9 +968,8 @@ def load_simulated(settings, row):
     return ecg, [True] * 12, {"samples clipped at 32.767 mV": clipped} if clipped else {}
 
 
-SPEC = "ptbxl|mimic|csv|simulated|store"
-SOURCES = {"ptbxl": lambda settings: once(ptbxl_rows(settings)), "mimic": lambda settings: once(mimic_rows(settings)),
-           "csv": own_rows, "simulated": simulated_rows}
+SOURCES = {"ptbxl": ptbxl_rows, "mimic": mimic_rows, "csv": own_rows, "simulated": simulated_rows}
+SPEC = "|".join([*SOURCES, "store"])
 
 
 # ---- label sets: always by name, never by position ------------------------------------------------------------------
@@ -959,38 +980,42 @@ LABEL_SETS = {"ptbxl_super": "diagnostic_class", "ptbxl_sub": "diagnostic_subcla
 
 
 WORDING = {"name": str, "also": [str], "features": [str]}
-KNOWLEDGE = {"findings": {str: WORDING | {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool, "diagnostic_class":
-                                          (str, type(None)), "diagnostic_subclass": (str, type(None))}},
-             "more_findings": {str: WORDING}, "label_sets": {name: (dict, list) for name in LABEL_SETS if name != "simulated"},
-             "lexicon": {"rewrite": [[str]], "negations": [str], **{kind: {str: str} for kind in (
-                 "sites", "statements", "prefix", "suffix", "join", "drop")}}}
+FINDING = {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool,
+           "diagnostic_class": (str, type(None)), "diagnostic_subclass": (str, type(None))}
+KNOWLEDGE = {  # the shape of prompts.json
+    "findings": {str: WORDING | FINDING}, "more_findings": {str: WORDING},
+    "label_sets": {name: (dict, list) for name in LABEL_SETS if name != "simulated"},
+    "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "order": {str: [float]},
+                  "moves": [list], "turns": {str: [float]}, "always": {str: str}},
+    "lexicon": {"rewrite": [[str]], "sites": {str: str}, "negations": [str], "statements": {str: str},
+                "prefix": {str: str}, "suffix": {str: str}, "join": {str: str}, "drop": {str: str}}}
 
 
 @lru_cache
 def knowledge():
-    """prompts.json: findings by SCP code, and the label sets with their prompts."""
-    return read_knowledge(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts.json"))
+    """prompts.json: findings by SCP code, the label sets with their prompts, the lexicon, the simulator's tables."""
+    return read_knowledge(os.path.join(HERE, "prompts.json"))
 
 
 def read_knowledge(path):
     """A file of the form of prompts.json, checked: people edit it. Errors: DataError, which entry is wrong."""
-    table = read_json(path, KNOWLEDGE, "it belongs to this program; git checkout prompts.json brings it back")
-    findings, entries = table["findings"], [("findings", table["findings"]), ("more_findings", table["more_findings"])]
+    table = read_json(path, KNOWLEDGE, "git checkout prompts.json brings the published one back")
+    findings, entries = table["findings"], {"findings": table["findings"], "more_findings": table["more_findings"]}
     for name, classes in table["label_sets"].items():
         where = f"{path}, label_sets, {name}"
         if name not in LABEL_SETS:
             raise DataError(f"{where}: no such label set; known are {', '.join(LABEL_SETS)}")
         known = {class_in(name, code, finding) for code, finding in findings.items()} - {None}
         check(classes, {str: {"name": str, "prompts": [str]}} if isinstance(classes, dict) else [str], where)
-        if wrong := [code for code in classes if code not in known]:
-            raise DataError(f"{where}: {wrong[0]!r} is no class that findings has for it")
-        if len(set(classes)) < len(known):
-            raise DataError(f"{where}: has no {sorted(known - set(classes))[0]!r}, which findings has")
-        entries += [(f"label_sets, {name}", classes)] if isinstance(classes, dict) else []
-    for where, part in entries:
+        for code in known.symmetric_difference(classes):
+            fault = "has no" if code in known else "has more than the classes of findings:"
+            raise DataError(f"{where}: {fault} {code!r}")
+        if isinstance(classes, dict):
+            entries[f"label_sets, {name}"] = classes
+    for where, part in entries.items():
         for key, entry in part.items():
-            if not all(WORD.search(text) for text in (entry["name"], *entry.get("also", ()), *entry.get("prompts", ["a"]))) or (
-                    entry.get("prompts") == []):
+            texts = [entry["name"], *entry.get("also", ()), *(entry.get("prompts", ["x"]) or [""])]
+            if not all(map(WORD.search, texts)):
                 raise DataError(f"{path}, {where}, {key}: a name or wording without a word, or no prompts")
     return table
 
@@ -1052,8 +1077,9 @@ SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIO
 GOES_ON = "a|an|and|or|but|this|these|which|with|in|at|age|old|due|may|cannot|likely|plus|non|regular|flat"
 COMMA = re.compile(rf",\s+(?=\S+ \S)(?!{LEAD}|\d|(?:{GOES_ON})\b|probab|possib|consi|sugg)")
 
-NEGATED_LIST = re.compile(r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal|sinus|but"
-                          r"|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
+NEGATED_LIST = re.compile(
+    r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal|sinus|but"
+    r"|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
 LATE = "not", "never", "absent", "nie", "niemals", "ej", "icke", "inte"  # may stand behind what they negate
 
 
@@ -1064,9 +1090,10 @@ def clean(text):
 
 
 def one_negation(text):
-    """'no ischemia, infarct or hypertrophy' -> 'no ischemia or infarct or hypertrophy': what it negates stays together."""
+    """'no ischemia, infarct or hypertrophy' -> 'no ischemia or infarct or hypertrophy': one statement, one scope."""
     text = re.sub(r"(?<=\w)n['\u2019]t\b", " not", re.sub(r"\bcan['\u2019]t\b", "cannot", text))
-    return NEGATED_LIST.sub(lambda found: re.sub(r",\s+(?!(?:n?or|oder|noch|eller)\b)", " or ", found[0]), text)
+    more = re.compile(r",\s+(?!(?:n?or|oder|noch|eller)\b)")
+    return NEGATED_LIST.sub(lambda found: more.sub(" or ", found[0]), text)
 
 
 def split_statements(text):
@@ -1106,28 +1133,27 @@ def negates(template):
 class Translator:
     """German, Swedish and English reports -> English statements, by the phrases in prompts.json ("lexicon").
 
-    Longest phrase first, left to right; a prefix waits for the next statement, a suffix changes the last one. What a
-    sentence says is dropped where it holds a word of negation that is in no phrase.
+    Longest phrase first, left to right; a prefix waits for the next statement, a suffix changes the last one.
+    What a sentence says is dropped where it holds a word of negation that is in no phrase.
     """
 
     def __init__(self, lexicon, synonyms=()):
-        """lexicon: "lexicon" in prompts.json; synonyms: (wording, text) of statements it need not repeat. Errors: DataError."""
+        """lexicon: of prompts.json; synonyms: (wording, text) of statements it need not repeat. Errors: DataError."""
         self.rewrite, self.negations = [], set(lexicon["negations"])
-        for i, (old, new, *more) in enumerate(rule if len(rule) > 1 else (*rule, "", "") for rule in lexicon["rewrite"]):
+        for i, rule in enumerate(lexicon["rewrite"]):
             try:
+                old, new = rule
                 self.rewrite.append((re.compile(old), new))
                 self.rewrite[-1][0].sub(new, "")
-            except (re.error, IndexError) as error:
-                more = error
-            if more:
-                raise DataError(f"prompts.json, lexicon, rewrite, place {i + 1}: no [pattern, text] ({more})")
+            except (ValueError, IndexError, re.error) as error:
+                raise DataError(f"prompts.json, lexicon, rewrite, place {i + 1}: no [pattern, text] ({error})") from error
         self.table = {}  # words of a phrase -> (kind, English texts)
         for kind in ("drop", "join", "suffix", "prefix", "statements"):  # a later kind wins
             for phrase, english in lexicon[kind].items():
-                if len(self.sentences(phrase)) != 1 or kind in ("suffix", "prefix") and "~" not in english or (
-                        kind == "statements" and not all(map(WORD.search, english.split("; ")))):
+                needed = {"prefix": "~", "suffix": "~", "statements": r"[^\W_]"}.get(kind, "")
+                if len(self.sentences(phrase)) != 1 or not all(re.search(needed, e) for e in english.split("; ")):
                     raise DataError(f"prompts.json, lexicon, {kind}: {phrase!r}: {english!r} is no phrase with its English"
-                                    f"{' and a ~' if kind in ('suffix', 'prefix') else ''}")
+                                    + " and a ~" * (needed == "~"))
                 for site, name in lexicon["sites"].items() if "<site>" in phrase else [("", "")]:
                     [words] = self.sentences(phrase.replace("<site>", site).replace("<leads>", "v1"))
                     self.table[self.key(words)] = kind, english.replace("<site>", name).split("; ")
@@ -1159,7 +1185,7 @@ class Translator:
             words = words[size:]
 
     def parse(self, report):
-        """-> (templates, the last one innermost, and text) of what is said; words understood; words not understood"""
+        """-> (templates, the last one innermost; text) of what is said; words understood; words not understood"""
         out, last, understood, unknown = [], 0, [], []  # out[last:] is what the last phrase said: a suffix changes it
         for sentence in self.sentences(report):
             waiting, used, placed = [], [], False  # prefixes to come and last used; may a place be that of out[last:]?
@@ -1226,8 +1252,8 @@ def report_tags(store, language="english"):
 
 
 def split_specs(text):
-    """Data specs and files with commas between -> list. A comma belongs to a name in double quotes, to a path that is there, and
-    where what follows it neither begins a spec (ptbxl:, store:, ...) nor is there."""
+    """Data specs and files with commas between -> list. A comma belongs to a name in double quotes, to a path that is
+    there, and where what follows it neither begins a spec (ptbxl:, store:, ...) nor is there."""
     parts, specs = re.findall(r'(?:[^,"]|"[^"]*"|")+', text), []
     there = lambda part: os.path.exists(os.path.expanduser(re.sub(rf"^({SPEC}):", "", part.strip())))
     while parts:
@@ -1241,8 +1267,8 @@ def split_specs(text):
 
 
 def corpus(specs, language="english"):
-    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand; of a text
-    file every line. specs: see split_specs. Errors: DataError where one is not there."""
+    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand; of a
+    text file every line. specs: see split_specs. Errors: DataError where one is not there."""
     texts = []
     for spec in split_specs(specs):
         source, colon, src = spec.partition(":")
@@ -1263,21 +1289,23 @@ def corpus(specs, language="english"):
 class Findings(Translator):
     """The knowledge table in prompts.json: what findings the statements of a report name, and which waveform features these suggest.
 
-    Findings are recognised by their name and other wordings, longest first; a statement that negates one does not name it."""
+    Findings are recognised by their name and other wordings, longest first, unless a statement negates them."""
 
     def __init__(self):
         table = {**knowledge()["findings"], **knowledge()["more_findings"]}
         self.features = {code: finding["features"] for code, finding in table.items()}
         lexicon = knowledge()["lexicon"]
         denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
-        parts = {kind: {p: e for p, e in lexicon[kind].items() if denied(p, e)} for kind in ("drop", "suffix", "prefix")}
+        parts = {kind: {phrase: english for phrase, english in lexicon[kind].items() if denied(phrase, english)}
+                 for kind in ("drop", "suffix", "prefix")}
         super().__init__(lexicon | parts | {"rewrite": [], "statements": {}}, wordings(lambda code, finding: code))
         self.known = {}  # statement -> codes: there are far fewer statements than reports
 
     def sentences(self, text):
         """A statement is one; its words are those of the findings, with no lead or degree taken for another."""
         text = re.sub(r"\ba[- :]v(?= block| nodal| dual| sequ| conduc| diss)", "av", one_negation(text.lower()))
-        return [re.findall(r"[^\s,.;:()]+", re.sub(r"\b(r|t|atrial|ventricular|dual)-(?=wave|paced|sensed)", r"\1 ", text))]
+        text = re.sub(r"\b(r|t|atrial|ventricular|dual)-(?=wave|paced|sensed)", r"\1 ", text)
+        return [re.findall(r"[^\s,.;:()]+", text)]
 
     key = staticmethod(tuple)
 
@@ -1709,28 +1737,28 @@ def _report(rng, codes, features):
     return said + [str(x) for x in shown]
 
 
-# what shapes a store of a kind beside its data, and is therefore in the key of the cache: code, and the tables it uses
+# what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
 READS = (open_file, read_record, read_header, parse_lead, beside, files_of, measure, read_format16, read_wfdb,
          read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines, read_csv,
-         without_zero, split_by, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE,
-         BYTES, NOTHING)
-SPLITS = clean, one_negation, split_statements, NEGATED_LIST, WORD, SENTENCE_END, COMMA
-MAKERS = {"ptbxl": (*READS, once, whole, ptbxl_rows, *SPLITS, TOKEN, lead_names, attach, negates, Translator, LATE),
-          "mimic": (*READS, once, mimic_rows, *SPLITS), "csv": (*READS, own_rows, labels_of, *SPLITS),
-          "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, simulated_block.__wrapped__, _block,
-                        _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label, _rhythm, _ectopic,
-                        _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS)}
+         without_zero, split_by, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE,
+         SIGNAL_LINE, BYTES, NOTHING, clean, one_negation, split_statements, NEGATED_LIST, WORD, SENTENCE_END, COMMA)
+MAKERS = {"ptbxl": (*READS, once, whole, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
+          "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
+          "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block, _diagnoses, _turn,
+                        _patient, _oppose, _damage, _times, _amplitudes, _measure, _label, _rhythm, _ectopic, _fire_all,
+                        _atrial_waves, _noise, _report, DOWER, LIMBS)}
 
 
 @lru_cache
 def maker(source):
     """A checksum of MAKERS[source], of its words in prompts.json, and of the definition of R peaks."""
-    parts = [inspect.getsource(part) if callable(part) else getattr(part, "pattern", None) or repr(part) for part in MAKERS[source]]
-    table = knowledge()
+    parts, table = [], knowledge()
+    for part in MAKERS[source]:
+        parts.append(inspect.getsource(part) if callable(part) else getattr(part, "pattern", repr(part)))
     if source == "simulated":
         parts.append(json.dumps([table["findings"], table["more_findings"], table["simulator"]]))
     else:
-        parts.append(read_text(os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "reference.py")))
+        parts.append(read_text(os.path.join(HERE, "csrc", "reference.py")))
     if source == "ptbxl":
         parts.append(json.dumps([table["lexicon"], wordings(lambda code, finding: finding["name"])]))
     return zlib.crc32("\n".join(parts).encode())
