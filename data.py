@@ -121,8 +121,8 @@ KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or
 def check(value, shape, where):
     """value, if what was read from a file has this shape, else a DataError that says where it has not.
 
-    A shape is a type or a tuple of types (float takes whole numbers, too); [shape] for a list; {"key": shape} for
-    keys that an object must have, {str: shape} for all others."""
+    A shape is a type or a tuple of types (float takes whole numbers, too); [shape] for a list; {"key": shape}
+    for keys that an object must have, {str: shape} for all others."""
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
     fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
     if not fits or isinstance(value, bool) and bool not in kinds:
@@ -212,7 +212,7 @@ class Record(NamedTuple):
     signal: np.ndarray  # (leads, N) float32 mV in the file's own lead order, NaN where the file marks a sample invalid
     names: list         # of the leads, as written in the file
     fs: float           # Hz
-    checksum_ok: bool   # False: not the header's checksum (only looked at where a record of format 16 is read whole)
+    checksum_ok: bool   # False: not the header's checksum (looked at in format 16, where all is read)
 
 
 
@@ -224,7 +224,7 @@ SIGNAL_LINE = re.compile(  # numbers: resolution, zero, first sample, checksum, 
     r"(?P<file>\S+)\s+(?P<format>\d{1,4})(x(?P<frame>\d{1,5}))?(:(?P<skew>\d{1,9}))?(\+(?P<offset>\d{1,15}))?"
     r"(\s+(?P<gain>[^\s(/]+)(\((?P<baseline>[-+]?\d{1,15})\))?(/(?P<unit>\S+))?"
     r"(?P<numbers>(\s+[-+]?\d{1,15}(?!\S)){0,5})(\s+(?P<name>\S.*))?)?")
-BYTES = {"8": 1, "80": 1, "16": 2, "61": 2, "160": 2, "24": 3, "32": 4, "212": 3 / 2, "310": 4 / 3, "311": 4 / 3}
+BYTES = {"8": 1, "80": 1, "16": 2, "61": 2, "160": 2, "24": 3, "32": 4, "212": 1.5, "310": 4/3, "311": 4/3}
 OURS = errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the system lacks is no fault of a record
 ODD = "not readable by wfdb"
 
@@ -262,7 +262,7 @@ def read_record(path, fast=True, part=None):
 
 
 def read_header(path):
-    """path.hea -> {"segments", "fs" (Hz), "samples"}, 0 where it does not say; lines of signals or segments."""
+    """path.hea -> {"segments", "fs" (Hz), "samples"}, 0 where it is silent; lines of signals or segments."""
     where = f"{path}.hea"
     with open_file(where) as file:
         raw = file.read(MOST["header"] + 1)
@@ -306,7 +306,7 @@ def parse_lead(path, line):
 
 
 def beside(path, name):
-    """Path of a file that the header of the record at path names, in its folder or below. Errors: DataError."""
+    """Path of a file that the header of a record at path names, in its folder or below. Errors: DataError."""
     if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         refuse(f"{path}.hea", "names a file outside of its folder", name)
     return os.path.join(os.path.dirname(path), name)
@@ -375,8 +375,8 @@ def read_wfdb(path, leads, fs, samples, start, stop):
         for i, name in enumerate(files):
             os.symlink(os.path.abspath(name), f"{folder}/{i}.dat")
         for i, lead in enumerate(leads):
-            lines.append("{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 c"
-                         .format(files.index(lead["file"]), **lead) + str(i))
+            form = "{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 c"
+            lines.append(form.format(files.index(lead["file"]), **lead) + str(i))
         Path(f"{folder}/r.hea").write_text("\n".join(lines))
         try:
             return wfdb.rdrecord(f"{folder}/r", start, stop).p_signal[skip:]
@@ -388,7 +388,7 @@ def read_wfdb(path, leads, fs, samples, start, stop):
 
 
 def read_segments(path, head, lines, fast, part):
-    """A record whose header names others, one behind another -> Record; NaN where a lead is in none of them."""
+    """A record whose header names others, one behind another -> Record; NaN where a lead is in none."""
     where, segments = f"{path}.hea", [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
     total = sum(int(segment[2]) for segment in segments if segment)
     if None in segments or head["samples"] not in (0, total):
@@ -418,7 +418,7 @@ def read_segments(path, head, lines, fast, part):
 
 @lru_cache(4096)
 def lead_index(name):
-    """Place in LEADS of a lead by its name, whatever case and prefix ("Lead I", "MDC_ECG_LEAD_AVR"); or None."""
+    """Place in LEADS of a lead by its name, whatever case and prefix ("Lead I", "MDC_ECG_LEAD_AVR")."""
     name = str(name).strip(" '\"").upper().removeprefix("MDC_ECG_LEAD_")
     return LEAD_INDEX.get(re.sub(r"^((ECG|EKG|LEAD)[\s_:.-]+)+", "", name))
 
@@ -597,14 +597,14 @@ def open_data(spec, rate=100, cache=None, **options):
 
 
 def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
-    """All that shapes a store beside the data themselves, what reads them or simulates included. Errors: DataError."""
+    """All that shapes a store beside the data, what reads or simulates them included. Errors: DataError."""
     src = str(src or SIMULATED if source == "simulated" else src)
     right = all(type(n) is int and n >= 0 for n in (rate, min_words, seed)) and 100 <= rate <= 1000
     number = source != "simulated" or re.fullmatch("[0-9]{1,12}", src)
     if source not in SOURCES or not src or crop not in CROPS or not number or not right:
-        raise DataError(f"no such data: {source}:{src}, {rate} Hz, crop {crop}, min_words {min_words}, seed {seed}; "
-                        f"sources are {', '.join(SOURCES)} (and a number of records), crops {', '.join(CROPS)}, "
-                        "rates 100 to 1000 Hz, all whole numbers")
+        asked = f"{source}:{src}, {rate} Hz, crop {crop}, min_words {min_words}, seed {seed}"
+        raise DataError(f"no such data: {asked}; sources are {', '.join(SOURCES)} (and a number of records), crops "
+                        f"{', '.join(CROPS)}, rates 100 to 1000 Hz, all whole numbers")
     return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src),
                 rate=rate, crop=crop, min_words=min_words, seed=seed, maker=maker(source))
 
@@ -617,7 +617,10 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
     """
     dst, settings = os.path.abspath(dst), settings_of(source, src, rate, **options)
     plan, total, readable = survey(settings)
-    workers = workers or min(os.cpu_count(), 1 + readable // 4000)  # starting one costs some thousand records
+    if workers is not None and workers < 1:
+        raise DataError(f"{workers} workers cannot prepare anything; name 1 or more")
+    pays = CHUNK if workers else 4000  # starting one costs some thousand records
+    workers = min(workers or os.cpu_count(), 1 + readable // pays)
     try:
         if vacant(dst):
             os.makedirs(os.path.dirname(dst), exist_ok=True)
@@ -632,8 +635,9 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
         raise DataError(f"{dst}: a process that read records was killed, for want of memory, it seems; "
                         "the same command goes on from there, --workers 1 needs less") from error
     except OSError as error:
-        raise DataError(f"{dst}: cannot be written ({error.filename or ''} {error.strerror or error}); free space or "
-                        "choose another folder (for the cache: set ECG_CACHE); the same command goes on") from error
+        fault = f"{error.filename or ''} {error.strerror or error}".strip()
+        raise DataError(f"{dst}: cannot be written ({fault}); free space or choose another folder (for the cache "
+                        "by ECG_CACHE); the same command goes on where it stopped") from error
     store = Store(dst)
     if store.meta["plan"] != plan:
         raise DataError(f"{dst}: made with other settings, by other code or from other records; {AGAIN}")
@@ -646,7 +650,7 @@ def vacant(dst):
 
 
 def survey(settings):
-    """A cheap pass over the source: a checksum of what is prepared and how, the number of rows, and of usable ones.
+    """A cheap pass over the source: a checksum of what is prepared and how, number of rows, of usable ones.
 
     Of the rows everything counts, and size and time of change of the files that they name."""
     digest, total, readable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
@@ -659,7 +663,7 @@ def survey(settings):
 
 
 def stamps(path):
-    """(name, size, time of change) of a record's header and of the signal file beside it, if they are there."""
+    """(name, size, time of change) of a record's header and of the signal file beside it, if they exist."""
     found = []
     for suffix in (".hea", ".dat", ".mat") if path else ():
         try:
@@ -689,7 +693,8 @@ def build(settings, plan, total, dst, workers):
             raise DataError(f"{folder}: left by a run with other settings, other code or records; {AGAIN}")
     size, free = (total - state["rows"]) * 24 * state["samples"], shutil.disk_usage(folder).free
     if settings["source"] == "simulated" and size > free:  # of other sources, not every row has a record
-        raise DataError(f"{folder}: {total} records need {size / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
+        text = f"{total} records need {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
+        raise DataError(f"{folder}: {text}")
     rows = islice(SOURCES[settings["source"]](settings), state["rows"], None)
     tasks = iter(lambda: list(islice(rows, CHUNK)), [])
     with contextlib.ExitStack() as stack:
@@ -801,13 +806,13 @@ def csv_lines(rows):
 # One generator each that reads no signal. It yields rows (id, path, patient, split, fold, report, codes, source and, if
 # they need no translation, statements); a row that cannot be used has `skip`, the reason, and counts as dropped.
 
-NOTHING = dict.fromkeys("nan NaN none None NONE null NULL <NA> NaT".split())  # an empty field, as programs write it
+NOTHING = dict.fromkeys("nan NaN none None NONE null NULL <NA> NaT".split())  # written for an empty field
 
 
 def read_csv(name, columns):
-    """Rows of a csv as dictionaries of strings, one at a time (MIMIC has 800,035); columns: those it must have.
+    """Rows of a csv as dictionaries of strings, one at a time (MIMIC: 800,035); columns: those it must have.
 
-    Errors: DataError, in which line, where a row does not fit the columns: fields would be taken for others."""
+    Errors: DataError, in which line, where a row does not fit the columns: its fields would be others."""
     reader = None
     try:
         with open_file(name) as raw:
@@ -822,8 +827,9 @@ def read_csv(name, columns):
                 raise DataError(f"{name}: has two columns {double[0]!r}; take one out")
             for row in reader:
                 if row and len(row) != len(header):
-                    raise DataError(f"{name}, line {reader.line_num}: {len(row)} fields, but there are {len(header)} columns"
-                                    "; a text that holds commas needs quotes around it")
+                    fault = f"{len(row)} fields, but there are {len(header)} columns"
+                    advice = "a text with commas needs quotes around it"
+                    raise DataError(f"{name}, line {reader.line_num}: {fault}; {advice}")
                 if "\0" in "".join(row):
                     raise csv.Error("holds zeros: UTF-16, or damaged; save it as UTF-8")
                 if row:
@@ -834,12 +840,8 @@ def read_csv(name, columns):
         fault = f"{error}; is a quote not closed, or not doubled?"
         raise DataError(f"{name}, line {reader.line_num}: {fault}") from error
     except OSError as error:
-        raise DataError(f"{name}: {error.strerror}; is the data set there, in its published layout?") from error
-
-
-def whole(text):
-    """'9' or, as pandas and spreadsheets write it, '9.0' -> 9. Errors: ValueError."""
-    return int(without_zero(text))
+        advice = "is the data set there, in its published layout?"
+        raise DataError(f"{name}: {error.strerror}; {advice}") from error
 
 
 def without_zero(number):
@@ -882,8 +884,8 @@ def ptbxl_rows(settings):
     for line in read_csv(table, columns):
         row = dict(id=line["ecg_id"], report=line["report"], source="ptbxl")
         try:
-            row |= dict(id=str(whole(line["ecg_id"])), fold=whole(line["strat_fold"]),
-                        patient=str(whole(line["patient_id"])),
+            row |= dict(id=str(int(without_zero(line["ecg_id"]))), fold=int(without_zero(line["strat_fold"])),
+                        patient=str(int(without_zero(line["patient_id"]))),
                         codes=check(ast.literal_eval(line["scp_codes"]), {str: float}, "scp_codes"))
             if not 1 <= row["fold"] <= 10:
                 raise ValueError("strat_fold is not 1 to 10")
@@ -897,8 +899,9 @@ def ptbxl_rows(settings):
         found = found or path
         yield row | (dict(path=path) if path else dict(skip="waveform is not in this copy of PTB-XL"))
     if not found:
-        raise DataError(damaged or f"{src}: holds none of the waveforms; download records"
-                        f"{100 if len(sizes) > 1 else 500} from https://physionet.org/content/ptb-xl/ into it")
+        folder = "records100" if len(sizes) > 1 else "records500"
+        raise DataError(damaged or f"{src}: holds none of the waveforms; download {folder} from "
+                        "https://physionet.org/content/ptb-xl/ into it")
 
 
 @once
@@ -915,9 +918,10 @@ def mimic_rows(settings):
         words = sum(len(text.split()) for text in statements)
         row = dict(id=study, patient=patient, split=split_by(patient, 0.98, 0.01), fold="", source="mimic", codes={},
                    report=". ".join(texts), statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
+        least = settings["min_words"]
         skip = ("study_id or subject_id is empty" if not (study and patient) else
-                "report is empty" if not words else f"report of fewer than {settings['min_words']} words"
-                if words < settings["min_words"] else None if paths.get(study) else "study is not in record_list.csv")
+                "report is empty" if not words else f"report of fewer than {least} words" if words < least else
+                None if paths.get(study) else "study is not in record_list.csv")
         yield row | (dict(skip=skip) if skip else dict(path=os.path.join(src, paths[study])))
 
 
@@ -948,7 +952,8 @@ def labels_of(text, where):
         labels = parse_json(text, where)
         check(labels, [str] if isinstance(labels, list) else {str: float}, where)
     except DataError as error:
-        raise DataError(f"{error}; write codes with ; between, or a JSON list of codes, or {{code: likelihood}}") from error
+        advice = "write codes with ; between, or a JSON list of codes, or {code: likelihood}"
+        raise DataError(f"{error}; {advice}") from error
     return labels if isinstance(labels, dict) else {code: 100.0 for code in labels}
 
 
@@ -985,22 +990,22 @@ FINDING = {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool,
 KNOWLEDGE = {  # the shape of prompts.json
     "findings": {str: WORDING | FINDING}, "more_findings": {str: WORDING},
     "label_sets": {name: (dict, list) for name in LABEL_SETS if name != "simulated"},
-    "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "order": {str: [float]},
-                  "moves": [list], "turns": {str: [float]}, "always": {str: str}},
+    "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
+                  "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str}},
     "lexicon": {"rewrite": [[str]], "sites": {str: str}, "negations": [str], "statements": {str: str},
                 "prefix": {str: str}, "suffix": {str: str}, "join": {str: str}, "drop": {str: str}}}
 
 
 @lru_cache
 def knowledge():
-    """prompts.json: findings by SCP code, the label sets with their prompts, the lexicon, the simulator's tables."""
+    """prompts.json: findings by SCP code, label sets with their prompts, lexicon, the simulator's tables."""
     return read_knowledge(os.path.join(HERE, "prompts.json"))
 
 
 def read_knowledge(path):
-    """A file of the form of prompts.json, checked: people edit it. Errors: DataError, which entry is wrong."""
+    """A file in the form of prompts.json, checked: people edit it. Errors: DataError, which entry."""
     table = read_json(path, KNOWLEDGE, "git checkout prompts.json brings the published one back")
-    findings, entries = table["findings"], {"findings": table["findings"], "more_findings": table["more_findings"]}
+    findings, entries = table["findings"], {key: table[key] for key in ("findings", "more_findings")}
     for name, classes in table["label_sets"].items():
         where = f"{path}, label_sets, {name}"
         if name not in LABEL_SETS:
@@ -1078,8 +1083,8 @@ GOES_ON = "a|an|and|or|but|this|these|which|with|in|at|age|old|due|may|cannot|li
 COMMA = re.compile(rf",\s+(?=\S+ \S)(?!{LEAD}|\d|(?:{GOES_ON})\b|probab|possib|consi|sugg)")
 
 NEGATED_LIST = re.compile(
-    r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal|sinus|but"
-    r"|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
+    r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal"
+    r"|sinus|but|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
 LATE = "not", "never", "absent", "nie", "niemals", "ej", "icke", "inte"  # may stand behind what they negate
 
 
@@ -1090,7 +1095,7 @@ def clean(text):
 
 
 def one_negation(text):
-    """'no ischemia, infarct or hypertrophy' -> 'no ischemia or infarct or hypertrophy': one statement, one scope."""
+    """'no ischemia, infarct or hypertrophy' -> 'no ischemia or infarct or hypertrophy': one statement."""
     text = re.sub(r"(?<=\w)n['\u2019]t\b", " not", re.sub(r"\bcan['\u2019]t\b", "cannot", text))
     more = re.compile(r",\s+(?!(?:n?or|oder|noch|eller)\b)")
     return NEGATED_LIST.sub(lambda found: more.sub(" or ", found[0]), text)
@@ -1138,7 +1143,7 @@ class Translator:
     """
 
     def __init__(self, lexicon, synonyms=()):
-        """lexicon: of prompts.json; synonyms: (wording, text) of statements it need not repeat. Errors: DataError."""
+        """lexicon: of prompts.json; synonyms: (wording, text) that it need not repeat. Errors: DataError."""
         self.rewrite, self.negations = [], set(lexicon["negations"])
         for i, rule in enumerate(lexicon["rewrite"]):
             try:
@@ -1146,14 +1151,16 @@ class Translator:
                 self.rewrite.append((re.compile(old), new))
                 self.rewrite[-1][0].sub(new, "")
             except (ValueError, IndexError, re.error) as error:
-                raise DataError(f"prompts.json, lexicon, rewrite, place {i + 1}: no [pattern, text] ({error})") from error
+                fault = f"no [pattern, text] ({error})"
+                raise DataError(f"prompts.json, lexicon, rewrite, place {i + 1}: {fault}") from error
         self.table = {}  # words of a phrase -> (kind, English texts)
         for kind in ("drop", "join", "suffix", "prefix", "statements"):  # a later kind wins
             for phrase, english in lexicon[kind].items():
                 needed = {"prefix": "~", "suffix": "~", "statements": r"[^\W_]"}.get(kind, "")
-                if len(self.sentences(phrase)) != 1 or not all(re.search(needed, e) for e in english.split("; ")):
-                    raise DataError(f"prompts.json, lexicon, {kind}: {phrase!r}: {english!r} is no phrase with its English"
-                                    + " and a ~" * (needed == "~"))
+                texts = english.split("; ")
+                if len(self.sentences(phrase)) != 1 or not all(re.search(needed, text) for text in texts):
+                    fault = f"{english!r} is no phrase with its English{' and a ~' * (needed == '~')}"
+                    raise DataError(f"prompts.json, lexicon, {kind}: {phrase!r}: {fault}")
                 for site, name in lexicon["sites"].items() if "<site>" in phrase else [("", "")]:
                     [words] = self.sentences(phrase.replace("<site>", site).replace("<leads>", "v1"))
                     self.table[self.key(words)] = kind, english.replace("<site>", name).split("; ")
@@ -1185,7 +1192,7 @@ class Translator:
             words = words[size:]
 
     def parse(self, report):
-        """-> (templates, the last one innermost; text) of what is said; words understood; words not understood"""
+        """-> (templates, the last innermost; text) of what is said; words understood; words not understood"""
         out, last, understood, unknown = [], 0, [], []  # out[last:] is what the last phrase said: a suffix changes it
         for sentence in self.sentences(report):
             waiting, used, placed = [], [], False  # prefixes to come and last used; may a place be that of out[last:]?
@@ -1252,8 +1259,8 @@ def report_tags(store, language="english"):
 
 
 def split_specs(text):
-    """Data specs and files with commas between -> list. A comma belongs to a name in double quotes, to a path that is
-    there, and where what follows it neither begins a spec (ptbxl:, store:, ...) nor is there."""
+    """Data specs and files with commas between -> list. A comma belongs to a name in double quotes, to a path
+    that is there, and where what follows it neither begins a spec (ptbxl:, store:, ...) nor is there."""
     parts, specs = re.findall(r'(?:[^,"]|"[^"]*"|")+', text), []
     there = lambda part: os.path.exists(os.path.expanduser(re.sub(rf"^({SPEC}):", "", part.strip())))
     while parts:
@@ -1267,8 +1274,8 @@ def split_specs(text):
 
 
 def corpus(specs, language="english"):
-    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand; of a
-    text file every line. specs: see split_specs. Errors: DataError where one is not there."""
+    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand;
+    of a text file every line. specs: see split_specs. Errors: DataError where one is not there."""
     texts = []
     for spec in split_specs(specs):
         source, colon, src = spec.partition(":")
@@ -1289,21 +1296,22 @@ def corpus(specs, language="english"):
 class Findings(Translator):
     """The knowledge table in prompts.json: what findings the statements of a report name, and which waveform features these suggest.
 
-    Findings are recognised by their name and other wordings, longest first, unless a statement negates them."""
+    Findings are recognised by their name and other wordings, longest first, unless they are negated."""
 
     def __init__(self):
         table = {**knowledge()["findings"], **knowledge()["more_findings"]}
         self.features = {code: finding["features"] for code, finding in table.items()}
         lexicon = knowledge()["lexicon"]
         denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
-        parts = {kind: {phrase: english for phrase, english in lexicon[kind].items() if denied(phrase, english)}
-                 for kind in ("drop", "suffix", "prefix")}
-        super().__init__(lexicon | parts | {"rewrite": [], "statements": {}}, wordings(lambda code, finding: code))
+        parts = {kind: {phrase: text for phrase, text in lexicon[kind].items() if denied(phrase, text)}
+                 for kind in ("drop", "suffix", "prefix")} | {"rewrite": [], "statements": {}}
+        super().__init__(lexicon | parts, wordings(lambda code, finding: code))
         self.known = {}  # statement -> codes: there are far fewer statements than reports
 
     def sentences(self, text):
-        """A statement is one; its words are those of the findings, with no lead or degree taken for another."""
-        text = re.sub(r"\ba[- :]v(?= block| nodal| dual| sequ| conduc| diss)", "av", one_negation(text.lower()))
+        """A statement is one; its words stay as they are, so that no lead or degree is taken for another."""
+        text = one_negation(text.lower())
+        text = re.sub(r"\ba[- :]v(?= block| nodal| dual| sequ| conduc| diss)", "av", text)
         text = re.sub(r"\b(r|t|atrial|ventricular|dual)-(?=wave|paced|sensed)", r"\1 ", text)
         return [re.findall(r"[^\s,.;:()]+", text)]
 
@@ -1340,11 +1348,11 @@ LIMBS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
 LOBES = "QRLSEJHT"
 Q, R, L, S, E, J, H, T = range(8)  # lobes of a beat: septum, apex, free wall, base, extra; ST; rise and top of T
 # prompts.json, "simulator" holds what each code does:
-# wall: of the left ventricle, the direction towards it, and what each chest lead V1..V6 sees of it beyond the dipole;
+# wall: of the left ventricle, the direction towards it, what each of V1..V6 sees of it beyond the dipole;
 # zone: the wall that INJ.. and ISC.. mean; order: when the lobes Q..E come, as shares of the QRS;
 # drawn: evenly between two bounds (rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB);
-# moves: code, lobe, share of the patient's own lobe that stays, what is added (mV), times a factor between two bounds;
-# turns: of the lobes R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of each;
+# moves: code, lobe, share of the patient's own lobe that stays, what is added (mV) by a factor, its bounds;
+# turns: of R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of both;
 # always: waveform features that every record with the code shows; all others are measured
 
 
@@ -1739,14 +1747,15 @@ def _report(rng, codes, features):
 
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
 READS = (open_file, read_record, read_header, parse_lead, beside, files_of, measure, read_format16, read_wfdb,
-         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines, read_csv,
-         without_zero, split_by, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE,
-         SIGNAL_LINE, BYTES, NOTHING, clean, one_negation, split_statements, NEGATED_LIST, WORD, SENTENCE_END, COMMA)
-MAKERS = {"ptbxl": (*READS, once, whole, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
+         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines,
+         read_csv, without_zero, split_by, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP,
+         MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING, NEGATED_LIST, WORD,
+         SENTENCE_END, COMMA)
+MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
-          "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block, _diagnoses, _turn,
-                        _patient, _oppose, _damage, _times, _amplitudes, _measure, _label, _rhythm, _ectopic, _fire_all,
-                        _atrial_waves, _noise, _report, DOWER, LIMBS)}
+          "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block,
+                        _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
+                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS)}
 
 
 @lru_cache
@@ -1783,7 +1792,7 @@ def print_coverage(src):
 
 
 def plot(store, ids, path):
-    """Records of a store as on paper (25 mm/s and 10 mm/mV squares), three columns of four leads and II below each, R peaks marked -> PNG."""
+    """Records of a store as on paper (25 mm/s, 10 mm/mV), II below, R peaks marked -> PNG."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 5 * len(ids)), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(len(ids), 1)), ids):
@@ -1803,9 +1812,10 @@ def plot(store, ids, path):
         axes.set_xticks(np.arange(0, SECONDS + 0.1, 0.2), minor=True)
         axes.set_yticks(np.arange(-8, 1.6, 0.5), minor=True)
         axes.grid(which="both", color="#f3c6c6", lw=0.5)
-        axes.set(xlim=(0, SECONDS), ylim=(-8, 1.5), xticks=range(SECONDS + 1), yticks=[], xlabel="s",
-                 title=f"{record['source']} {name}: {'; '.join(record['statements'])}")
-    figure.savefig(path, dpi=100)
+        axes.set(xlim=(0, SECONDS), ylim=(-8, 1.5), xticks=range(SECONDS + 1), yticks=[], xlabel="s")
+        title = f"{record['source']} {name}: {'; '.join(record['statements'])}"
+        axes.set_title(title, parse_math=False)  # a $ is no formula
+    figure.savefig(path, dpi=100, format="png")
 
 
 def main():
