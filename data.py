@@ -616,6 +616,7 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
     A second process that prepares dst waits for the first. Errors: DataError.
     """
     dst, settings = os.path.abspath(dst), settings_of(source, src, rate, **options)
+    dst = os.path.realpath(dst) if os.path.islink(dst) else dst
     plan, total, readable = survey(settings)
     if workers is not None and workers < 1:
         raise DataError(f"{workers} workers cannot prepare anything; name 1 or more")
@@ -623,6 +624,8 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
     workers = min(workers or os.cpu_count(), 1 + readable // pays)
     try:
         if vacant(dst):
+            if os.path.ismount(dst):
+                raise DataError(f"{dst}: a volume is mounted here; name a folder inside of it")
             os.makedirs(os.path.dirname(dst), exist_ok=True)
             with locked(dst + ".lock"):  # a second process waits here
                 if vacant(dst):
@@ -1097,6 +1100,7 @@ def clean(text):
 def one_negation(text):
     """'no ischemia, infarct or hypertrophy' -> 'no ischemia or infarct or hypertrophy': one statement."""
     text = re.sub(r"(?<=\w)n['\u2019]t\b", " not", re.sub(r"\bcan['\u2019]t\b", "cannot", text))
+    text = re.sub(r"\b((?:no|without|keine?|ohne) \w{3,})/(?=\w{3,})", r"\1 or ", text)
     more = re.compile(r",\s+(?!(?:n?or|oder|noch|eller)\b)")
     return NEGATED_LIST.sub(lambda found: more.sub(" or ", found[0]), text)
 
@@ -1196,26 +1200,28 @@ class Translator:
         out, last, understood, unknown = [], 0, [], []  # out[last:] is what the last phrase said: a suffix changes it
         for sentence in self.sentences(report):
             waiting, used, placed = [], [], False  # prefixes to come and last used; may a place be that of out[last:]?
-            begin, before, doubt, late = len(out), "", False, False
+            begin, doubt, late, early = len(out), False, False, []
             for kind, texts, words in self.phrases(sentence):
                 (unknown if kind == "unknown" else understood).extend(w for w in words if re.search("[a-z]", w))
+                if kind == "suffix" and len(out) == begin and negates(texts[0]):  # "excluded: infarct"
+                    kind, early = "prefix", texts
                 if kind == "statements":
                     last, used, waiting, placed = len(out), waiting, [], True
                     out += [(used, text) for text in texts]
                 elif kind == "prefix":
-                    waiting = waiting + texts
-                    late = before in ("statements", "suffix") and words[-1] in LATE  # "infarct is not ..."
+                    waiting, late = waiting + texts, len(out) > begin and words[-1] in LATE  # "infarct is not ..."
                 elif kind == "join":  # "no ischemia or infarction": the prefix of the one is that of the other
                     waiting = waiting or used
                 elif kind == "suffix" and (placed or not texts[0].startswith("~ in ")):
                     out[last:] = [(texts + templates, text) for templates, text in out[last:]]
                 elif kind == "unknown":
                     placed, doubt = False, doubt or words[0] in self.negations
-                before = before if kind == "drop" else kind
             if doubt:
                 del out[begin:]
             elif any(map(negates, waiting)) and late:
                 del out[last:]
+            elif early and len(out) == begin:  # a sentence of its own: "this has resolved"
+                out[last:] = [(early + templates, text) for templates, text in out[last:]]
         return out, understood, unknown
 
     def read(self, report):
@@ -1304,25 +1310,28 @@ class Findings(Translator):
         lexicon = knowledge()["lexicon"]
         denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
         parts = {kind: {phrase: text for phrase, text in lexicon[kind].items() if denied(phrase, text)}
-                 for kind in ("drop", "suffix", "prefix")} | {"rewrite": [], "statements": {}}
+                 for kind in ("suffix", "prefix")} | {"rewrite": [], "statements": {}}
         super().__init__(lexicon | parts, wordings(lambda code, finding: code))
         self.known = {}  # statement -> codes: there are far fewer statements than reports
 
     def sentences(self, text):
-        """A statement is one; its words stay as they are, so that no lead or degree is taken for another."""
+        """Words stay as they are, so that no lead or degree is taken for another."""
         text = one_negation(text.lower())
         text = re.sub(r"\ba[- :]v(?= block| nodal| dual| sequ| conduc| diss)", "av", text)
         text = re.sub(r"\b(r|t|atrial|ventricular|dual)-(?=wave|paced|sensed)", r"\1 ", text)
-        return [re.findall(r"[^\s,.;:()]+", text)]
+        return [re.findall(r"[^\s,.;:()]+", sentence) for sentence in SENTENCE_END.split(text)]
 
     key = staticmethod(tuple)
 
     def named(self, statements):
         """SCP codes (or names of further findings) that the statements name, each once."""
         for statement in set(statements) - self.known.keys():
-            said = self.parse(statement)[0]
-            self.known[statement] = [code for templates, code in said if not any(map(negates, templates))]
+            self.known[statement] = self.read(statement)
         return list(dict.fromkeys(code for statement in statements for code in self.known[statement]))
+
+    def read(self, statement):
+        """Codes that one statement names."""
+        return [code for templates, code in self.parse(statement)[0] if not any(map(negates, templates))]
 
     def candidates(self, statements):
         """Features that the statements of one report suggest, each once."""

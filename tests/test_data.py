@@ -935,6 +935,9 @@ def test_destinations(tmp_path, monkeypatch):
     source = csv_source(tmp_path / "src", 1)
     (tmp_path / "empty").mkdir()
     assert len(data.prepare("csv", source, tmp_path / "empty")) == 1
+    (tmp_path / "aim").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "aim")
+    assert len(data.prepare("csv", source, tmp_path / "link")) == len(data.Store(tmp_path / "aim")) == 1
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("")
     (tmp_path / "file").write_text("")
@@ -962,6 +965,9 @@ def test_a_full_disk_is_one_sentence_and_preparing_goes_on(tmp_path):
             data.prepare("csv", source, disk / "dst", workers=1)
         subprocess.run(["mount", "-o", "remount,size=8M", disk], check=True)
         assert len(data.prepare("csv", source, disk / "dst", workers=1)) == 60
+        with pytest.raises(data.DataError, match="disk: a volume is mounted here"):
+            subprocess.run(["rm", "-r", *disk.iterdir()], check=True)
+            data.prepare("csv", source, disk)
         with pytest.raises(data.DataError, match="4000 records need 0.1 GB more"):
             data.prepare("simulated", "4000", disk / "simulated")
     finally:
