@@ -375,8 +375,8 @@ def read_wfdb(path, leads, fs, samples, start, stop):
         for i, name in enumerate(files):
             os.symlink(os.path.abspath(name), f"{folder}/{i}.dat")
         for i, lead in enumerate(leads):
-            form = "{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 c"
-            lines.append(form.format(files.index(lead["file"]), **lead) + str(i))
+            line = "{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 "
+            lines.append(line.format(files.index(lead["file"]), **lead) + f"c{i}")
         Path(f"{folder}/r.hea").write_text("\n".join(lines))
         try:
             return wfdb.rdrecord(f"{folder}/r", start, stop).p_signal[skip:]
@@ -550,8 +550,9 @@ def read_state(folder, finished=True):
     try:
         state = read_json(name)
     except DataError as error:
-        raise DataError(f"{folder}: " + (UNFINISHED if os.path.isdir(folder + ".partial") else
-                        f"no store ({error}); make one with python data.py prepare SOURCE SRC DST")) from error
+        advice = AGAIN if os.path.lexists(name) else "make one with python data.py prepare SOURCE SRC DST"
+        fault = UNFINISHED if os.path.isdir(folder + ".partial") else f"no store ({error}); {advice}"
+        raise DataError(f"{folder}: {fault}") from error
     if state.get("format") != FORMAT:
         raise DataError(f"{name}: not of a store of version {FORMAT[1]}; {AGAIN}")
     if finished and state.get("complete") is False:
@@ -603,8 +604,8 @@ def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
     number = source != "simulated" or re.fullmatch("[0-9]{1,12}", src)
     if source not in SOURCES or not src or crop not in CROPS or not number or not right:
         asked = f"{source}:{src}, {rate} Hz, crop {crop}, min_words {min_words}, seed {seed}"
-        raise DataError(f"no such data: {asked}; sources are {', '.join(SOURCES)} (and a number of records), crops "
-                        f"{', '.join(CROPS)}, rates 100 to 1000 Hz, all whole numbers")
+        raise DataError(f"no such data: {asked}; sources are {', '.join(SOURCES)} (and a number of records), "
+                        f"crops {', '.join(CROPS)}, rates 100 to 1000 Hz, all whole numbers")
     return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src),
                 rate=rate, crop=crop, min_words=min_words, seed=seed, maker=maker(source))
 
@@ -639,8 +640,8 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
                         "the same command goes on from there, --workers 1 needs less") from error
     except OSError as error:
         fault = f"{error.filename or ''} {error.strerror or error}".strip()
-        raise DataError(f"{dst}: cannot be written ({fault}); free space or choose another folder (for the cache "
-                        "by ECG_CACHE); the same command goes on where it stopped") from error
+        raise DataError(f"{dst}: cannot be written ({fault}); free space or choose another folder (for the "
+                        "cache by ECG_CACHE); the same command goes on where it stopped") from error
     store = Store(dst)
     if store.meta["plan"] != plan:
         raise DataError(f"{dst}: made with other settings, by other code or from other records; {AGAIN}")
@@ -923,7 +924,8 @@ def mimic_rows(settings):
                    report=". ".join(texts), statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
         least = settings["min_words"]
         skip = ("study_id or subject_id is empty" if not (study and patient) else
-                "report is empty" if not words else f"report of fewer than {least} words" if words < least else
+                "report is empty" if not words else
+                f"report of fewer than {least} words" if words < least else
                 None if paths.get(study) else "study is not in record_list.csv")
         yield row | (dict(skip=skip) if skip else dict(path=os.path.join(src, paths[study])))
 
@@ -1209,7 +1211,8 @@ class Translator:
                     last, used, waiting, placed = len(out), waiting, [], True
                     out += [(used, text) for text in texts]
                 elif kind == "prefix":
-                    waiting, late = waiting + texts, len(out) > begin and words[-1] in LATE  # "infarct is not ..."
+                    waiting = waiting + texts
+                    late = len(out) > begin and words[-1] in LATE  # "infarction is not ..."
                 elif kind == "join":  # "no ischemia or infarction": the prefix of the one is that of the other
                     waiting = waiting or used
                 elif kind == "suffix" and (placed or not texts[0].startswith("~ in ")):
@@ -1280,8 +1283,8 @@ def split_specs(text):
 
 
 def corpus(specs, language="english"):
-    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand;
-    of a text file every line. specs: see split_specs. Errors: DataError where one is not there."""
+    """Different texts to learn language from: of a data spec every report, with or without its waveform; of a
+    text file every line. specs: see split_specs. Errors: DataError where one is not there."""
     texts = []
     for spec in split_specs(specs):
         source, colon, src = spec.partition(":")
