@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import errno
 import hashlib
 import inspect
 import io
@@ -20,12 +21,13 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +49,8 @@ MAX_GAP = 0.04     # s, longest gap that is interpolated: half a normal QRS, so 
 MIN_SECONDS = 4.0  # s of valid signal that a lead needs: three beats even at 45 a minute
 CROPS = {"first": (SECONDS, False), "center": (SECONDS, True),  # what is kept of a record: seconds, and whether mid-way
          "cpsc-merl": (5, False)}  # MERL's rule for CPSC2018: the first 2,500 samples at 500 Hz, then zeros
-MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "v": 1e3, "nv": 1e-6}  # unit in the header -> mV
+MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3, "v": 1e3, "nv": 1e-6}  # unit -> mV
+RATES = 50, 20000  # Hz: a header that says anything else is damaged, or not of an ECG
 
 
 class DataError(ValueError):
@@ -62,11 +65,18 @@ class DataError(ValueError):
 
 def open_file(path):
     """A regular file, opened for reading in binary (a pipe or a device would hang). Errors: OSError."""
-    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(0, "no regular file", str(path))
-    return file
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "no name of a file (it holds a zero)", str(path)) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        kind = "a folder, not a file" if stat.S_ISDIR(os.fstat(handle).st_mode) else "no regular file"
+        os.close(handle)
+        raise OSError(errno.EINVAL, kind, str(path))
+    return open(handle, "rb")
+
+
+LFS = ": a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
 
 
 def read_text(path, advice=""):
@@ -74,11 +84,11 @@ def read_text(path, advice=""):
     try:
         with open_file(path) as file:
             text = file.read().decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a zero in it
+    except (OSError, UnicodeDecodeError) as error:
         fault = getattr(error, "strerror", None) or f"not readable ({error})"
         raise DataError(f"{path}: {fault}{advice and '; ' + advice}") from error
     if text.startswith("version https://git-lfs"):
-        raise DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+        raise DataError(f"{path}{LFS}")
     return text
 
 
@@ -109,8 +119,10 @@ KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or
 
 
 def check(value, shape, where):
-    """value, if what was read from a file has this shape, else a DataError that says where it has not: a type or a tuple of types
-    (float takes whole numbers, too); [shape] for a list; {"key": shape} for keys that an object must have, {str: shape} for all."""
+    """value, if what was read from a file has this shape, else a DataError that says where it has not.
+
+    A shape is a type or a tuple of types (float takes whole numbers, too); [shape] for a list; {"key": shape}
+    for keys that an object must have, {str: shape} for all others."""
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
     fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
     if not fits or isinstance(value, bool) and bool not in kinds:
@@ -119,8 +131,8 @@ def check(value, shape, where):
         for i, item in enumerate(value):
             check(item, shape[0], f"{where}, place {i + 1}")
     elif isinstance(shape, dict):
-        for key in shape.keys() - {str}:
-            if key not in value:
+        for key in shape:
+            if key is not str and key not in value:
                 raise DataError(f"{where}: has no {key!r}")
         for key, item in value.items():
             if inner := shape.get(key, shape.get(str)):
@@ -129,8 +141,9 @@ def check(value, shape, where):
 
 
 def write_atomic(path, write):
-    """write(temporary path), then rename: a reader, or a crash, never sees half a file. Errors: DataError where the disk is full or
-    the folder may not be written; what was there stays."""
+    """write(temporary path), then rename: a reader, or a crash, never sees half a file.
+
+    Errors: DataError where the disk is full or the folder may not be written; what was there stays."""
     temporary = f"{path}.tmp"
     try:
         write(temporary)
@@ -180,6 +193,8 @@ def guarded(main, *errors):
         sentence = str(error)
     except OSError as error:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except MemoryError as error:
+        sentence = f"out of memory ({error or 'no more could be had'})"
     except KeyboardInterrupt:
         sys.exit(130)
     else:
@@ -188,74 +203,224 @@ def guarded(main, *errors):
     sys.exit(2)
 
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 class Record(NamedTuple):
     signal: np.ndarray  # (leads, N) float32 mV in the file's own lead order, NaN where the file marks a sample invalid
     names: list         # of the leads, as written in the file
     fs: float           # Hz
-    checksum_ok: bool   # False: the samples do not add up to the header's checksum (only looked at in plain format 16)
+    checksum_ok: bool   # False: not the header's checksum (looked at in format 16, where all is read)
 
 
-RECORD_LINE = re.compile(r"[^\s/]+\s+(?P<leads>\d+)\s+(?P<fs>\d+\.?\d*)\s+(?P<samples>\d+)(\s|$)")
-SIGNAL_LINE = re.compile(
-    r"(?P<file>\S+)\s+16(\+(?P<offset>\d+))?\s+(?P<gain>-?\d+\.?\d*(e[-+]?\d+)?)(\((?P<baseline>-?\d+)\))?"
-    r"(/(?P<unit>\S+))?\s+\d+\s+(?P<zero>-?\d+)\s+-?\d+\s+(?P<checksum>-?\d+)\s+\d+\s+(?P<name>\S.*)")
+
+MOST = dict(header=2**20, leads=256)  # bytes and signals: more is no ECG, and must not eat the memory
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", re.I)
+RECORD_LINE = re.compile(r"[^\s/]+(/(?P<segments>\d{1,9}))?\s+(?P<leads>\d{1,9})"
+                         r"(\s+(?P<fs>[^\s/(]+)[/(]?\S*(\s+(?P<samples>\d{1,15})(\s.*)?)?)?")
+SIGNAL_LINE = re.compile(  # numbers: resolution, zero, first sample, checksum, block size
+    r"(?P<file>\S+)\s+(?P<format>\d{1,4})(x(?P<frame>\d{1,5}))?(:(?P<skew>\d{1,9}))?(\+(?P<offset>\d{1,15}))?"
+    r"(\s+(?P<gain>[^\s(/]+)(\((?P<baseline>[-+]?\d{1,15})\))?(/(?P<unit>\S+))?"
+    r"(?P<numbers>(\s+[-+]?\d{1,15}(?!\S)){0,5})(\s+(?P<name>\S.*))?)?")
+BYTES = {"8": 1, "80": 1, "16": 2, "61": 2, "160": 2, "24": 3, "32": 4, "212": 1.5, "310": 4/3, "311": 4/3}
+OURS = errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the system lacks is no fault of a record
+ODD = "not readable by wfdb"
 
 
-def read_record(path, fast=True):
+def refuse(where, fault, detail=""):
+    raise DataError(f"{where}: {fault}{detail and f' ({detail})'}", fault)
+
+
+def read_record(path, fast=True, part=None):
     """The WFDB record at path (without extension), in any format wfdb reads. DataError says what is wrong with it.
 
-    fast: plain format 16 (PTB-XL, MIMIC-IV-ECG, LUDB, the Challenges' .mat) is read by numpy instead of wfdb.
+    fast: format 16 (PTB-XL, MIMIC-IV-ECG, LUDB, the Challenges' .mat) is read by numpy instead of wfdb.
+    part(samples, Hz) -> (start, stop): what is read of it; the rest of its files is not looked at.
     """
+    path = os.fspath(path)
     try:
-        with open(f"{path}.hea", encoding="latin-1") as file:
-            head, *lines = [line.strip() for line in file if line.strip() and not line.startswith("#")] or [""]
-        record, leads = RECORD_LINE.match(head), [SIGNAL_LINE.match(line) for line in lines]
-        if record and (not lines or len(lines) != int(record["leads"])):
-            raise DataError(f"{path}.hea: announces {record['leads']} leads, has {len(lines)}", "wrong lead count")
-        if any(re.match(r"\S+\s+\S+\s+-?0+\.?0*([(/\s]|$)", line) for line in lines):
-            raise DataError(f"{path}.hea: a lead has gain zero, so its samples have no unit", "zero gain")
-        plain = fast and record and all(leads) and len({(lead["file"], lead["offset"]) for lead in leads}) == 1
-        signal, units, record = read_format16(path, record, leads) if plain else read_wfdb(path)
-    except (FileNotFoundError, PermissionError) as error:
-        fault = "file is missing" if isinstance(error, FileNotFoundError) else "file may not be read"
-        raise DataError(f"{error.filename}: {fault}", fault) from error
-    unknown = [str(unit) for unit in units if str(unit).lower() not in MILLIVOLTS]
-    if unknown or record.fs <= 0:
-        fault = f"unit {unknown[0]!r} is no voltage" if unknown else "sampling rate is zero"
-        raise DataError(f"{path}.hea: {fault}", fault)
-    signal = signal * [MILLIVOLTS[unit.lower()] for unit in units]
-    return record._replace(signal=np.ascontiguousarray(signal.T, np.float32))
+        head, lines = read_header(path)
+        if head["segments"]:
+            return read_segments(path, head, lines, fast, part)
+        leads = [parse_lead(path, line) for line in lines]
+        samples = measure(path, leads, head["samples"])
+        start, stop = part(samples, head["fs"]) if part else (0, samples)
+        plain = fast and all((lead["format"], lead["frame"], lead["skew"]) == ("16", 1, 0) for lead in leads)
+        signal = (read_format16 if plain else read_wfdb)(path, leads, head["fs"], samples, start, stop)
+    except OSError as error:
+        if error.errno in OURS:
+            raise
+        known = {FileNotFoundError: "file is missing", PermissionError: "file may not be read"}
+        refuse(error.filename or path, known.get(type(error), error.strerror or str(error)))
+    ok = not plain or (start, stop) != (0, samples) or all(lead["adds up"] for lead in leads)
+    signal = signal * [lead["unit"] for lead in leads]
+    with np.errstate(over="ignore"):  # what is beyond float32 is no voltage, and counts as invalid
+        signal = np.ascontiguousarray(signal.T, np.float32)
+    return Record(signal, [lead["name"] for lead in leads], head["fs"], ok)
 
 
-def read_format16(path, record, leads):
-    """One file of interleaved int16 samples, -32768 where invalid -> signal (N, leads), units, Record without it."""
-    name, shape = os.path.join(os.path.dirname(path), leads[0]["file"]), (int(record["samples"]), len(leads))
-    raw = np.fromfile(name, "<i2", offset=int(leads[0]["offset"] or 0))
-    if raw.size != shape[0] * shape[1]:
-        fault = "signal file is " + ("truncated" if raw.size < shape[0] * shape[1] else "longer than its header says")
-        raise DataError(f"{name}: {fault} ({raw.size} samples, header: {shape[0]} x {shape[1]} leads)", fault)
-    raw = raw.reshape(shape)
-    signal = raw - np.array([float(lead["baseline"] or lead["zero"]) for lead in leads])
-    signal /= [float(lead["gain"]) for lead in leads]
+def read_header(path):
+    """path.hea -> {"segments", "fs" (Hz), "samples"}, 0 where it is silent; lines of signals or segments."""
+    where = f"{path}.hea"
+    with open_file(where) as file:
+        raw = file.read(MOST["header"] + 1)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    lines = [line.strip() for line in re.split(r"[\r\n]", text)]
+    first, *lines = [line for line in lines if line and not line.startswith("#")] or ["(empty)"]
+    record = RECORD_LINE.fullmatch(first)
+    if not record or len(raw) > MOST["header"]:
+        refuse(where, ODD, f"record line {first[:60]!r}" + LFS * first.startswith("version https://git-lfs"))
+    segments, leads, fs = int(record["segments"] or 0), int(record["leads"]), record["fs"] or "none is given"
+    if not lines or len(lines) != (segments or leads) or len(lines) > MOST["leads"] and not segments:
+        refuse(where, "wrong lead count", f"announces {segments or leads}, has {len(lines)}")
+    if not NUMBER.fullmatch(fs):
+        refuse(where, "sampling rate is no number", fs)
+    if not RATES[0] <= float(fs) <= RATES[1]:
+        refuse(where, "sampling rate is " + ("not {} to {} Hz".format(*RATES) if float(fs) else "zero"), fs)
+    return dict(segments=segments, fs=float(fs), samples=int(record["samples"] or 0)), lines
+
+
+def parse_lead(path, line):
+    """A signal line of path.hea -> a dictionary; file is a path, unit in mV."""
+    lead, where = SIGNAL_LINE.fullmatch(line), f"{path}.hea"
+    numbers = (lead and lead["numbers"] or "").split()
+    if not lead or lead["name"] and len(numbers) < 5 and lead_index(lead["name"]) is None:
+        refuse(where, ODD, f"signal line {line[:60]!r}")
+    _, zero, first, total, *_ = [int(number) for number in numbers] + [None] * 4
+    gain, unit = lead["gain"] or "", (lead["unit"] or "mV").strip("[]()").lower()
+    if not gain or NUMBER.fullmatch(gain) and not float(gain):
+        refuse(where, "zero gain" if gain else "no gain", f"so the samples have no unit: {line[:60]!r}")
+    if not NUMBER.fullmatch(gain):
+        refuse(where, "gain is no number", gain)
+    if unit not in MILLIVOLTS:
+        refuse(where, f"unit {lead['unit']!r} is no voltage")
+    return dict(file=beside(path, lead["file"]), format=lead["format"], frame=int(lead["frame"] or 1),
+                skew=int(lead["skew"] or 0), offset=int(lead["offset"] or 0), gain=float(gain),
+                baseline=int(lead["baseline"] or zero or 0), unit=MILLIVOLTS[unit], zero=zero or 0,
+                first=first or 0, checksum=total, name=lead["name"] or "")
+
+
+def beside(path, name):
+    """Path of a file that the header of a record at path names, in its folder or below. Errors: DataError."""
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        refuse(f"{path}.hea", "names a file outside of its folder", name)
+    return os.path.join(os.path.dirname(path), name)
+
+
+def file_size(name):
+    with open_file(name) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def files_of(leads):
+    """{signal file: the places of its leads}"""
+    files = {}
+    for i, lead in enumerate(leads):
+        files.setdefault(lead["file"], []).append(i)
+    return files
+
+
+def measure(path, leads, samples):
+    """Samples of a record, by the size of its files where the header does not say (0); else that must fit."""
+    for name, own in files_of(leads).items():
+        lead, room = leads[own[0]], file_size(name) - leads[own[0]]["offset"]
+        if any((leads[i]["offset"], leads[i]["format"]) != (lead["offset"], lead["format"]) for i in own):
+            refuse(f"{path}.hea", ODD, "gives one file two formats or offsets")
+        width = sum(leads[i]["frame"] for i in own)
+        frame = width * BYTES.get(lead["format"], 0)  # 0: compressed
+        samples = samples or (max(0, int(room / frame)) if frame else 0)
+        text = f"{room} bytes, header: {samples} x {width} samples"
+        if not samples:
+            refuse(f"{path}.hea", "number of samples is unknown", f"it gives none, and {name} tells none")
+        if lead["format"] == "16" and room != samples * frame:
+            fault = "truncated" if room < samples * frame else "longer than its header says"
+            refuse(name, f"signal file is {fault}", text)
+        if room < int(samples * frame):
+            refuse(path, ODD, f"{name} is truncated: {text}")
+    return samples
+
+
+def read_format16(path, leads, fs, samples, start, stop):
+    """Files of interleaved int16, -32768 where invalid -> signal (stop - start, leads) in the header's units.
+
+    Sets "adds up" in leads: do the samples that were read fit the checksum?"""
+    raw = np.empty((stop - start, len(leads)), np.int16)
+    for name, own in files_of(leads).items():
+        with open_file(name) as file:
+            first, count = leads[own[0]]["offset"] + 2 * start * len(own), (stop - start) * len(own)
+            raw[:, own] = np.fromfile(file, "<i2", count, offset=first).reshape(-1, len(own))
+    signal = raw - np.array([float(lead["baseline"]) for lead in leads])
+    signal /= [lead["gain"] for lead in leads]
     signal[raw == -32768] = np.nan
-    excess = raw.sum(0, dtype=np.int64) - [int(lead["checksum"]) for lead in leads]
-    record = Record(None, [lead["name"] for lead in leads], float(record["fs"]), not (excess % 65536).any())
-    return signal, [lead["unit"] or "mV" for lead in leads], record
+    for lead, total in zip(leads, raw.sum(0, dtype=np.int64)):
+        lead["adds up"] = lead["checksum"] is None or (total - lead["checksum"]) % 65536 == 0
+    return signal
 
 
-def read_wfdb(path):
-    """Any other format -> the same as read_format16."""
+def read_wfdb(path, leads, fs, samples, start, stop):
+    """Any other format -> the same as read_format16.
+
+    wfdb sees a header of ours beside links to the files: it takes headers for ASCII, and some for damaged."""
     import wfdb  # takes a second, and most data sets do not need it
-    try:
-        record = wfdb.rdrecord(path)
-    except OSError:
-        raise
-    except Exception as error:  # wfdb fails in many ways on damaged files; each of them is a fault of this record only
-        fault = "not readable by wfdb"
-        raise DataError(f"{path}: {fault} ({type(error).__name__}: {error})", fault) from error
-    return record.p_signal, record.units, Record(None, record.sig_name, float(record.fs), True)
+    if any(lead["skew"] > fs or not 0 < lead["frame"] * fs <= RATES[1] for lead in leads):
+        refuse(f"{path}.hea", ODD, "its skew or its samples per frame are beyond all measure")
+    start, skip = (0, start) if leads[0]["format"] == "8" else (start, 0)  # 8: sums of differences
+    with tempfile.TemporaryDirectory() as folder:
+        lines, files = [f"r {len(leads)} {fs} {samples}"], list(files_of(leads))
+        for i, name in enumerate(files):
+            os.symlink(os.path.abspath(name), f"{folder}/{i}.dat")
+        for i, lead in enumerate(leads):
+            line = "{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 "
+            lines.append(line.format(files.index(lead["file"]), **lead) + f"c{i}")
+        Path(f"{folder}/r.hea").write_text("\n".join(lines))
+        try:
+            return wfdb.rdrecord(f"{folder}/r", start, stop).p_signal[skip:]
+        except MemoryError:
+            raise
+        except Exception as error:  # wfdb fails in many ways on damaged files
+            text = " ".join(str(error).replace(folder, os.path.dirname(path)).split())
+            raise DataError(f"{path}: {ODD} ({type(error).__name__}: {text})", ODD) from error
+
+
+def read_segments(path, head, lines, fast, part):
+    """A record whose header names others, one behind another -> Record; NaN where a lead is in none."""
+    where, segments = f"{path}.hea", [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
+    total = sum(int(segment[2]) for segment in segments if segment)
+    if None in segments or head["samples"] not in (0, total):
+        refuse(where, ODD, "its segments are not those that it announces")
+    start, stop = part(total, head["fs"]) if part else (0, total)
+    found, end = [], 0
+    for name, length in ((segment[1], int(segment[2])) for segment in segments):
+        first, last = max(start - end, 0), min(stop - end, length)
+        if first < last and name != "~":  # ~: a gap
+            if read_header(beside(path, name))[0]["segments"]:
+                refuse(where, ODD, f"segment {name} has segments of its own")
+            record = read_record(beside(path, name), fast,
+                                 lambda samples, _: (first, last) if samples == length else (0, 0))
+            if record.fs != head["fs"] or record.signal.shape[1] != last - first:
+                refuse(where, ODD, f"segment {name} has another rate or length than announced")
+            found.append((slice(end + first - start, end + last - start), record))
+        end += length
+    names = list(dict.fromkeys(name for _, record in found for name in record.names))
+    twice = any(len(set(record.names)) < len(record.names) for _, record in found)
+    if twice or not 0 < len(names) <= MOST["leads"]:
+        refuse(where, "a lead occurs twice" if twice else ODD, f"{len(names)} leads in all segments")
+    signal = np.full((len(names), stop - start), np.nan, np.float32)
+    for place, record in found:
+        signal[[names.index(name) for name in record.names], place] = record.signal
+    return Record(signal, names, head["fs"], all(record.checksum_ok for _, record in found))
+
+
+@lru_cache(4096)
+def lead_index(name):
+    """Place in LEADS of a lead by its name, whatever case and prefix ("Lead I", "MDC_ECG_LEAD_AVR")."""
+    name = str(name).strip(" '\"").upper().removeprefix("MDC_ECG_LEAD_")
+    return LEAD_INDEX.get(re.sub(r"^((ECG|EKG|LEAD)[\s_:.-]+)+", "", name))
 
 
 def to_twelve(record):
@@ -263,7 +428,7 @@ def to_twelve(record):
 
     Other leads are left out. Missing limb leads are not derived from the others: what is stored was recorded.
     """
-    index = [LEAD_INDEX.get(str(name).strip().upper().removeprefix("MDC_ECG_LEAD_")) for name in record.names]
+    index = [lead_index(name) for name in record.names]
     known = [i for i in index if i is not None]
     if not known or len(set(known)) < len(known):
         fault = "a lead occurs twice" if known else "none of the twelve leads"
@@ -308,13 +473,16 @@ def microvolts(signal, samples):
 
 def load_record(path, rate, crop="first"):
     """A record as a store keeps it: microvolts (12, SECONDS * rate) int16, usable (12,) bool, notes {text: amount}."""
-    record = read_record(path)
-    seconds, middle = CROPS[crop]
-    length = round(seconds * record.fs)
-    start = max(0, (record.signal.shape[1] - length) // 2) if middle else 0
+    def part(samples, fs):
+        seconds, middle = CROPS[crop]
+        length = round(seconds * fs)
+        start = max(0, (samples - length) // 2) if middle else 0
+        return start, min(samples, start + length)
+
+    record = read_record(path, part=part)
     try:
         signal, present = to_twelve(record)
-        signal, usable, zeroed = repair(signal[:, start:start + length], present, record.fs)
+        signal, usable, zeroed = repair(signal, present, record.fs)
     except DataError as error:
         raise DataError(f"{path}: {error}", error.reason) from error
     ratio = (rate / Fraction(str(record.fs))).limit_denominator(10000)  # exact for all but freakish rates
@@ -329,11 +497,12 @@ def load_record(path, rate, crop="first"):
 
 # ---- the store ------------------------------------------------------------------------------------------------------
 
-FORMAT = ["ecg-language store", 2]  # name and version
+FORMAT = ["ecg-language store", 3]  # name and version
 CHUNK = 256  # records of a task: what is written at once, and what the simulator draws at once
 COLUMNS = ("id", "patient", "split", "fold", "statements", "report", "codes", "source", "leads", "features", "peaks")
 JSON_COLUMNS = ("statements", "codes", "features", "peaks")
 AGAIN = "delete it and prepare the data set again"
+STRANGE = "label codes that prompts.json does not know, so that no label set counts them"
 UNFINISHED = "preparing it did not finish; run the same prepare command again"
 
 
@@ -343,20 +512,27 @@ class Store:
 
     def __init__(self, path, verify=False):
         self.path, self.meta = str(path), read_state(str(path))
-        if not self.meta["complete"]:
-            raise DataError(f"{path}: {UNFINISHED}")
         self.rate, self.samples = self.meta["rate"], self.meta["samples"]
-        for name, (size, crc) in self.meta["files"].items():
-            file = os.path.join(self.path, name)
-            found = os.path.getsize(file) if os.path.exists(file) else 0
-            if found != size or (verify or name == "records.csv") and crc_of(file) != crc:
-                raise DataError(f"{file}: damaged ({found} of {size} bytes, or other content); {AGAIN}")
+        for name in self.meta["files"]:
+            self.verify(name, verify or name == "records.csv")
         self.records = pd.read_csv(os.path.join(self.path, "records.csv"), dtype=str, keep_default_na=False)
         if self.meta["files"]["ecg.i16"][0] != len(self) * 24 * self.samples:
             raise DataError(f"{path}: ecg.i16 and records.csv differ in the number of records; {AGAIN}")
         for column in JSON_COLUMNS:
             self.records[column] = [json.loads(text) for text in self.records[column]]
         self.records["fold"] = self.records["fold"].replace("", "0").astype(int)
+
+    def verify(self, name="ecg.i16", content=True):
+        """Compare a file's size, and the checksum of its content (0.1 s a GB), with what was written.
+
+        Errors: DataError."""
+        file, (size, crc) = os.path.join(self.path, name), self.meta["files"][name]
+        try:
+            found = file_size(file)
+            if found != size or content and crc_of(file) != crc:
+                raise DataError(f"{file}: damaged ({found} of {size} bytes, or other content); {AGAIN}")
+        except OSError as error:
+            raise DataError(f"{file}: damaged ({error.strerror}); {AGAIN}") from error
 
     def __len__(self):
         return len(self.records)
@@ -368,22 +544,32 @@ class Store:
         return signals[indices].astype(np.float32) / 1000
 
 
-def read_state(folder):
-    """store.json of a store, or of one in the making."""
+def read_state(folder, finished=True):
+    """store.json of a store, or of one in the making. Errors: DataError."""
+    name = os.path.join(folder, "store.json")
     try:
-        with open(os.path.join(folder, "store.json"), encoding="utf-8") as file:
-            state = json.load(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: " + (UNFINISHED if os.path.isdir(folder + ".partial") else
-                        f"no store ({error}); make one with python data.py prepare SOURCE SRC DST")) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise DataError(f"{folder}/store.json: not of a store of version {FORMAT[1]}; {AGAIN}")
+        state = read_json(name)
+    except DataError as error:
+        advice = AGAIN if os.path.lexists(name) else "make one with python data.py prepare SOURCE SRC DST"
+        fault = UNFINISHED if os.path.isdir(folder + ".partial") else f"no store ({error}); {advice}"
+        raise DataError(f"{folder}: {fault}") from error
+    if state.get("format") != FORMAT:
+        raise DataError(f"{name}: not of a store of version {FORMAT[1]}; {AGAIN}")
+    if finished and state.get("complete") is False:
+        raise DataError(f"{folder}: {UNFINISHED}")
+    if state.pop("checksum", None) != checksum(state):
+        raise DataError(f"{name}: damaged (its content is not what was written); {AGAIN}")
     return state
+
+
+def checksum(state):
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def write_state(folder, state):
     """Replace store.json in one step: after a crash it is the old one or the new one."""
-    write_text(os.path.join(folder, "store.json"), json.dumps(state, indent=1))
+    text = json.dumps(state | {"checksum": checksum(state)}, indent=1)
+    write_text(os.path.join(folder, "store.json"), text)
 
 
 def crc_of(name):
@@ -394,63 +580,104 @@ def open_data(spec, rate=100, cache=None, **options):
     """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "simulated", "simulated:N", "store:DIR"; options as of prepare().
 
     All but a store are prepared on first use into `cache`, or $ECG_CACHE, or ~/.cache/ecg-language.
+    rate: Hz; None: the store's own, or 100. Errors: DataError.
     """
     source, _, src = spec.partition(":")
     if source == "store":
-        store = Store(src)
-        if store.rate != rate:
+        store = Store(os.path.expanduser(src))
+        if rate not in (None, store.rate):
             raise DataError(f"{src}: holds records at {store.rate} Hz, not {rate}; prepare another or ask for its rate")
         return store
-    key = json.dumps(settings_of(source, os.path.expanduser(src), rate, **options))
+    rate, src = 100 if rate is None else rate, os.path.expanduser(src)
+    key = json.dumps(settings_of(source, src, rate, **options))
     cache = cache or os.environ.get("ECG_CACHE") or os.path.expanduser("~/.cache/ecg-language")
     dst = os.path.join(cache, f"{source}-{rate}hz-{hashlib.sha256(key.encode()).hexdigest()[:10]}")
     if not os.path.exists(dst):
         print(f"preparing {spec} at {rate} Hz, this once, into {dst}", file=sys.stderr)
-    return prepare(source, os.path.expanduser(src), dst, rate, **options)
+    return prepare(source, src, dst, rate, **options)
 
 
 def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
-    """All that shapes a store beside the data themselves: what translates its reports, or what simulates, included."""
-    if source == "simulated":
-        src = str(src or SIMULATED)
-    if source not in SOURCES or crop not in CROPS or not 100 <= rate <= 1000 or source == "simulated" and not src.isdigit():
-        raise DataError(f"no such data: {source}:{src}, crop {crop}, {rate} Hz; sources are {', '.join(SOURCES)} "
-                        f"(and a number of records), crops {', '.join(CROPS)}, rates 100 to 1000 Hz")
-    wordings = [(f["name"], f["also"]) for f in knowledge()["findings"].values()]
-    maker = {"simulated": inspect.getsource(sys.modules[__name__]).rpartition("# ---- simulator")[2] + str(wordings),
-             "ptbxl": str(knowledge()["lexicon"]) + str(wordings)}.get(source, "")
-    return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src), rate=rate, crop=crop,
-                min_words=min_words, seed=seed, maker=zlib.crc32(maker.encode()))
+    """All that shapes a store beside the data, what reads or simulates them included. Errors: DataError."""
+    src = str(src or SIMULATED if source == "simulated" else src)
+    right = all(type(n) is int and n >= 0 for n in (rate, min_words, seed)) and 100 <= rate <= 1000
+    number = source != "simulated" or re.fullmatch("[0-9]{1,12}", src)
+    if source not in SOURCES or not src or crop not in CROPS or not number or not right:
+        asked = f"{source}:{src}, {rate} Hz, crop {crop}, min_words {min_words}, seed {seed}"
+        raise DataError(f"no such data: {asked}; sources are {', '.join(SOURCES)} (and a number of records), "
+                        f"crops {', '.join(CROPS)}, rates 100 to 1000 Hz, all whole numbers")
+    return dict(version=FORMAT[1], source=source, src=src if source == "simulated" else os.path.abspath(src),
+                rate=rate, crop=crop, min_words=min_words, seed=seed, maker=maker(source))
 
 
 def prepare(source, src, dst, rate=100, workers=None, **options):
     """Make the store dst, or go on where a killed run stopped, or check the one that is there -> Store.
 
     source: a key of SOURCES; options: crop, a key of CROPS; min_words of a MIMIC report (MERL: 4); seed of the simulator.
-    A second process that prepares dst waits for the first.
+    A second process that prepares dst waits for the first. Errors: DataError.
     """
     dst, settings = os.path.abspath(dst), settings_of(source, src, rate, **options)
+    dst = os.path.realpath(dst) if os.path.islink(dst) else dst
     plan, total, readable = survey(settings)
-    workers = workers or min(os.cpu_count(), 1 + readable // 4000)  # starting one costs some thousand records
-    if not os.path.exists(dst):
-        os.makedirs(os.path.dirname(dst), exist_ok=True)
-        with locked(dst + ".lock"):  # a second process waits here
-            if not os.path.exists(dst):
-                build(settings, plan, total, dst, workers)
-                os.unlink(dst + ".lock")  # whoever waits for it, or comes later, finds dst
+    if workers is not None and workers < 1:
+        raise DataError(f"{workers} workers cannot prepare anything; name 1 or more")
+    pays = CHUNK if workers else 4000  # starting one costs some thousand records
+    workers = min(workers or os.cpu_count(), 1 + readable // pays)
+    try:
+        if vacant(dst):
+            if os.path.ismount(dst):
+                raise DataError(f"{dst}: a volume is mounted here; name a folder inside of it")
+            os.makedirs(os.path.dirname(dst), exist_ok=True)
+            with locked(dst + ".lock"):  # a second process waits here
+                if vacant(dst):
+                    build(settings, plan, total, dst, workers)
+                    with contextlib.suppress(OSError):
+                        os.unlink(dst + ".lock")  # whoever waits for it, or comes later, finds dst
+        elif not os.path.lexists(os.path.join(dst, "store.json")):
+            raise DataError(f"{dst}: is there already and holds no store; choose another name")
+    except BrokenExecutor as error:
+        raise DataError(f"{dst}: a process that read records was killed, for want of memory, it seems; "
+                        "the same command goes on from there, --workers 1 needs less") from error
+    except OSError as error:
+        fault = f"{error.filename or ''} {error.strerror or error}".strip()
+        raise DataError(f"{dst}: cannot be written ({fault}); free space or choose another folder (for the "
+                        "cache by ECG_CACHE); the same command goes on where it stopped") from error
     store = Store(dst)
     if store.meta["plan"] != plan:
-        raise DataError(f"{dst}: made with other settings or from other records; {AGAIN}")
+        raise DataError(f"{dst}: made with other settings, by other code or from other records; {AGAIN}")
     return store
 
 
+def vacant(dst):
+    """Is there nothing at dst, or an empty folder?"""
+    return not os.path.lexists(dst) or os.path.isdir(dst) and not os.listdir(dst)
+
+
 def survey(settings):
-    """A cheap pass over the source: a checksum of what is prepared and how, the number of rows, and of usable ones."""
+    """A cheap pass over the source: a checksum of what is prepared and how, number of rows, of usable ones.
+
+    Of the rows everything counts, and size and time of change of the files that they name."""
     digest, total, readable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
+    if settings["source"] == "simulated":  # the settings say all
+        return digest.hexdigest(), int(settings["src"]), int(settings["src"])
     for row in SOURCES[settings["source"]](settings):
-        digest.update(json.dumps([row["id"], row.get("path"), row.get("skip")]).encode())
+        digest.update(json.dumps([row, *stamps(row.get("path"))]).encode())
         total, readable = total + 1, readable + ("skip" not in row)
     return digest.hexdigest(), total, readable
+
+
+def stamps(path):
+    """(name, size, time of change) of a record's header and of the signal file beside it, if they exist."""
+    found = []
+    for suffix in (".hea", ".dat", ".mat") if path else ():
+        try:
+            status = os.stat(path + suffix)
+        except (OSError, ValueError):
+            continue
+        found.append((suffix, status.st_size, status.st_mtime_ns))
+        if len(found) == 2:
+            break
+    return found
 
 
 def build(settings, plan, total, dst, workers):
@@ -464,10 +691,14 @@ def build(settings, plan, total, dst, workers):
     state = dict(format=FORMAT, complete=False, plan=plan, rate=settings["rate"], samples=SECONDS * settings["rate"],
                  leads=LEADS, settings=settings, rows=0, dropped={}, warnings={},
                  files={"ecg.i16": [0, 0], "records.csv": [0, 0]})  # bytes, crc32
-    if os.path.exists(os.path.join(folder, "store.json")):
-        state = read_state(folder)
+    if os.path.lexists(os.path.join(folder, "store.json")):
+        state = read_state(folder, finished=False)
         if state["plan"] != plan:
-            raise DataError(f"{folder}: left by a run with other settings or records; {AGAIN}")
+            raise DataError(f"{folder}: left by a run with other settings, other code or records; {AGAIN}")
+    size, free = (total - state["rows"]) * 24 * state["samples"], shutil.disk_usage(folder).free
+    if settings["source"] == "simulated" and size > free:  # of other sources, not every row has a record
+        text = f"{total} records need {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
+        raise DataError(f"{folder}: {text}")
     rows = islice(SOURCES[settings["source"]](settings), state["rows"], None)
     tasks = iter(lambda: list(islice(rows, CHUNK)), [])
     with contextlib.ExitStack() as stack:
@@ -491,8 +722,11 @@ def build(settings, plan, total, dst, workers):
             bar.update(count)
     if not state["files"]["ecg.i16"][0]:
         shutil.rmtree(folder)
-        raise DataError(f"{settings['src']}: no usable record; {'; '.join(state['dropped']) or 'the list is empty'}")
+        faults = [f"{text}, e.g. {entry['examples'][0]}" for text, entry in state["dropped"].items()]
+        raise DataError(f"{settings['src']}: no usable record; {'; '.join(faults) or 'the list is empty'}")
     write_state(folder, state | dict(complete=True))
+    if os.path.isdir(dst):
+        os.rmdir(dst)  # empty, see vacant
     os.rename(folder, dst)
 
 
@@ -532,14 +766,22 @@ def work(settings, rows):
                 raise DataError(f"{row['id']}: {row['skip']}", row["skip"])
             ecg, usable, warnings = (load_simulated(settings, row) if settings["source"] == "simulated" else
                                      load_record(row["path"], settings["rate"], settings["crop"]))
+            if "statements" not in row:
+                row["statements"] = translate(row["report"])
         except DataError as error:
             notes.append(("dropped", error.reason, 1, str(error)))
             continue
-        if "statements" not in row:
-            row["statements"] = translate(row["report"])
+        except Exception as error:  # whatever it is, it is a fault of this record and not of the next
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in OURS:
+                raise
+            text = " ".join(f"{row.get('path', row['id'])}: {type(error).__name__}: {error}".split())
+            notes.append(("dropped", f"not readable ({type(error).__name__})", 1, text))
+            continue
         kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable)) | row)
         signals.append(ecg)
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
+        if strange := [code for code in row["codes"] if code not in knowledge()["findings"]]:
+            notes.append(("warnings", STRANGE, len(strange), f"{row['id']}: {', '.join(strange)[:200]}"))
     unknown = [i for i, row in enumerate(kept) if "peaks" not in row]  # the simulator knows them
     for i, peaks in zip(unknown, r_peaks([signals[i] for i in unknown], settings["rate"])):
         kept[i]["peaks"] = peaks
@@ -568,16 +810,48 @@ def csv_lines(rows):
 # One generator each that reads no signal. It yields rows (id, path, patient, split, fold, report, codes, source and, if
 # they need no translation, statements); a row that cannot be used has `skip`, the reason, and counts as dropped.
 
+NOTHING = dict.fromkeys("nan NaN none None NONE null NULL <NA> NaT".split())  # written for an empty field
+
+
 def read_csv(name, columns):
-    """Rows of a csv as dictionaries of strings, one at a time (MIMIC has 800,035); columns: those it must have."""
+    """Rows of a csv as dictionaries of strings, one at a time (MIMIC: 800,035); columns: those it must have.
+
+    Errors: DataError, in which line, where a row does not fit the columns: its fields would be others."""
+    reader = None
     try:
-        with open(name, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            if missing := [column for column in columns if column not in (reader.fieldnames or [])]:
-                raise DataError(f"{name}: has no column {missing[0]!r}")
-            yield from reader
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{name}: not readable ({error}); is the data set there, in its published layout?") from error
+        with open_file(name) as raw:
+            reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True)
+            header = [column.strip() for column in next(reader, [])]
+            if missing := [column for column in columns if column not in header]:
+                marks = [mark for mark in ";\t|" if len(header) == 1 and mark in header[0]]
+                raise DataError(f"{name}: has no column {missing[0]!r}; " + (
+                    f"its columns are separated by {marks[0]!r}, not by commas" if marks else
+                    f"its first line names {', '.join(header)[:200]!r}" if header else "it is empty"))
+            if double := [column for column in header if column and header.count(column) > 1]:
+                raise DataError(f"{name}: has two columns {double[0]!r}; take one out")
+            for row in reader:
+                if row and len(row) != len(header):
+                    fault = f"{len(row)} fields, but there are {len(header)} columns"
+                    advice = "a text with commas needs quotes around it"
+                    raise DataError(f"{name}, line {reader.line_num}: {fault}; {advice}")
+                if "\0" in "".join(row):
+                    raise csv.Error("holds zeros: UTF-16, or damaged; save it as UTF-8")
+                if row:
+                    yield dict(zip(header, ["" if field in NOTHING else field for field in row]))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not in UTF-8 ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        fault = f"{error}; is a quote not closed, or not doubled?"
+        raise DataError(f"{name}, line {reader.line_num}: {fault}") from error
+    except OSError as error:
+        advice = "is the data set there, in its published layout?"
+        raise DataError(f"{name}: {error.strerror}; {advice}") from error
+
+
+def without_zero(number):
+    """An id that passed through a column of floats: '12345.0' -> '12345'."""
+    head, _, tail = number.strip().partition(".")
+    return head if head.isdigit() and not tail.strip("0") else number.strip()
 
 
 def split_by(key, train, val):
@@ -586,45 +860,73 @@ def split_by(key, train, val):
     return "train" if share < train else "val" if share < train + val else "test"
 
 
+def once(source):
+    """A source whose ids and paths count only the first time: one recording must not get into two splits."""
+    @wraps(source)
+    def rows(settings):
+        seen = set()
+        for row in source(settings):
+            keys = {hash(("id", row["id"]))}  # numbers: there may be 800,000
+            if "path" in row:
+                keys.add(hash(os.path.normpath(row["path"])))
+            if keys & seen:
+                row.pop("path", None)
+                row["skip"] = "occurs twice (its id or its waveform)"
+            seen |= keys
+            yield row
+    return rows
+
+
+@once
 def ptbxl_rows(settings):
     """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its 100 Hz files, or those of 500 Hz if they are absent."""
-    src, found = settings["src"], False
+    src, found, damaged = settings["src"], False, None
     check_classes(os.path.join(src, "scp_statements.csv"))
+    table = os.path.join(src, "ptbxl_database.csv")
     sizes = ("filename_lr", "filename_hr") if settings["rate"] <= 100 else ("filename_hr",)
     columns = ("ecg_id", "patient_id", "report", "scp_codes", "strat_fold", *sizes)
-    for line in read_csv(os.path.join(src, "ptbxl_database.csv"), columns):
+    for line in read_csv(table, columns):
         row = dict(id=line["ecg_id"], report=line["report"], source="ptbxl")
         try:
-            row |= dict(fold=int(line["strat_fold"]), patient=str(int(float(line["patient_id"]))),
-                        codes=dict(ast.literal_eval(line["scp_codes"])))
-        except (ValueError, TypeError, SyntaxError):
+            row |= dict(id=str(int(without_zero(line["ecg_id"]))), fold=int(without_zero(line["strat_fold"])),
+                        patient=str(int(without_zero(line["patient_id"]))),
+                        codes=check(ast.literal_eval(line["scp_codes"]), {str: float}, "scp_codes"))
+            if not 1 <= row["fold"] <= 10:
+                raise ValueError("strat_fold is not 1 to 10")
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            damaged = damaged or f"{table}: the row of ecg_id {row['id']!r} is damaged ({error})"
             yield row | dict(skip="damaged row of ptbxl_database.csv")
             continue
         row["split"] = "train" if row["fold"] <= 8 else "val" if row["fold"] == 9 else "test"
-        paths = (os.path.join(src, line[size]) for size in sizes)
+        paths = (os.path.join(src, line[size].removesuffix(".hea")) for size in sizes)
         path = next((path for path in paths if os.path.exists(path + ".hea")), None)
         found = found or path
         yield row | (dict(path=path) if path else dict(skip="waveform is not in this copy of PTB-XL"))
     if not found:
-        raise DataError(f"{src}: holds none of the waveforms; download records{100 if len(sizes) > 1 else 500} "
-                        "from https://physionet.org/content/ptb-xl/ into it")
+        folder = "records100" if len(sizes) > 1 else "records500"
+        raise DataError(damaged or f"{src}: holds none of the waveforms; download {folder} from "
+                        "https://physionet.org/content/ptb-xl/ into it")
 
 
+@once
 def mimic_rows(settings):
     """MIMIC-IV-ECG 1.0: report_0..17 are the statements; patients 98 % train (as MELP), 1 % val, 1 % test."""
     src = settings["src"]
     listed = read_csv(os.path.join(src, "record_list.csv"), ("study_id", "path"))
-    paths = {line["study_id"]: line["path"] for line in listed}
+    paths = {without_zero(line["study_id"]): line["path"].removesuffix(".hea") for line in listed}
     reports = [f"report_{i}" for i in range(18)]
     for line in read_csv(os.path.join(src, "machine_measurements.csv"), ("subject_id", "study_id", *reports)):
-        study, patient = line["study_id"], line["subject_id"]
+        study, patient = without_zero(line["study_id"]), without_zero(line["subject_id"])
         texts = [text for name in reports if (text := line[name].strip())]
-        statements = [text for text in map(clean, texts) if text]
+        statements = [text for text in map(clean, texts) if WORD.search(text)]
         words = sum(len(text.split()) for text in statements)
         row = dict(id=study, patient=patient, split=split_by(patient, 0.98, 0.01), fold="", source="mimic", codes={},
                    report=". ".join(texts), statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
-        skip = ("report is empty" if not words else f"report of fewer than {settings['min_words']} words"
-                if words < settings["min_words"] else None if study in paths else "study is not in record_list.csv")
+        least = settings["min_words"]
+        skip = ("study_id or subject_id is empty" if not (study and patient) else
+                "report is empty" if not words else
+                f"report of fewer than {least} words" if words < least else
+                None if paths.get(study) else "study is not in record_list.csv")
         yield row | (dict(skip=skip) if skip else dict(path=os.path.join(src, paths[study])))
 
 
@@ -633,20 +935,31 @@ def own_rows(settings):
     (codes separated by ; or a JSON list or {code: likelihood}). Without split, patients go 80/10/10 % by hash."""
     src, seen = settings["src"], set()
     for line in read_csv(src, ("record", "report")):
-        record, labels = line["record"].removesuffix(".hea"), line.get("labels", "").strip()
-        patient = line.get("patient") or record
-        split = line.get("split") or split_by(patient, 0.8, 0.1)
-        if record in seen or split not in ("train", "val", "test"):
-            fault = "occurs twice" if record in seen else f"has split {split!r}, not train, val or test"
+        record, labels = line["record"].strip().removesuffix(".hea"), line.get("labels", "").strip()
+        path = os.path.join(os.path.dirname(src), record)
+        patient = without_zero(line.get("patient", "")) or record
+        split = line.get("split", "").strip() or split_by(patient, 0.8, 0.1)
+        fault = ("has no name" if not record else "occurs twice" if os.path.normpath(path) in seen else None
+                 if split in ("train", "val", "test") else f"has split {split!r}, not train, val or test")
+        if fault:
             raise DataError(f"{src}: record {record} {fault}")
-        seen.add(record)
-        try:
-            labels = json.loads(labels) if labels[:1] in ("[", "{") else list(map(str.strip, labels.split(";")))
-        except ValueError as error:
-            raise DataError(f"{src}: labels of record {record} are no JSON ({error})") from error
-        codes = labels if isinstance(labels, dict) else {code: 100.0 for code in labels if code}
+        seen.add(os.path.normpath(path))
+        codes = labels_of(labels, f"{src}: labels of record {record}")
         yield dict(id=record, patient=patient, split=split, fold="", source="csv", codes=codes, report=line["report"],
-                   statements=split_statements(line["report"]), path=os.path.join(os.path.dirname(src), record))
+                   statements=split_statements(line["report"]), path=path)
+
+
+def labels_of(text, where):
+    """'SR; NORM', '["SR"]' or '{"SR": 80}' -> {code: likelihood}. Errors: DataError."""
+    if text[:1] not in ("[", "{"):
+        return {code.strip(): 100.0 for code in text.split(";") if code.strip()}
+    try:
+        labels = parse_json(text, where)
+        check(labels, [str] if isinstance(labels, list) else {str: float}, where)
+    except DataError as error:
+        advice = "write codes with ; between, or a JSON list of codes, or {code: likelihood}"
+        raise DataError(f"{error}; {advice}") from error
+    return labels if isinstance(labels, dict) else {code: 100.0 for code in labels}
 
 
 def simulated_rows(settings):
@@ -666,6 +979,7 @@ def load_simulated(settings, row):
 
 
 SOURCES = {"ptbxl": ptbxl_rows, "mimic": mimic_rows, "csv": own_rows, "simulated": simulated_rows}
+SPEC = "|".join([*SOURCES, "store"])
 
 
 # ---- label sets: always by name, never by position ------------------------------------------------------------------
@@ -675,11 +989,45 @@ LABEL_SETS = {"ptbxl_super": "diagnostic_class", "ptbxl_sub": "diagnostic_subcla
               "ptbxl_rhythm": "rhythm", "ptbxl_diag": "diagnostic", "ptbxl_all": None, "simulated": None}
 
 
+WORDING = {"name": str, "also": [str], "features": [str]}
+FINDING = {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool,
+           "diagnostic_class": (str, type(None)), "diagnostic_subclass": (str, type(None))}
+KNOWLEDGE = {  # the shape of prompts.json
+    "findings": {str: WORDING | FINDING}, "more_findings": {str: WORDING},
+    "label_sets": {name: (dict, list) for name in LABEL_SETS if name != "simulated"},
+    "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
+                  "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str}},
+    "lexicon": {"rewrite": [[str]], "sites": {str: str}, "negations": [str], "statements": {str: str},
+                "prefix": {str: str}, "suffix": {str: str}, "join": {str: str}, "drop": {str: str}}}
+
+
 @lru_cache
 def knowledge():
-    """prompts.json: findings by SCP code, and the label sets with their prompts."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts.json"), encoding="utf-8") as file:
-        return json.load(file)
+    """prompts.json: findings by SCP code, label sets with their prompts, lexicon, the simulator's tables."""
+    return read_knowledge(os.path.join(HERE, "prompts.json"))
+
+
+def read_knowledge(path):
+    """A file in the form of prompts.json, checked: people edit it. Errors: DataError, which entry."""
+    table = read_json(path, KNOWLEDGE, "git checkout prompts.json brings the published one back")
+    findings, entries = table["findings"], {key: table[key] for key in ("findings", "more_findings")}
+    for name, classes in table["label_sets"].items():
+        where = f"{path}, label_sets, {name}"
+        if name not in LABEL_SETS:
+            raise DataError(f"{where}: no such label set; known are {', '.join(LABEL_SETS)}")
+        known = {class_in(name, code, finding) for code, finding in findings.items()} - {None}
+        check(classes, {str: {"name": str, "prompts": [str]}} if isinstance(classes, dict) else [str], where)
+        for code in known.symmetric_difference(classes):
+            fault = "has no" if code in known else "has more than the classes of findings:"
+            raise DataError(f"{where}: {fault} {code!r}")
+        if isinstance(classes, dict):
+            entries[f"label_sets, {name}"] = classes
+    for where, part in entries.items():
+        for key, entry in part.items():
+            texts = [entry["name"], *entry.get("also", ()), *(entry.get("prompts", ["x"]) or [""])]
+            if not all(map(WORD.search, texts)):
+                raise DataError(f"{path}, {where}, {key}: a name or wording without a word, or no prompts")
+    return table
 
 
 def label_set(name):
@@ -730,6 +1078,7 @@ def check_classes(name):
 LEAD = r"(?:av[rlf]|v[1-6]|i{1,3})\b"
 LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:(?:and|und|och|bis|to)\s+)?{LEAD})*"
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
+WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
 # a dot behind one of these ends no sentence
 ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl neg part
     pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst z.n""".split()
@@ -738,17 +1087,31 @@ SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIO
 GOES_ON = "a|an|and|or|but|this|these|which|with|in|at|age|old|due|may|cannot|likely|plus|non|regular|flat"
 COMMA = re.compile(rf",\s+(?=\S+ \S)(?!{LEAD}|\d|(?:{GOES_ON})\b|probab|possib|consi|sugg)")
 
+NEGATED_LIST = re.compile(
+    r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal"
+    r"|sinus|but|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
+LATE = "not", "never", "absent", "nie", "niemals", "ej", "icke", "inte"  # may stand behind what they negate
+
+
 
 def clean(text):
     """A report in the form MERL published: ECG for EKG, no *** and =, lower case, one line."""
     return " ".join(re.sub(r"\*\*\*|=", "", text.lower()).replace("ekg", "ecg").split())
 
 
+def one_negation(text):
+    """'no ischemia, infarct or hypertrophy' -> 'no ischemia or infarct or hypertrophy': one statement."""
+    text = re.sub(r"(?<=\w)n['\u2019]t\b", " not", re.sub(r"\bcan['\u2019]t\b", "cannot", text))
+    text = re.sub(r"\b((?:no|without|keine?|ohne) \w{3,})/(?=\w{3,})", r"\1 or ", text)
+    more = re.compile(r",\s+(?!(?:n?or|oder|noch|eller)\b)")
+    return NEGATED_LIST.sub(lambda found: more.sub(" or ", found[0]), text)
+
+
 def split_statements(text):
     """Statements of a report: its lines and sentences, and parts between commas that stand on their own."""
-    sentences = SENTENCE_END.split(clean(text.replace("\n", " . ")))
+    sentences = SENTENCE_END.split(one_negation(clean(text.replace("\n", " . "))))
     parts = [part.strip(" ,.;") for sentence in sentences for part in COMMA.split(sentence)]
-    return [part for part in parts if part]
+    return [part for part in parts if WORD.search(part)]
 
 
 def lead_names(text):
@@ -773,18 +1136,37 @@ def attach(templates, statement):
     return statement
 
 
+def negates(template):
+    """Does a template of the lexicon say that the statement does not hold?"""
+    return template.startswith("no ") or template in ("~ unlikely", "~ less likely", "resolved ~")
+
+
 class Translator:
     """German, Swedish and English reports -> English statements, by the phrases in prompts.json ("lexicon").
 
     Longest phrase first, left to right; a prefix waits for the next statement, a suffix changes the last one.
+    What a sentence says is dropped where it holds a word of negation that is in no phrase.
     """
 
     def __init__(self, lexicon, synonyms=()):
-        """lexicon: "lexicon" in prompts.json; synonyms: (wording, English) of statements it need not repeat."""
-        self.rewrite = [(re.compile(old), new) for old, new in lexicon["rewrite"]]
+        """lexicon: of prompts.json; synonyms: (wording, text) that it need not repeat. Errors: DataError."""
+        self.rewrite, self.negations = [], set(lexicon["negations"])
+        for i, rule in enumerate(lexicon["rewrite"]):
+            try:
+                old, new = rule
+                self.rewrite.append((re.compile(old), new))
+                self.rewrite[-1][0].sub(new, "")
+            except (ValueError, IndexError, re.error) as error:
+                fault = f"no [pattern, text] ({error})"
+                raise DataError(f"prompts.json, lexicon, rewrite, place {i + 1}: {fault}") from error
         self.table = {}  # words of a phrase -> (kind, English texts)
         for kind in ("drop", "join", "suffix", "prefix", "statements"):  # a later kind wins
             for phrase, english in lexicon[kind].items():
+                needed = {"prefix": "~", "suffix": "~", "statements": r"[^\W_]"}.get(kind, "")
+                texts = english.split("; ")
+                if len(self.sentences(phrase)) != 1 or not all(re.search(needed, text) for text in texts):
+                    fault = f"{english!r} is no phrase with its English{' and a ~' * (needed == '~')}"
+                    raise DataError(f"prompts.json, lexicon, {kind}: {phrase!r}: {fault}")
                 for site, name in lexicon["sites"].items() if "<site>" in phrase else [("", "")]:
                     [words] = self.sentences(phrase.replace("<site>", site).replace("<leads>", "v1"))
                     self.table[self.key(words)] = kind, english.replace("<site>", name).split("; ")
@@ -796,7 +1178,7 @@ class Translator:
 
     def sentences(self, text):
         """List of words of every sentence, rewritten; a list of leads is one word, 'v1, v2'."""
-        text = clean(text)
+        text = one_negation(clean(text))
         for pattern, new in self.rewrite:
             text = pattern.sub(new, text)
         words = [TOKEN.findall(sentence) for sentence in SENTENCE_END.split(text)]
@@ -815,25 +1197,40 @@ class Translator:
             yield kind, [text.replace("<leads>", leads) for text in texts], words[:size]
             words = words[size:]
 
-    def read(self, report):
-        """-> (English statements, words understood, words not understood)"""
+    def parse(self, report):
+        """-> (templates, the last innermost; text) of what is said; words understood; words not understood"""
         out, last, understood, unknown = [], 0, [], []  # out[last:] is what the last phrase said: a suffix changes it
         for sentence in self.sentences(report):
             waiting, used, placed = [], [], False  # prefixes to come and last used; may a place be that of out[last:]?
+            begin, doubt, late, early = len(out), False, False, []
             for kind, texts, words in self.phrases(sentence):
                 (unknown if kind == "unknown" else understood).extend(w for w in words if re.search("[a-z]", w))
+                if kind == "suffix" and len(out) == begin and negates(texts[0]):  # "excluded: infarct"
+                    kind, early = "prefix", texts
                 if kind == "statements":
                     last, used, waiting, placed = len(out), waiting, [], True
-                    out += [attach(used, text) for text in texts]
+                    out += [(used, text) for text in texts]
                 elif kind == "prefix":
                     waiting = waiting + texts
+                    late = len(out) > begin and words[-1] in LATE  # "infarction is not ..."
                 elif kind == "join":  # "no ischemia or infarction": the prefix of the one is that of the other
                     waiting = waiting or used
                 elif kind == "suffix" and (placed or not texts[0].startswith("~ in ")):
-                    out[last:] = [attach(texts, text) for text in out[last:]]
+                    out[last:] = [(texts + templates, text) for templates, text in out[last:]]
                 elif kind == "unknown":
-                    placed = False
-        return list(dict.fromkeys(out)), understood, unknown
+                    placed, doubt = False, doubt or words[0] in self.negations
+            if doubt:
+                del out[begin:]
+            elif any(map(negates, waiting)) and late:
+                del out[last:]
+            elif early and len(out) == begin:  # a sentence of its own: "this has resolved"
+                out[last:] = [(early + templates, text) for templates, text in out[last:]]
+        return out, understood, unknown
+
+    def read(self, report):
+        """-> (English statements, words understood, words not understood)"""
+        said, *words = self.parse(report)
+        return list(dict.fromkeys(attach(*each) for each in said)), *words
 
     def __call__(self, report):
         """English statements of a report in its order, each once; none where it says nothing."""
@@ -847,10 +1244,15 @@ class Translator:
         return known, known + sum(left.values()), left
 
 
+def wordings(text):
+    """(wording, text of its finding) of all findings; text(code, finding)."""
+    table = {**knowledge()["findings"], **knowledge()["more_findings"]}
+    return [(wording, text(code, f)) for code, f in table.items() for wording in (f["name"], *f["also"])]
+
+
 @lru_cache
 def translator():
-    findings = [*knowledge()["findings"].values(), *knowledge()["more_findings"].values()]
-    return Translator(knowledge()["lexicon"], [(word, f["name"]) for f in findings for word in (f["name"], *f["also"])])
+    return Translator(knowledge()["lexicon"], wordings(lambda code, finding: finding["name"]))
 
 
 def translate(report):
@@ -865,38 +1267,64 @@ def report_tags(store, language="english"):
     return list(store.records["statements"] if language == "english" else map(split_statements, store.records["report"]))
 
 
+def split_specs(text):
+    """Data specs and files with commas between -> list. A comma belongs to a name in double quotes, to a path
+    that is there, and where what follows it neither begins a spec (ptbxl:, store:, ...) nor is there."""
+    parts, specs = re.findall(r'(?:[^,"]|"[^"]*"|")+', text), []
+    there = lambda part: os.path.exists(os.path.expanduser(re.sub(rf"^({SPEC}):", "", part.strip())))
+    while parts:
+        many = next((n for n in range(len(parts), 1, -1) if there(",".join(parts[:n]))), 1)
+        while many < len(parts) and '"' not in parts[0] + parts[many] and not (
+                re.match(rf"\s*({SPEC}:|simulated\s*$)", parts[many]) or there(parts[many])):
+            many += 1
+        specs.append(",".join(parts[:many]).replace('"', "").strip())
+        parts = parts[many:]
+    return specs
+
+
 def corpus(specs, language="english"):
-    """Different texts to learn language from: of a data spec every report, with or without a waveform at hand; of a text file every
-    line. specs: several with commas between. Errors: DataError where one is not there."""
+    """Different texts to learn language from: of a data spec every report, with or without its waveform; of a
+    text file every line. specs: see split_specs. Errors: DataError where one is not there."""
     texts = []
-    for spec in specs.split(","):
+    for spec in split_specs(specs):
         source, colon, src = spec.partition(":")
         if source in ("ptbxl", "mimic", "csv"):
             for row in SOURCES[source](settings_of(source, os.path.expanduser(src), 100)):
                 texts.append(". ".join(split_statements(row["report"]) if language == "original" else
                                        row["statements"] if "statements" in row else translate(row["report"])))
         elif source in ("simulated", "store"):
-            texts += map(". ".join, report_tags(open_data(spec), language))
+            texts += map(". ".join, report_tags(open_data(spec, None), language))
         else:
             try:
-                with open(spec, encoding="utf-8") as file:
-                    texts += file.read().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
+                texts += read_text(os.path.expanduser(spec)).splitlines()
+            except DataError as error:
                 raise DataError(f"{spec}: neither a data set nor a readable text file ({error})") from error
     return sorted({text.strip() for text in texts} - {""})
 
 
-class Findings:
+class Findings(Translator):
     """The knowledge table in prompts.json: what findings the statements of a report name, and which waveform features these suggest.
 
-    Findings are recognised by their name and other wordings, longest first; a statement that negates names nothing."""
+    Findings are recognised by their name and other wordings, longest first, unless they are negated."""
 
     def __init__(self):
         table = {**knowledge()["findings"], **knowledge()["more_findings"]}
         self.features = {code: finding["features"] for code, finding in table.items()}
-        self.codes = {tuple(wording.split()): code for code, finding in table.items() for wording in (finding["name"], *finding["also"])}
-        self.longest = max(map(len, self.codes))
+        lexicon = knowledge()["lexicon"]
+        denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
+        parts = {kind: {phrase: text for phrase, text in lexicon[kind].items() if denied(phrase, text)}
+                 for kind in ("suffix", "prefix")} | {"rewrite": [], "statements": {}}
+        super().__init__(lexicon | parts, wordings(lambda code, finding: code))
         self.known = {}  # statement -> codes: there are far fewer statements than reports
+
+    def sentences(self, text):
+        """Words stay as they are, so that no lead or degree is taken for another."""
+        text = one_negation(text.lower())
+        text = re.sub(r"\ba[- :]v(?= block| nodal| dual| sequ| conduc| diss)", "av", text)
+        text = re.sub(r"\b(r|t|atrial|ventricular|dual)-(?=wave|paced|sensed)", r"\1 ", text)
+        return [re.findall(r"[^\s,.;:()]+", sentence) for sentence in SENTENCE_END.split(text)]
+
+    key = staticmethod(tuple)
 
     def named(self, statements):
         """SCP codes (or names of further findings) that the statements name, each once."""
@@ -904,20 +1332,13 @@ class Findings:
             self.known[statement] = self.read(statement)
         return list(dict.fromkeys(code for statement in statements for code in self.known[statement]))
 
+    def read(self, statement):
+        """Codes that one statement names."""
+        return [code for templates, code in self.parse(statement)[0] if not any(map(negates, templates))]
+
     def candidates(self, statements):
         """Features that the statements of one report suggest, each once."""
         return list(dict.fromkeys(feature for code in self.named(statements) for feature in self.features[code]))
-
-    def read(self, statement):
-        words, found = re.findall(r"[^\s,.;:()]+", statement.lower()), []
-        if {"no", "not", "without"} & set(words) and "excluded" not in words:
-            return []
-        while words:
-            size = next((n for n in range(min(self.longest, len(words)), 0, -1) if tuple(words[:n]) in self.codes), 1)
-            if code := self.codes.get(tuple(words[:size])):
-                found.append(code)
-            words = words[size:]
-        return found
 
 
 # ---- simulator ------------------------------------------------------------------------------------------------------
@@ -936,71 +1357,15 @@ DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132], [-.515, .157, -.917
                   [.882, .098, -1.277], [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])  # I, II, V1-V6
 LIMBS = np.eye(12, 8, -4)                                                          # I, II, V1..V6 -> twelve leads
 LIMBS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
+LOBES = "QRLSEJHT"
 Q, R, L, S, E, J, H, T = range(8)  # lobes of a beat: septum, apex, free wall, base, extra; ST; rise and top of T
-# walls of the left ventricle: direction towards it; what each chest lead V1..V6 sees of it beyond the dipole
-WALL = {"IMI": ((-.1, .8, 0), (0, 0, 0, 0, 0, 0)), "ILMI": ((.6, .8, 0), (0, 0, 0, 0, .5, .8)),
-        "IPMI": ((0, .75, .65), (-.5, -.5, 0, 0, 0, 0)), "IPLMI": ((.6, .6, .55), (-.5, -.5, 0, 0, .5, .8)),
-        "PMI": ((0, .1, 1), (-.7, -.8, -.4, 0, 0, 0)), "ASMI": ((.2, .1, -.97), (.35, .9, 1.3, 1.1, .2, 0)),
-        "AMI": ((.5, .1, -.86), (0, .6, 1, 1, .4, 0)), "ALMI": ((.95, -.1, -.3), (0, .1, .6, 1, 1, .8)),
-        "LMI": ((.94, -.33, .1), (0, 0, 0, 0, .7, 1))}
-ZONE = {"AS": "ASMI", "AN": "AMI", "AL": "ALMI", "LA": "LMI", "IN": "IMI", "IL": "ILMI"}  # INJ.., ISC..: the wall meant
-# drawn evenly between two bounds; rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB
-DRAWN = {"SBRAD": {"rate": (38, 58)}, "STACH": {"rate": (101, 138)}, "AFIB": {"rate": (52, 145)},
-         "AFLT": {"rate": (240, 330)}, "SVTAC": {"rate": (140, 215)}, "3AVB": {"rate": (28, 52)},
-         "2AVB": {"rate": (65, 100)}, "1AVB": {"pr": (.208, .32)}, "LAO/LAE": {"pr": (.15, .2), "p_gap": (.052, .068)},
-         "LNGQT": {"qtc": (.47, .56)}, "DIG": {"qtc": (.34, .39)}, "CLBBB": {"qrs": (.124, .175)},
-         "ILBBB": {"qrs": (.108, .119)}, "CRBBB": {"qrs": (.122, .158)}, "IRBBB": {"qrs": (.098, .118)},
-         "IVCD": {"qrs": (.112, .138)}, "WPW": {"pr": (.08, .118), "qrs": (.115, .145)},
-         "PACE": {"rate": (60, 85), "qrs": (.14, .185)}}
-# when the lobes Q..E come, as shares of the QRS
-ORDER = {"CRBBB": (.14, .31, .43, .55, .7), "IRBBB": (.18, .4, .5, .61, .74), "WPW": (.16, .58, .7, .84, .3),
-         "CLBBB": (.15, .35, .56, .79, .9), "PACE": (.17, .37, .58, .8, .9)}
-# code, lobe, share of the patient's own lobe that stays, what is added (mV), times a factor between two bounds
-MOVES = [
-    ("CLBBB", Q, 0, (.25, .15, .4), .6, 1.4), ("CLBBB", R, 0, (.55, .45, 2.0), .6, 1.4),
-    ("CLBBB", L, 0, (.75, .3, 1.4), .6, 1.4), ("CLBBB", S, 0, (.85, -.2, .9), .5, 1.4),
-    ("ILBBB", Q, .5, (.1, .05, .15), .6, 1.4), ("ILBBB", R, .6, (.15, .1, .5), .6, 1.4),
-    ("ILBBB", L, .7, (.3, .1, .5), .6, 1.4), ("IVCD", Q, .7, (.05, 0, .12), 0, 1.5),
-    ("IVCD", R, 1, (0, 0, .3), 0, 1.5), ("IVCD", L, 1, (.05, 0, .2), 0, 1.5),
-    ("CRBBB", R, .8, 0, 0, 0), ("CRBBB", L, (.8, .8, .45), 0, 0, 0), ("CRBBB", S, .2, 0, 0, 0),
-    ("CRBBB", E, 1, (-.6, -.08, -.52), .6, 1.5), ("CRBBB", T, 1, (.12, .02, .46), .6, 1.4),
-    ("IRBBB", L, (1, 1, .55), 0, 0, 0), ("IRBBB", S, (1, 1, .4), 0, 0, 0),
-    ("IRBBB", E, 1, (-.26, -.24, -.28), .2, 1.1), ("IRBBB", T, 1, (.05, 0, .15), .2, 1.4),
-    ("LAFB", Q, 1, (.3, .25, 0), .4, 1.2), ("LAFB", R, (.7, 1, 1), (0, 0, .2), .3, 1.5),
-    ("LAFB", S, 1, (.08, -.5, .05), .4, 1.4), ("LPFB", Q, 1, (.2, -.2, 0), .4, 1.2),
-    ("LPFB", S, 1, (.1, .35, 0), .3, 1.2), ("PACE", Q, 0, (.1, -.15, .15), .5, 1.5),
-    ("PACE", R, 0, (.05, -.55, .75), .5, 1.5), ("PACE", L, 0, (.1, -.7, .9), .5, 1.5),
-    ("PACE", S, 0, (0, -.4, .45), .5, 1.5), ("LVH", R, 1.25, (.45, .2, 0), .4, 2),
-    ("LVH", L, 1.2, (.1, .05, .55), 0, 1.7), ("LVH", T, (.6, .7, 1.1), 0, 0, 0),
-    ("LVH", J, 1, (-.06, -.03, 0), 0, 1.2),
-    ("strain", T, (.2, .3, 1.1), (-.16, -.12, -.1), .2, 1.6), ("strain", J, 1, (-.06, -.03, -.05), .3, 1.8),
-    ("RVH", R, (.75, .9, 1), (-.1, .05, -.3), .2, 1.5), ("RVH", L, (.5, .7, .3), 0, 0, 0),
-    ("RVH", S, 1, (-.5, .02, -.5), .5, 1.4), ("RVH", T, 1, (.1, -.12, .35), .3, 1.2),
-    ("SEHYP", Q, 1, (-.45, -.3, -.5), .7, 1.6), ("SEHYP", R, 1, (.2, 0, -.1), 0, 1),
-    ("NDT", T, (.25, .25, .8), (.07, .03, .08), -1, 1), ("NDT", J, 1, (-.5, -.3, .3), 0, .07),
-    ("DIG", T, .4, 0, 0, 0), ("NST_", T, .35, 0, 0, 0),
-    ("NST_", J, 1, (-.8, -.5, .3), .05, .11), ("ischemia", T, (.2, .2, .8), (-.2, -.12, 0), .3, 1.3),
-    ("ischemia", J, 1, (-.8, -.5, .3), .03, .12), ("WPW left", Q, 0, (-.1, .15, -.18), .5, 1.3),
-    ("WPW left", E, 0, (-.2, .3, -.35), .6, 1.4), ("WPW right", Q, 0, (.24, .1, .03), .5, 1.3),
-    ("WPW right", E, 0, (.5, .2, .05), .6, 1.4), ("WPW septum", Q, 0, (.18, -.15, -.2), .5, 1.3),
-    ("WPW septum", E, 0, (.4, -.3, -.4), .6, 1.4)]
-# code: turn of the lobes R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of each
-TURNS = {"LAFB": (-60, 8, 0, 6), "LPFB": (62, 10, 0, 6), "CLBBB": (-8, 24, 0, 10), "PACE": (0, 40, 0, 30),
-         "LVH": (6, 8, 3, 8)}
-# waveform features that every record with the code shows; all others are measured
-ALWAYS = {"AFIB": "absent p waves; fibrillatory baseline; irregularly irregular rr intervals",
-          "AFLT": "absent p waves; sawtooth flutter waves", "SVTAC": "absent p waves", "WPW": "delta waves",
-          "1AVB": "pr interval longer than 200 ms", "2AVB": "p waves not followed by qrs",
-          "3AVB": "p waves not followed by qrs; p waves unrelated to qrs", "RAO/RAE": "tall peaked p waves in ii",
-          "LAO/LAE": "wide notched p waves in ii; deep terminal p wave in v1", "DIG": "scooped st depression",
-          "CLBBB": "broad notched r waves in i and v6; absent septal q waves; t wave opposite to the qrs",
-          "CRBBB": "rsr' pattern in v1; wide s waves in i and v6", "ILBBB": "absent septal q waves",
-          "LAFB": "small q and tall r in i and avl; small r and deep s in ii, iii and avf",
-          "LPFB": "small r and deep s in i and avl; small q and tall r in ii, iii and avf",
-          "SEHYP": "deep narrow q waves in v4 to v6", "PACE": "pacing spikes; t wave opposite to the qrs",
-          "PVC": "early wide qrs without p wave; t wave opposite to the qrs", "IRBBB": "rsr' pattern in v1",
-          "PAC": "early narrow qrs; early p wave of different shape", "BIGU": "every second beat early",
-          "SVARR": "early narrow qrs; early p wave of different shape", "TRIGU": "every third beat early"}
+# prompts.json, "simulator" holds what each code does:
+# wall: of the left ventricle, the direction towards it, what each of V1..V6 sees of it beyond the dipole;
+# zone: the wall that INJ.. and ISC.. mean; order: when the lobes Q..E come, as shares of the QRS;
+# drawn: evenly between two bounds (rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB);
+# moves: code, lobe, share of the patient's own lobe that stays, what is added (mV) by a factor, its bounds;
+# turns: of R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of both;
+# always: waveform features that every record with the code shows; all others are measured
 
 
 @lru_cache(1)
@@ -1089,10 +1454,10 @@ def _patient(rng, c):
          "p": np.array([[.05, .07, -.03], [.065, .05, .03]]) * logn(.3, 1, 1) + .008 * norm((n, 2, 3)),
          "dual": c["PACE"] & (rng.random(n) < .5),                                  # P waves sensed or paced as well
          "spike": ((.3, -.9, .4) + .5 * norm((n, 3))) * rng.lognormal(-2, 1, (n, 1))}
-    for k, table in DRAWN.items():
+    for k, table in knowledge()["simulator"]["drawn"].items():
         for name, bounds in table.items():
             p[name] = np.where(c[k], uni(*bounds)[:, 0], p[name])
-    for k, share in ORDER.items():
+    for k, share in knowledge()["simulator"]["order"].items():
         p["frac"][c[k]] = share
     v, w = np.zeros((n, 8, 3)), np.zeros((n, 8, 6))
     v[:, :4] = (-.10, -.02, -.30), (1.20, .46, -.03), (.22, .16, .62), (-.32, -.10, .34)
@@ -1104,9 +1469,10 @@ def _patient(rng, c):
     v[:, T:] = _turn(v[:, T:], 14 * norm(n), 20 * norm(n))
     w[:, T] = np.linalg.norm(v[:, T], axis=1)[:, None] * (0, .17, -.05, -.15, 0, 0)  # T is tall in V2, beyond a dipole
     v[:, J] = .14 * v[:, T] + (0, 0, -.03) + .012 * norm((n, 3))
-    for k, lobe, stays, added, low, high in MOVES:
+    for k, lobe, stays, added, low, high in knowledge()["simulator"]["moves"]:
+        lobe = LOBES.index(lobe)
         v[c[k], lobe] = (v[:, lobe] * stays + uni(low, high) * np.array(added))[c[k]]
-    for k, (mean, spread, back, back_spread) in TURNS.items():
+    for k, (mean, spread, back, back_spread) in knowledge()["simulator"]["turns"].items():
         v[c[k], R:E] = _turn(v[:, R:E], mean + spread * norm(n), back + back_spread * norm(n))[c[k]]
     w[:, E, :2] += (c["CRBBB"][:, None] * uni(0, .5) + c["IRBBB"][:, None] * uni(0, .25)) * (1, .5)
     w[:, J, 1:4] += c["early repolarization"][:, None] * uni(.1, .3) * (1, 1, .5)
@@ -1137,15 +1503,15 @@ def _oppose(p, v, strength):
 
 def _damage(rng, c, p, v, w):
     """Infarction (Q, loss of R, ST and T by age), injury and ischemia of a wall. Changes v, w and p."""
-    uni = lambda a, b: rng.uniform(a, b, (CHUNK, 1))
+    uni, table = lambda a, b: rng.uniform(a, b, (CHUNK, 1)), knowledge()["simulator"]
     stage = rng.choice(3, (CHUNK, 1), p=(.78, .15, .07))                            # old, subacute, acute
 
     def change(k, wall, *parts):
         for lobe, dipole, local in parts:
-            v[:, lobe] += c[k][:, None] * dipole * WALL[wall][0]
-            w[:, lobe] += c[k][:, None] * local * WALL[wall][1]
+            v[:, lobe] += c[k][:, None] * dipole * table["wall"][wall][0]
+            w[:, lobe] += c[k][:, None] * local * table["wall"][wall][1]
 
-    for k, (wall, _) in WALL.items():
+    for k, (wall, _) in table["wall"].items():
         size, on = uni(.3, 1), c[k]
         lost = np.maximum(v[:, R] @ wall, .55)[:, None] * size * uni(.25, 1)
         st = np.choose(stage, (uni(-.05, .02), uni(-.02, .08), uni(.1, .3)))
@@ -1155,7 +1521,7 @@ def _damage(rng, c, p, v, w):
         p["frac"][on, Q], p["wide"][on, Q] = p["frac"][on, Q] + .05, 1.35 * p["wide"][on, Q]
         change(k, k, (Q, -.03 - .3 * size, -.25 * size), (R, -lost, -.45 * size * uni(.2, 1)), (L, -.15 * size, 0),
                (J, st, .4 * st), (T, t, .4 * t))
-    for zone, wall in ZONE.items():
+    for zone, wall in table["zone"].items():
         for k, low, high in (("INJ" + zone, .06, .2), ("ISC" + zone, 0, .07)):
             if k in c:
                 st, t = uni(low, high), uni(.09, .34)
@@ -1245,7 +1611,8 @@ def _label(c, p, m):
         "tall peaked t waves": t[:, 6:].max(1) > 1.2, "qrs below 0.5 mv in limb leads": low_limbs,
         "qrs below 1 mv in chest leads": low_chest}
     codes = [{k: 100.0 for k, on in code.items() if on[i]} for i in range(CHUNK)]
-    always = [[x for k in codes[i] if k in ALWAYS for x in ALWAYS[k].split("; ")] for i in range(CHUNK)]
+    shows = knowledge()["simulator"]["always"]
+    always = [[x for k in codes[i] if k in shows for x in shows[k].split("; ")] for i in range(CHUNK)]
     return codes, [list(dict.fromkeys(always[i] + [k for k, on in f.items() if on[i]])) for i in range(CHUNK)]
 
 
@@ -1390,6 +1757,34 @@ def _report(rng, codes, features):
     return said + [str(x) for x in shown]
 
 
+# what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
+READS = (open_file, read_record, read_header, parse_lead, beside, files_of, measure, read_format16, read_wfdb,
+         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines,
+         read_csv, without_zero, split_by, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP,
+         MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING, NEGATED_LIST, WORD,
+         SENTENCE_END, COMMA)
+MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
+          "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
+          "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block,
+                        _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
+                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS)}
+
+
+@lru_cache
+def maker(source):
+    """A checksum of MAKERS[source], of its words in prompts.json, and of the definition of R peaks."""
+    parts, table = [], knowledge()
+    for part in MAKERS[source]:
+        parts.append(inspect.getsource(part) if callable(part) else getattr(part, "pattern", repr(part)))
+    if source == "simulated":
+        parts.append(json.dumps([table["findings"], table["more_findings"], table["simulator"]]))
+    else:
+        parts.append(read_text(os.path.join(HERE, "csrc", "reference.py")))
+    if source == "ptbxl":
+        parts.append(json.dumps([table["lexicon"], wordings(lambda code, finding: finding["name"])]))
+    return zlib.crc32("\n".join(parts).encode())
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def describe(store):
@@ -1409,7 +1804,7 @@ def print_coverage(src):
 
 
 def plot(store, ids, path):
-    """Records of a store as on paper (25 mm/s and 10 mm/mV squares), three columns of four leads and II below each, R peaks marked -> PNG."""
+    """Records of a store as on paper (25 mm/s, 10 mm/mV), II below, R peaks marked -> PNG."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 5 * len(ids)), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(len(ids), 1)), ids):
@@ -1429,9 +1824,10 @@ def plot(store, ids, path):
         axes.set_xticks(np.arange(0, SECONDS + 0.1, 0.2), minor=True)
         axes.set_yticks(np.arange(-8, 1.6, 0.5), minor=True)
         axes.grid(which="both", color="#f3c6c6", lw=0.5)
-        axes.set(xlim=(0, SECONDS), ylim=(-8, 1.5), xticks=range(SECONDS + 1), yticks=[], xlabel="s",
-                 title=f"{record['source']} {name}: {'; '.join(record['statements'])}")
-    figure.savefig(path, dpi=100)
+        axes.set(xlim=(0, SECONDS), ylim=(-8, 1.5), xticks=range(SECONDS + 1), yticks=[], xlabel="s")
+        title = f"{record['source']} {name}: {'; '.join(record['statements'])}"
+        axes.set_title(title, parse_math=False)  # a $ is no formula
+    figure.savefig(path, dpi=100, format="png")
 
 
 def main():
@@ -1460,7 +1856,7 @@ def main():
     if name == "coverage":
         print_coverage(**args)
     elif name == "plot":
-        plot(open_data(args["data"]), args["ids"], args["out"])
+        plot(open_data(args["data"], None), args["ids"], args["out"])
     else:
         describe((prepare if name == "prepare" else Store)(**args))
 

@@ -220,6 +220,228 @@ def test_truncated_file_of_another_format(tmp_path):
         data.read_record(path)
 
 
+# ---- headers: every form that header(5) allows, and what is none ------------------------------------------------------
+
+def header(path, record, lines, tail="", newline="\n", encoding="utf-8"):
+    path.with_suffix(".hea").write_bytes((newline.join([record, *lines]) + newline + tail).encode(encoding))
+    return path
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A record of format 16 with 12 leads, 5,000 samples at 500 Hz -> its path, signal, signal lines as lists of fields."""
+    signal = beats()
+    path = write(tmp_path / "a", signal)
+    return path, signal, [line.split() for line in path.with_suffix(".hea").read_text().splitlines()[1:13]]
+
+
+RECORD_LINES = ["a 12 500 5000", "a 12 500 5000 12:00:00 01/02/2003", "a 12 500/1000(17) 5000", "a\t12  500.0\t5000  ", "a.mat 12 5e2 5000",
+                "a 12 500", "a 12 500 0", "\n\n  # a comment first\n\t#another\na 12 500 5000"]
+SPOILT_RECORD_LINES = {  # record line -> the reason
+    "a 12": "sampling rate is no number", "a 12 5x0 5000": "sampling rate is no number", "a 12 nan 5000": "sampling rate is no number",
+    "a 12 : 5000": "sampling rate is no number", "a 12 1e999 5000": "sampling rate is no number", "a 12 0 5000": "sampling rate is zero",
+    "a 12 5 5000": "sampling rate is not 50 to 20000 Hz", "a 12 500000 5000": "sampling rate is not 50 to 20000 Hz",
+    "a 12 -500 5000": "sampling rate is not 50 to 20000 Hz", "a 11 500 5000": "wrong lead count", "a 0 500 5000": "wrong lead count",
+    "a 12 500 999999999999999": "signal file is truncated", "a 12 500 5x00": "not readable by wfdb", "12 500 5000": "wrong lead count",
+    "version https://git-lfs.github.com/spec/v1": "not readable by wfdb"}
+
+
+@pytest.mark.parametrize("line", RECORD_LINES)
+@pytest.mark.parametrize("fast", [True, False])
+def test_record_lines(plain, line, fast):
+    path, signal, fields = plain
+    record = data.read_record(header(path, line, map(" ".join, fields), "\t# Age: 61\n #Dx: 1\n"), fast)
+    np.testing.assert_allclose(record.signal, signal, atol=1e-6)
+    assert record.fs == 500
+
+
+@pytest.mark.parametrize("line", SPOILT_RECORD_LINES)
+def test_spoilt_record_lines(plain, line):
+    path, _, fields = plain
+    with pytest.raises(data.DataError) as error:
+        data.read_record(header(path, line, map(" ".join, fields)))
+    assert error.value.reason == SPOILT_RECORD_LINES[line] and str(path) in str(error.value)
+
+
+SIGNAL_LINES = {  # what is done to the fields of each signal line -> what the samples become
+    "as they are": (lambda f: f, 1), "tabs": (lambda f: ["\t".join(f) + " "], 1), "frame": (lambda f: [f[0], "16x1:0+0", *f[2:]], 1),
+    "gain alone": (lambda f: [*f[:2], "1000", *f[3:]], 1), "exponent": (lambda f: [*f[:2], "1e3/mV", *f[3:]], 1),
+    "inverted": (lambda f: [*f[:2], "-1000/mV", *f[3:]], -1), "microvolts": (lambda f: [*f[:2], "1/\u00b5V", *f[3:]], 1),
+    "Greek mu": (lambda f: [*f[:2], "1/\u03bcV", *f[3:]], 1), "brackets": (lambda f: [*f[:2], "1000/[mV]", *f[3:]], 1),
+    "zero": (lambda f: [*f[:2], "1000/mV", "16", "0", *f[5:]], 1), "names": (lambda f: [*f[:8], "ECG lead " + f[8].lower()], 1),
+    "quotes": (lambda f: [*f[:8], f'"{f[8]}"'], 1), "MDC": (lambda f: [*f[:8], "MDC_ECG_LEAD_" + f[8]], 1),
+    "name at once": (lambda f: [*f[:3], f[8]], 1)}
+SPOILT_SIGNAL_LINES = {
+    "no gain": (lambda f: f[:2]), "gain is no number": (lambda f: [*f[:2], "nan/mV", *f[3:]]), "zero gain": (lambda f: [*f[:2], "0/mV", *f[3:]]),
+    "unit 'mmHg' is no voltage": (lambda f: [*f[:2], "1000/mmHg", *f[3:]]), "not readable by wfdb": (lambda f: [*f[:4], "x0", *f[5:]]),
+    "none of the twelve leads": (lambda f: f[:8]), "names a file outside of its folder": (lambda f: ["../" + f[0], *f[1:]]),
+    "signal file is truncated": (lambda f: [f[0], "16+24", *f[2:]]), "file is missing": (lambda f: ["b.dat", *f[1:]])}
+
+
+@pytest.mark.parametrize("form", SIGNAL_LINES)
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("encoding, newline", [("utf-8", "\n"), ("latin-1", "\r\n")])
+def test_signal_lines(plain, form, fast, encoding, newline):
+    path, signal, fields = plain
+    change, factor = SIGNAL_LINES[form]
+    encoding = "utf-8" if form == "Greek mu" else encoding  # Latin-1 has no Greek
+    header(path, "a 12 500 5000", [" ".join(change(f)) for f in fields], newline=newline, encoding=encoding)
+    record = data.read_record(path, fast)
+    np.testing.assert_allclose(record.signal, factor * signal, atol=1e-6)
+    assert data.to_twelve(record)[1].all() and record.checksum_ok
+
+
+@pytest.mark.parametrize("reason", SPOILT_SIGNAL_LINES)
+def test_spoilt_signal_lines(plain, reason):
+    path, _, fields = plain
+    header(path, "a 12 500 5000", [" ".join(SPOILT_SIGNAL_LINES[reason](f)) for f in fields])
+    with pytest.raises(data.DataError) as error:
+        data.load_record(path, 100)
+    assert error.value.reason == reason and str(path.parent) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.dat", "x/../../secret.dat", "..\\secret.dat"])
+def test_a_header_does_not_lead_out_of_its_folder(plain, name):
+    path, _, fields = plain
+    path.with_suffix(".dat").rename(path.parent.parent / "secret.dat")
+    for line in ("a 12 500 5000", "a/1 12 500 5000"):
+        lines = [f"{name.removesuffix('.dat')} 5000"] if "/" in line else [" ".join([name, *f[1:]]) for f in fields]
+        with pytest.raises(data.DataError, match="outside of its folder"):
+            data.read_record(header(path, line, lines))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_several_samples_a_frame_and_skew(plain, fast):
+    path, signal, fields = plain
+    raw = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(-1, 12)
+    header(path, "a 12 500 5000", [" ".join([f[0], "16:2" if i == 0 else "16", *f[2:]]) for i, f in enumerate(fields)])
+    record = data.read_record(path, fast)
+    np.testing.assert_allclose(record.signal[0, :-2], signal[0, 2:], atol=1e-6)
+    np.testing.assert_allclose(record.signal[1:], signal[1:], atol=1e-6)
+    raw.reshape(2500, 2, 12).transpose(0, 2, 1).tofile(path.with_suffix(".dat"))
+    header(path, "a 12 250", [" ".join([f[0], "16x2", *f[2:]]) for f in fields])
+    np.testing.assert_allclose(data.read_record(path, fast).signal, signal.reshape(12, -1, 2).mean(2), atol=0.00051)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_leads_in_several_files(plain, fast):
+    path, signal, fields = plain
+    raw = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(-1, 12)
+    for name, columns in (("x", slice(0, 5)), ("y", slice(5, 12))):
+        (path.parent / f"{name}.dat").write_bytes(b"head" * (name == "y") + raw[:, columns].tobytes())
+    header(path, "a 12 500", [" ".join(["x.dat", "16", *f[2:]] if i < 5 else ["y.dat", "16+4", *f[2:]]) for i, f in enumerate(fields)])
+    np.testing.assert_allclose(data.read_record(path, fast).signal, signal, atol=1e-6)
+
+
+def test_segments(tmp_path):
+    """One behind another; a gap (~) and a lead that a segment lacks are NaN; only what is kept is read."""
+    signal = beats(6000)
+    write(tmp_path / "s0", signal[:, :2000])
+    write(tmp_path / "s1", signal[:11, 2000:3000], fmt="212", gain=200)
+    write(tmp_path / "s2", signal[:, 4000:])
+    header(tmp_path / "a", "a/5 12 500 6000", ["lay 0", "s0 2000", "s1 1000", "~ 1000", "s2 2000"])
+    record = data.read_record(tmp_path / "a")
+    np.testing.assert_allclose(record.signal[:, :2000], signal[:, :2000], atol=1e-6)
+    np.testing.assert_allclose(record.signal[:11, 2000:3000], signal[:11, 2000:3000], atol=0.0026)
+    assert np.isnan(record.signal[11, 2000:3000]).all() and np.isnan(record.signal[:, 3000:4000]).all()
+    np.testing.assert_allclose(record.signal[:, 4000:], signal[:, 4000:], atol=1e-6)
+    expected = wfdb.rdrecord(str(tmp_path / "s2")).p_signal
+    np.testing.assert_allclose(record.signal[:, 4000:].T, expected, atol=1e-6)
+    (tmp_path / "s2.dat").unlink()
+    with pytest.raises(data.DataError, match="file is missing"):
+        data.load_record(tmp_path / "a", 100)
+    header(tmp_path / "a", "a/3 12 500", ["s0 2000", "s1 1000", "s2 999999999999"])
+    assert data.read_record(tmp_path / "a", part=lambda samples, fs: (100, 2500)).signal.shape == (12, 2400)
+    for lines, message in ((["a 500", "s1 1000"], "segments of its own"), (["s0 1999", "s1 1000"], "another rate or length"),
+                           (["s0 2000", "s1"], "segments are not those")):
+        with pytest.raises(data.DataError, match=message):
+            data.read_record(header(tmp_path / "a", "a/2 12 500", lines))
+
+
+@pytest.mark.parametrize("fmt", ["16", "212", "24", "32", "80", "8", "61", "160", "311", "516"])
+def test_only_what_is_kept_is_read(tmp_path, fmt):
+    signal = np.round(beats(20000) * (25 if fmt in ("80", "8") else 100 if fmt == "311" else 200)) / 1000
+    path = write(tmp_path / "a", signal, fmt=fmt if fmt in ("16", "212", "24", "32", "80", "516") else "16")
+    raw = np.rint(signal.T * 1000).astype(int)
+    if fmt in ("8", "61", "160", "311"):  # wfdb reads them, and writes none
+        first = raw[0]
+        {"8": lambda: np.diff(raw, axis=0, prepend=raw[:1]).astype("i1"), "61": lambda: raw.astype(">i2"),
+         "160": lambda: (raw + 32768).astype("<u2"), "311": lambda: ((raw.reshape(-1, 3) & 1023) << [0, 10, 20]).sum(1).astype("<u4"),
+         }[fmt]().tofile(path.with_suffix(".dat"))
+        text = path.with_suffix(".hea").read_text().splitlines()
+        lines = [line.split() for line in text[1:13]]
+        header(path, text[0], [" ".join([f[0], fmt, *f[2:5], str(first[i]), *f[6:]]) for i, f in enumerate(lines)])
+    whole = data.read_record(path, fast=False).signal
+    np.testing.assert_allclose(whole, signal, atol=1e-6)
+    for crop, part in (("first", slice(0, 5000)), ("center", slice(7500, 12500)), ("cpsc-merl", slice(0, 2500))):
+        kept = data.load_record(path, 500, crop)[0]
+        np.testing.assert_allclose(kept[:, :part.stop - part.start], whole[:, part] * 1000, atol=0.51)
+
+
+def test_a_header_that_claims_too_much_is_cheap(tmp_path):
+    """A lossless file says little of its length: what is not kept is neither read nor allocated."""
+    import tracemalloc
+    path = write(tmp_path / "a", beats(leads=8), fmt="516")
+    edit(path.with_suffix(".hea"), " 8 500 5000", " 8 500 900000000000")
+    tracemalloc.start()
+    expected = data.load_record(path, 500)[0]
+    np.testing.assert_allclose(expected[0], np.rint(beats()[0] * 1000), atol=1)
+    for old, new in (("516 ", "516x60000 "), ("516 ", "516:900000000 ")):
+        text = path.with_suffix(".hea").read_text()
+        path.with_suffix(".hea").write_text(text.replace(old, new))
+        with pytest.raises(data.DataError, match="beyond all measure"):
+            data.load_record(path, 500)
+        path.with_suffix(".hea").write_text(text)
+    with pytest.raises(data.DataError, match="not readable by wfdb"):
+        data.load_record(path, 500, "center")
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
+    path.with_suffix(".hea").write_bytes(b"a 12 500 5000\n" + b"x" * 2**21)
+    with pytest.raises(data.DataError, match="not readable"):
+        data.read_record(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("fmt", ["16", "212"])
+def test_only_regular_files_are_opened(tmp_path, fmt):
+    for suffix in (".hea", ".dat"):
+        path = write(tmp_path / suffix[1:] / "a", beats(), fmt=fmt)
+        path.with_suffix(suffix).unlink()
+        os.mkfifo(path.with_suffix(suffix))
+        with pytest.raises(data.DataError, match="no regular file"):
+            data.read_record(path)
+        path.with_suffix(suffix).unlink()
+        path.with_suffix(suffix).symlink_to("/dev/zero")
+        with pytest.raises(data.DataError, match="no regular file"):
+            data.read_record(path)
+
+
+def test_whatever_one_record_is_the_others_are_prepared(tmp_path, monkeypatch):
+    source = csv_source(tmp_path / "src", 8)
+    src = tmp_path / "src"
+    for name in ("r1.hea", "r2.dat", "r3.hea"):
+        (src / name).unlink()
+    (src / "r1.hea").mkdir()
+    (src / "r2.dat").write_bytes(b"")
+    (src / "r3.hea").symlink_to(src / "r3.hea")
+    rows = list(csv.DictReader(open(source))) + [dict(record="x" * 300, report="", patient="")]
+    table(source, rows)
+    real = data.to_twelve
+    monkeypatch.setattr(data, "to_twelve", lambda record: 1 / 0 if record.signal[0, 400] == beats(seed=4)[0, 400].astype("f4") and
+                        np.allclose(record.signal, beats(seed=4), atol=1e-6) else real(record))
+    store = data.prepare("csv", source, tmp_path / "dst", workers=1)
+    assert store.records["id"].tolist() == ["r0", "r5", "r6", "r7"]
+    dropped = store.meta["dropped"]
+    assert {"a folder, not a file", "signal file is truncated", "not readable (ZeroDivisionError)"} <= set(dropped) and len(dropped) == 5
+    assert all("\n" not in entry["examples"][0] for entry in dropped.values())
+    for error in (MemoryError(), OSError(28, "No space left on device")):
+        def fail(record, error=error):
+            raise error
+        monkeypatch.setattr(data, "to_twelve", fail)  # what the system lacks is no fault of a record
+        with pytest.raises((MemoryError, data.DataError), match="No space left|^$"):
+            data.prepare("csv", source, tmp_path / f"other{type(error).__name__}", workers=1)
+
+
 # ---- the store ------------------------------------------------------------------------------------------------------
 
 COMMAND = [sys.executable, str(ROOT / "data.py"), "prepare"]
@@ -498,6 +720,302 @@ def test_ptbxl(tmp_path):
     edit(src / "scp_statements.csv", "MI,IMI", "MI,AMI")
     with pytest.raises(data.DataError, match="classes of IMI are not those in prompts.json"):
         data.prepare("ptbxl", src, tmp_path / "s101")
+
+
+# ---- tables as people and programs write them -------------------------------------------------------------------------
+
+def csv_of(folder, text, encoding="utf-8"):
+    """Records r0..r2 and a list of them with this text."""
+    for i in range(3):
+        write(folder / f"r{i}", beats(seed=i))
+    (folder / "list.csv").write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("record,report\nr0,sinus rhythm, normal axis\n", "list.csv, line 2: 3 fields, but there are 2 columns"),
+    ("record,report,patient\nr0,sinus rhythm,p\nr1,sinus rhythm\n", "list.csv, line 3: 2 fields, but there are 3 columns"),
+    ("record;report\nr0;sinus rhythm\n", "no column 'record'; its columns are separated by ';'"),
+    ("record\treport\nr0\tsinus rhythm\n", "no column 'record'; its columns are separated by '\\\\t'"),
+    ("r0,sinus rhythm\nr1,sinus rhythm\n", "no column 'record'; its first line names 'r0, sinus rhythm'"),
+    ("", "it is empty"), ("record,report,report\nr0,a,b\n", "two columns 'report'"),
+    ('record,report\nr0,"sinus rhythm\nr1,normal\n', "line 3: .*is a quote not closed"),
+    ('record,report\nr0,"sinus" rhythm\n', "line 2: .*is a quote not closed, or not doubled"),
+    ("record,report\nr0,sinus\0rhythm\n", "holds zeros"), ("record,report\nr0,überhöht\n".encode("latin-1"), "not in UTF-8"),
+    ("record,report\nr0,sinus\n".encode("utf-16"), "not in UTF-8"), ("record,report\nr0,sinus\n".encode("utf-16-le"), "no column 'record'"),
+    ("record,report\nr0," + "x" * 200000 + "\n", "field larger than field limit"),
+    ("record,report\nr0,a\n./r0,b\n", "record ./r0 occurs twice"), ("record,report\nr0,a\nr0.hea,b\n", "record r0 occurs twice"),
+    ("record,report\nr0,a\nx/../r0,b\n", "occurs twice"), ("record,report\n,a\n", "has no name"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git-lfs")])
+def test_csv_that_cannot_be_honoured(tmp_path, text, message):
+    with pytest.raises(data.DataError, match=message) as error:
+        data.prepare("csv", csv_of(tmp_path, text), tmp_path / "dst")
+    assert "list.csv" in str(error.value) and not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeffrecord,report\r\nr0,sinus rhythm\r\n\r\nr1,nan\r\n", "record,report\rr0,sinus rhythm\rr1,None\r",
+    ",record , report,x\n0,r0,sinus rhythm,\n1,r1,NaN,\n", "record,report,,\nr0,sinus rhythm,,\nr1,null,,\n"])
+def test_csv_as_programs_write_them(tmp_path, text):
+    store = data.prepare("csv", csv_of(tmp_path, text), tmp_path / "dst")
+    assert store.records["statements"].tolist() == [["sinus rhythm"], []] and store.records["report"].tolist() == ["sinus rhythm", ""]
+    assert store.records["patient"].tolist() == ["r0", "r1"]
+
+
+def test_statements_without_a_word_and_empty_patients(tmp_path):
+    text = 'record,report,patient,split\nr0,"***. ... sinus rhythm. --",nan,\nr1,"***",12.0,\nr2,"a",12,train \n'
+    store = data.prepare("csv", csv_of(tmp_path, text), tmp_path / "dst")
+    assert store.records["statements"].tolist() == [["sinus rhythm"], [], ["a"]]
+    assert store.records["patient"].tolist() == ["r0", "12", "12"]
+
+
+@pytest.mark.parametrize("labels, codes", [
+    ('[{"code": "AFIB"}]', None), ('[["AFIB"]]', None), ("[1]", None), ("[null]", None), ('{"AFIB": "x"}', None), ('{"AFIB": null}', None),
+    ('{"AFIB": true}', None), ('{"AFIB": 1, "AFIB": 2}', None), ("[x", None), ("null", {}), ("", {}), (" AFIB ;", {"AFIB": 100.0}),
+    ('["AFIB", "SR"]', {"AFIB": 100.0, "SR": 100.0}), ('{"AFIB": 50}', {"AFIB": 50}), ("NaN", {})])
+def test_labels(tmp_path, labels, codes):
+    source = csv_source(tmp_path / "src", 1)
+    table(source, [dict(record="r0", report="x", labels=labels)])
+    if codes is None:
+        with pytest.raises(data.DataError, match="list.csv: labels of record r0"):
+            data.prepare("csv", source, tmp_path / "dst")
+    else:
+        assert data.prepare("csv", source, tmp_path / "dst").records["codes"][0] == codes
+
+
+def test_codes_that_nobody_knows_are_told(tmp_path, capsys):
+    source = csv_source(tmp_path / "src", 2)
+    table(source, [dict(record="r0", report="x", labels="AFIB;164889003;afib"), dict(record="r1", report="x", labels="SR")])
+    store = data.prepare("csv", source, tmp_path / "dst")
+    entry = store.meta["warnings"][data.STRANGE]
+    assert (entry["records"], entry["amount"], entry["examples"]) == (1, 2, ["r0: 164889003, afib"])
+    data.describe(store)
+    assert "164889003" in capsys.readouterr().out
+
+
+def ptbxl_copy(folder, change=lambda row: row, count=10):
+    """A copy of PTB-XL with synthetic records."""
+    folder.mkdir()
+    findings = data.knowledge()["findings"]
+    table(folder / "scp_statements.csv", [{"": code} | {key: value if isinstance(value, str) else "1.0" if value else "" for key in (
+        "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass") for value in [f[key]]} for code, f in findings.items()])
+    for i in range(1, count + 1):
+        write(folder / f"r{i}_lr", beats(1000, seed=i), fs=100)
+    table(folder / "ptbxl_database.csv", [change(dict(
+        ecg_id=i, patient_id=float(i), report="sinusrhythmus. normales ekg", scp_codes="{'NORM': 100.0, 'SR': 0.0}", strat_fold=i,
+        filename_lr=f"r{i}_lr", filename_hr=f"r{i}_hr")) for i in range(1, count + 1)])
+    return folder
+
+
+def test_ptbxl_as_pandas_writes_it(tmp_path):
+    store = data.prepare("ptbxl", ptbxl_copy(tmp_path / "src", lambda row: {"": row["ecg_id"] - 1} | row | dict(
+        ecg_id=f"{row['ecg_id']}.0", strat_fold=f"{row['strat_fold']}.0", filename_lr=row["filename_lr"] + ".hea")), tmp_path / "dst")
+    assert store.records["fold"].tolist() == list(range(1, 11)) and store.records["id"].tolist() == [str(i) for i in range(1, 11)]
+    assert store.records["split"].tolist() == ["train"] * 8 + ["val", "test"]
+    broken = {"2": dict(strat_fold="nan"), "3": dict(strat_fold="11"), "4": dict(patient_id=""), "5": dict(scp_codes="{'NORM': 'x'}"),
+              "6": dict(scp_codes="[" * 500), "7": dict(ecg_id="1"), "8": dict(filename_lr="./r1_lr"), "9": dict(strat_fold="9.5")}
+    source = ptbxl_copy(tmp_path / "broken", lambda row: row | broken.get(str(row["ecg_id"]), {}))
+    store = data.prepare("ptbxl", source, tmp_path / "some")
+    assert store.records["id"].tolist() == ["1", "10"]
+    assert {reason: entry["records"] for reason, entry in store.meta["dropped"].items()} == {
+        "damaged row of ptbxl_database.csv": 6, "occurs twice (its id or its waveform)": 2}
+    source = ptbxl_copy(tmp_path / "none", lambda row: row | dict(strat_fold="x"))
+    with pytest.raises(data.DataError, match="ptbxl_database.csv: the row of ecg_id '1' is damaged"):
+        data.prepare("ptbxl", source, tmp_path / "no")
+
+
+def test_mimic_ids_that_were_floats_and_rows_that_occur_twice(tmp_path):
+    mimic_tree(tmp_path / "mimic")
+    name = tmp_path / "mimic" / "machine_measurements.csv"
+    rows = list(csv.DictReader(open(name)))
+    rows += [rows[0] | dict(subject_id="5", report_0="Atrial fibrillation"), rows[1] | dict(study_id="40000077"), rows[0] | dict(study_id="")]
+    for row in rows:
+        row.update(subject_id=row["subject_id"] + ".0", study_id=row["study_id"] + ".0" * bool(row["study_id"]), report_3="nan", report_4="***")
+    table(name, rows)
+    listed = tmp_path / "mimic" / "record_list.csv"
+    paths = list(csv.DictReader(open(listed)))
+    table(listed, paths + [paths[1] | dict(study_id="40000077", path=paths[1]["path"].replace("files/", "files/./"))])
+    store = data.prepare("mimic", tmp_path / "mimic", tmp_path / "dst")
+    assert store.records["id"].tolist() == ["40000001", "40000002", "40000006"]
+    assert store.records["patient"].tolist() == ["10000000", "10000001", "10000003"]
+    assert store.records["statements"][0] == ["sinus rhythm", "anterior infarct"]
+    assert store.meta["dropped"]["occurs twice (its id or its waveform)"]["records"] == 2
+    assert store.meta["dropped"]["study_id or subject_id is empty"]["records"] == 1
+
+
+# ---- a store is kept while its source and its makers are the same -------------------------------------------------------
+
+def test_a_changed_source_is_no_longer_the_store(tmp_path, monkeypatch):
+    source = csv_source(tmp_path / "src", 3)
+    rows = [row | dict(split="train", labels="SR") for row in csv.DictReader(open(source))]
+    table(source, rows)
+    dst = tmp_path / "dst"
+    data.prepare("csv", source, dst)
+    before = (dst / "store.json").stat()
+    data.prepare("csv", source, dst)
+    assert (dst / "store.json").stat() == before  # the same again is recognised
+    for change in (dict(report="atrial fibrillation"), dict(split="test"), dict(labels="AFIB"), dict(patient="q")):
+        table(source, [rows[0] | change, *rows[1:]])
+        with pytest.raises(data.DataError, match="dst: made .* or from other records; delete it and prepare the data set again"):
+            data.prepare("csv", source, dst)
+    table(source, rows)
+    assert len(data.prepare("csv", source, dst)) == 3
+    signal = tmp_path / "src" / "r1.dat"
+    content, status = signal.read_bytes(), signal.stat()
+    signal.write_bytes(content[::-1])  # exported again: the same length
+    os.utime(signal, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(data.DataError, match="from other records"):
+        data.prepare("csv", source, dst)
+    signal.write_bytes(content)
+    os.utime(signal, ns=(status.st_atime_ns, status.st_mtime_ns))
+    data.prepare("csv", source, dst)
+    monkeypatch.setattr(data, "MAKERS", data.MAKERS | {"csv": (*data.MAKERS["csv"], "another step")})
+    data.maker.cache_clear()
+    with pytest.raises(data.DataError, match="by other code"):
+        data.prepare("csv", source, dst)
+    data.maker.cache_clear()
+
+
+def test_what_makes_a_store_is_named(monkeypatch):
+    """In the key: the words of both tables of findings, and the definition of R peaks; not: plot() and main()."""
+    keys = lambda: [data.maker.__wrapped__(source) for source in data.SOURCES]
+    before, table = keys(), json.loads(json.dumps(data.knowledge()))
+    table["more_findings"]["normal axis"]["also"].append("straight axis")
+    monkeypatch.setattr(data, "knowledge", lambda: table)
+    assert [a != b for a, b in zip(before, keys())] == [True, False, False, True]
+    monkeypatch.undo()
+    read = data.read_text
+    monkeypatch.setattr(data, "read_text", lambda path: read(path) + "# other peaks")
+    assert [a != b for a, b in zip(before, keys())] == [True, True, True, False]
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "plot", None)
+    assert keys() == before
+    named = {part.__name__ for parts in data.MAKERS.values() for part in parts if callable(part)}
+    left = {name for name, f in vars(data).items() if getattr(f, "__module__", "") == "data" and callable(f)} - named
+    assert not left & {name for name in left if name.startswith(("read_format", "_"))}, left
+
+
+def test_damage_is_noticed_when_asked(many, tmp_path):
+    folder = tmp_path / "dst"
+    folder.mkdir()
+    for file, content in contents(many / "whole").items():
+        (folder / file).write_bytes(content)
+    store = data.Store(folder)
+    store.verify()
+    with open(folder / "ecg.i16", "r+b") as file:
+        file.seek(12345)
+        file.write(b"\x55\xaa")
+    with pytest.raises(data.DataError, match="ecg.i16: damaged"):
+        store.verify()
+    edit(folder / "store.json", '"rate": 100', '"rate": 101')
+    with pytest.raises(data.DataError, match="store.json: damaged"):
+        data.Store(folder)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "empty"), (b"{", "Expecting"), (b"[]", "must be an object"), (b"{}", "not of a store of version"), (b"\xff", "not readable"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b'{"format": ["ecg-language store", 2]}', "not of a store of version 3"),
+    (b'{"format": ["ecg-language store", 3], "rate": "x"}', "damaged"), (b'{"a": 1, "a": 2}', "occurs twice"), (None, "a folder, not a file")])
+def test_what_is_no_store_is_said(tmp_path, content, message):
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "store.json").mkdir() if content is None else (tmp_path / "dst" / "store.json").write_bytes(content)
+    source = csv_source(tmp_path / "src", 1)
+    for open_ in (lambda: data.Store(tmp_path / "dst"), lambda: data.prepare("csv", source, tmp_path / "dst"),
+                  lambda: data.open_data(f"store:{tmp_path / 'dst'}")):
+        with pytest.raises(data.DataError, match=message):
+            open_()
+    (tmp_path / "dst").rename(tmp_path / "other.partial")
+    with pytest.raises(data.DataError, match=message + "|did not finish"):
+        data.prepare("csv", source, tmp_path / "other")
+
+
+# ---- where a store is made ------------------------------------------------------------------------------------------
+
+def test_destinations(tmp_path, monkeypatch):
+    source = csv_source(tmp_path / "src", 1)
+    (tmp_path / "empty").mkdir()
+    assert len(data.prepare("csv", source, tmp_path / "empty")) == 1
+    (tmp_path / "aim").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "aim")
+    assert len(data.prepare("csv", source, tmp_path / "link")) == len(data.Store(tmp_path / "aim")) == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("")
+    (tmp_path / "file").write_text("")
+    for dst, message in (("full", "is there already and holds no store"), ("file", "is there already and holds no store"),
+                         ("file/dst", "file/dst: cannot be written .*ECG_CACHE"), ("x" * 300, "cannot be written")):
+        with pytest.raises(data.DataError, match=message):
+            data.prepare("csv", source, f"{tmp_path}/{dst}")
+    monkeypatch.setenv("ECG_CACHE", "/proc/none/cache")
+    with pytest.raises(data.DataError, match="/proc/none/cache.* cannot be written .*ECG_CACHE"):
+        data.open_data("simulated:8")
+    with pytest.raises(data.DataError, match="r0.dat.hea: file is missing"):
+        table(source, [dict(record="r0.dat", report="x")])
+        data.prepare("csv", source, tmp_path / "none")
+
+
+def test_a_full_disk_is_one_sentence_and_preparing_goes_on(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        (tmp_path / "src").mkdir()
+        source = csv_source(tmp_path / "src", 60)
+        with pytest.raises(data.DataError, match="dst: cannot be written .*No space left"):
+            data.prepare("csv", source, disk / "dst", workers=1)
+        subprocess.run(["mount", "-o", "remount,size=8M", disk], check=True)
+        assert len(data.prepare("csv", source, disk / "dst", workers=1)) == 60
+        with pytest.raises(data.DataError, match="disk: a volume is mounted here"):
+            subprocess.run(["rm", "-r", *disk.iterdir()], check=True)
+            data.prepare("csv", source, disk)
+        with pytest.raises(data.DataError, match="4000 records need 0.1 GB more"):
+            data.prepare("simulated", "4000", disk / "simulated")
+    finally:
+        subprocess.run(["umount", disk])
+
+
+@pytest.mark.parametrize("spec, options", [
+    ("simulated:-5", {}), ("simulated:1e3", {}), ("simulated:\u00b2", {}), (":", {}), ("", {}), ("ptbxl", {}), ("csv:", {}),
+    ("simulated:8", dict(rate=100.5)), ("simulated:8", dict(rate=-100)), ("simulated:8", dict(rate=0)), ("simulated:8", dict(rate=True)),
+    ("simulated:8", dict(seed=-1)), ("simulated:8", dict(min_words=1.5)), ("simulated:8", dict(crop="middle")),
+    ("simulated:9999999999999999", {}), ("simulated:999999999999", {})])
+def test_nonsense_is_one_sentence(tmp_path, spec, options):
+    with pytest.raises(data.DataError, match="no such data|999999999999 records need .* GB more"):
+        data.open_data(spec, cache=tmp_path, **options)
+
+
+def test_workers(tmp_path, monkeypatch):
+    source = csv_source(tmp_path / "src", 1)
+    with pytest.raises(data.DataError, match="-1 workers"):
+        data.prepare("csv", source, tmp_path / "dst", workers=-1)
+
+    def killed(*args):
+        raise data.BrokenExecutor("a child was terminated abruptly")
+    monkeypatch.setattr(data, "in_order", killed)
+    with pytest.raises(data.DataError, match="was killed, .* the same command goes on from there"):
+        data.prepare("csv", source, tmp_path / "dst")
+    monkeypatch.undo()
+    assert len(data.prepare("csv", source, tmp_path / "dst")) == 1
+
+
+def test_a_store_is_plotted_at_its_own_rate(tmp_path):
+    data.prepare("csv", csv_source(tmp_path / "src", 1, "a $ and a $x_{"), tmp_path / "dst", rate=500)
+    result = subprocess.run([*COMMAND[:-1], "plot", f"store:{tmp_path / 'dst'}", "r0", "--out", str(tmp_path / "x.png")], capture_output=True)
+    assert result.returncode == 0 and (tmp_path / "x.png").stat().st_size > 10000
+
+
+def test_split_specs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ECG, export 2023").mkdir()
+    for name in ("ECG, export 2023/list.csv", "lines.txt", "a,b,c.txt"):
+        (tmp_path / name).write_text("")
+    for text, specs in (("simulated", ["simulated"]), ("csv:a.csv,simulated:8", ["csv:a.csv", "simulated:8"]),
+                        ("csv:ECG, export 2023/list.csv", ["csv:ECG, export 2023/list.csv"]),
+                        ("csv:ECG, export 2023/list.csv,lines.txt", ["csv:ECG, export 2023/list.csv", "lines.txt"]),
+                        ("a,b,c.txt,lines.txt,ptbxl:x", ["a,b,c.txt", "lines.txt", "ptbxl:x"]), ("csv:not, there.csv", ["csv:not, there.csv"]),
+                        ('"x, y.txt",simulated,store:z', ["x, y.txt", "simulated", "store:z"]),
+                        ('csv:"x,lines.txt",lines.txt', ["csv:x,lines.txt", "lines.txt"]), ("", [])):
+        assert data.split_specs(text) == specs, text
 
 
 # ---- label sets -----------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Report text: cleaning, statements, translation to English, and the waveform features that diagnoses suggest."""
 import csv
+import json
 
 import numpy as np
 import pytest
 
 import data
-from conftest import SHARED
+from conftest import ROOT, SHARED
 
 PTBXL = SHARED / "data" / "ptbxl"
 CASES = {
@@ -92,3 +93,122 @@ def test_a_corpus_of_reports_and_lines(tmp_path):
     assert data.corpus(spec) == ["atrial fibrillation is irregular", "atrial flutter is not", "sinus rhythm. normal ecg"]
     with pytest.raises(data.DataError, match="nowhere.txt: neither a data set nor a readable text file"):
         data.corpus(str(tmp_path / "nowhere.txt"))
+
+
+NEGATED = """infarct excluded; myocardial infarction ruled out; inferior infarct has been ruled out; atrial fibrillation is unlikely;
+absence of st elevation; atrial fibrillation is no longer present; neither ischemia nor infarction; no lvh, lbbb, or atrial fibrillation;
+no evidence of ischemia, infarction or hypertrophy; negative for left ventricular hypertrophy; free of st depression; denies atrial fibrillation;
+without left bundle branch block; infarct is not present; doesn't show atrial fibrillation; atrial fibrillation isn't present; lack of st elevation;
+atrial fibrillation never seen; st elevation has resolved; this is not atrial fibrillation; does not meet criteria for lvh; ischemia not likely;
+infarction less likely; acute mi has been excluded; resolution of atrial fibrillation; left bundle branch block nowhere to be seen;
+vorhofflimmern ausgeschlossen; infarkt nicht mehr nachweisbar; kein vorhofflimmern; keine ischaemie, infarkt oder hypertrophie;
+ohne linksschenkelblock; vorhofflimmern liegt nicht vor; linksschenkelblock nirgends erkennbar; weder ischaemie noch infarkt;
+kein anhalt fuer infarkt; infarkt unwahrscheinlich; ej foermaksflimmer; inget foermaksflimmer; inga tecken pa infarkt; utan infarkt;
+infarkt kan uteslutas; varken ischemi eller infarkt; foermaksflimmer saknas; w/o ischemia; exclusion of infarct; excluded: infarct;
+ischemia cannot be confirmed; infarct could not be found; it is unlikely that this is infarct; less likely infarct; no lbbb/rbbb;
+lvh criteria not met; voltage criteria for lvh are not met; fails to meet criteria for lvh; atrial fibrillation terminated;
+avsaknad av ischemi; infarkt foereligger ej; inte infarkt; infarkt verneint; keine zeichen eines infarkts; ischemia not demonstrable""".replace("\n", " ").split("; ")
+AFFIRMED = {"inferior infarct cannot be excluded": "IMI", "inferior infarct not excluded": "IMI", "cannot rule out inferior infarct": "IMI",
+            "can't exclude inferior infarct": "IMI", "non-specific st changes": "NST_", "sinus rhythm rather than atrial fibrillation": "SR",
+            "sinus rhythm, not atrial fibrillation": "SR", "atrial fibrillation has been replaced by sinus rhythm": "SR",
+            "infarkt nicht auszuschliessen": "myocardial infarction", "infarkt kan ej uteslutas": "myocardial infarction",
+            "rule out inferior infarct": "IMI", "no change in atrial fibrillation": "AFIB", "negative t waves": "INVT",
+            "sinus rhythm without ectopic beats": "SR", "no acute changes. old inferior infarct": "IMI", "not only left ventricular hypertrophy": "LVH"}
+
+
+@pytest.mark.parametrize("statement", NEGATED)
+def test_what_is_negated_is_not_named(statement):
+    findings = data.Findings()
+    translated = data.translate(statement)
+    assert all(s.startswith(("no ", "resolved ")) or s.endswith(("unlikely", "less likely")) for s in translated)
+    for said in ([statement], data.split_statements(statement), translated):
+        assert findings.named(said) == [], said
+
+
+@pytest.mark.parametrize("statement", AFFIRMED)
+def test_a_negation_in_an_understood_phrase_is_none(statement):
+    findings = data.Findings()
+    assert findings.named(data.translate(statement)) == [AFFIRMED[statement]]
+    if "infarkt" not in statement:  # findings know their English wordings
+        assert findings.named([statement]) == [AFFIRMED[statement]]
+
+
+MACHINE = {  # statements of MIMIC-IV-ECG (GE 12SL) -> findings
+    "sinus rhythm with 1st degree a-v block": "SR 1AVB", "sinus bradycardia with borderline 1st degree a-v block": "SBRAD 1AVB",
+    "sinus rhythm with pac(s)": "SR PAC", "sinus rhythm with pvc(s)": "SR PVC", "sinus rhythm with frequent pvcs": "SR PVC",
+    "sinus tachycardia with occasional premature ventricular complexes": "STACH PVC", "sinus rhythm with marked sinus arrhythmia": "SR SARRH",
+    "atrial fibrillation with rapid ventricular response": "AFIB rapid_ventricular_response", "probable atrial flutter": "AFLT",
+    "atrial fibrillation with premature ventricular or aberrantly conducted complexes": "AFIB PVC",
+    "atrial flutter with variable a-v block": "AFLT av_block", "supraventricular tachycardia": "SVTAC", "2nd degree a-v block": "2AVB",
+    "complete a-v block": "3AVB", "3rd degree a-v block": "3AVB", "complete heart block": "3AVB", "ventricular bigeminy": "BIGU",
+    "left axis deviation": "left_axis_deviation", "leftward axis": "left_axis_deviation", "rbbb": "CRBBB", "lbbb": "CLBBB",
+    "rbbb with left anterior fascicular block": "CRBBB LAFB", "rbbb and lpfb": "CRBBB LPFB", "incomplete rbbb": "IRBBB",
+    "incomplete left bundle branch block": "ILBBB", "iv conduction defect": "IVCD", "nonspecific intraventricular conduction delay": "IVCD",
+    "lvh": "LVH", "lvh with secondary repolarization abnormality": "LVH st-t_changes", "lvh by voltage": "VCLVH",
+    "minimal voltage criteria for lvh, may be normal variant": "VCLVH", "possible right ventricular hypertrophy": "RVH",
+    "left atrial abnormality": "LAO/LAE", "possible left atrial enlargement": "LAO/LAE", "right atrial enlargement": "RAO/RAE",
+    "possible inferior infarct - age undetermined": "IMI age_undetermined", "inferior infarct, old": "IMI",
+    "anteroseptal infarct - age undetermined": "ASMI age_undetermined", "inferior/lateral infarct": "ILMI", "inferior/posterior infarct": "IPMI",
+    "cannot rule out anterior infarct, age undetermined": "AMI age_undetermined", "*** acute mi ***": "acute_myocardial_infarction",
+    "lateral st-t changes are nonspecific": "st-t_changes_in_lateral_leads", "nonspecific st-t wave changes": "NST_",
+    "nonspecific t wave abnormality": "NDT", "t wave abnormality, consider lateral ischemia": "TAB_ ISCLA", "t wave inversion": "INVT",
+    "extensive st-t changes may be due to hypertrophy and/or ischemia": "st-t_changes ISC_", "prolonged qt interval": "LNGQT",
+    "st junctional depression is nonspecific": "STD_", "abnormal r-wave progression": "poor_r_wave_progression", "wolff-parkinson-white": "WPW",
+    "low qrs voltages in limb leads": "LVOLT", "ventricular-paced rhythm": "ventricular_pacing", "a-v dual-paced rhythm": "av_sequential_pacing",
+    "pacemaker rhythm - no further analysis": "PACE", "normal ecg except for rate": "NORM", "early precordial r/s transition":
+    "counterclockwise_rotation", "no previous ecg available for comparison": "", "no significant change since last tracing": "",
+    "all 12 leads are missing": ""}
+
+
+def test_machine_statements():
+    findings = data.Findings()
+    assert {s: findings.named([s]) for s in MACHINE} == {s: [code.replace("_", " ") if code.islower() else code for code in codes.split()]
+                                                         for s, codes in MACHINE.items()}
+
+
+def test_one_negation_keeps_lists_together():
+    assert data.split_statements("No ischemia, old infarct or LVH. Sinus rhythm, left axis deviation") == [
+        "no ischemia or old infarct or lvh", "sinus rhythm", "left axis deviation"]
+    assert data.split_statements("Sinus rhythm. ***. ... -- . (Normal)") == ["sinus rhythm", "(normal)"]
+
+
+# ---- prompts.json, which people edit -----------------------------------------------------------------------------------
+
+def edited(change):
+    table = json.loads((ROOT / "prompts.json").read_text())
+    change(table)
+    return json.dumps(table)
+
+
+WRONG = {  # what is written -> what is said
+    "": "empty", "{": "line 1 column 2", '{\n "findings": {,}}': "line 2 column 15", "[]": "must be an object", "{}": "has no 'findings'",
+    '{"a": 1, "a": 2}': "'a' occurs twice", "version https://git-lfs.github.com/spec/v1": "git lfs pull"}
+EDITS = [
+    (lambda t: t["findings"]["SR"].pop("also"), "findings, SR: has no 'also'"),
+    (lambda t: t["findings"]["SR"].update(also="sinus"), "findings, SR, also: must be a list, not \"sinus\""),
+    (lambda t: t["findings"]["SR"].update(prompts=[]), "findings, SR: .*no prompts"),
+    (lambda t: t["findings"]["SR"].update(prompts=["***"]), "findings, SR: .*without a word"),
+    (lambda t: t["findings"]["SR"].update(name=" "), "findings, SR: .*without a word"),
+    (lambda t: t["findings"]["SR"].update(rhythm="yes"), "findings, SR, rhythm: must be true or false"),
+    (lambda t: t["findings"].pop("AFIB"), "label_sets, .*has more than the classes of findings: 'AFIB'"),
+    (lambda t: t["label_sets"]["ptbxl_rhythm"].append("XYZ"), "label_sets, ptbxl_rhythm: has more than the classes of findings: 'XYZ'"),
+    (lambda t: t["label_sets"]["ptbxl_rhythm"].remove("SR"), "label_sets, ptbxl_rhythm: has no 'SR'"),
+    (lambda t: t["label_sets"]["ptbxl_super"]["MI"].update(prompts=[]), "label_sets, ptbxl_super, MI: .*no prompts"),
+    (lambda t: t["label_sets"].pop("ptbxl_all"), "label_sets: has no 'ptbxl_all'"),
+    (lambda t: t["label_sets"].update(mine=[]), "label_sets, mine: no such label set"),
+    (lambda t: t["lexicon"]["rewrite"].append(["(", ""]), r"lexicon, rewrite, place \d+: no \[pattern, text\]"),
+    (lambda t: t["lexicon"]["rewrite"].append(["a", r"\9"]), r"lexicon, rewrite, place \d+: no \[pattern, text\]"),
+    (lambda t: t["lexicon"]["rewrite"].append(["a"]), r"lexicon, rewrite, place \d+: no \[pattern, text\]"),
+    (lambda t: t["lexicon"]["prefix"].update(never="no"), "lexicon, prefix: 'never': 'no' is no phrase with its English and a ~"),
+    (lambda t: t["lexicon"]["statements"].update({"": "x"}), "lexicon, statements: '': 'x' is no phrase"),
+    (lambda t: t["lexicon"]["statements"].update({"x": ""}), "lexicon, statements: 'x': '' is no phrase"),
+    (lambda t: t["lexicon"].update(negations="no"), "lexicon, negations: must be a list")]
+
+
+@pytest.mark.parametrize("content, message", [*WRONG.items(), *((change, message) for change, message in EDITS)])
+def test_what_is_wrong_in_prompts_is_said(tmp_path, content, message):
+    path = tmp_path / "prompts.json"
+    path.write_text(content if isinstance(content, str) else edited(content))
+    with pytest.raises(data.DataError, match=message) as error:
+        data.Translator(data.read_knowledge(path)["lexicon"])
+    assert "prompts.json" in str(error.value) and "\n" not in str(error.value)

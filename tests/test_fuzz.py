@@ -1,0 +1,205 @@
+"""Damaged files of every kind: one sentence (DataError) or a right result, no hang, no flood of memory.
+
+KINDS names how a sound file of each kind is made and how it is opened: add a line for a new kind.
+"""
+import os
+import resource
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+import data
+from conftest import ROOT, SHARED
+from test_data import beats, csv_source, mimic_tree, table, write
+
+TRIALS = int(os.environ.get("FUZZ_TRIALS", 60))  # of a kind
+SECONDS, MEMORY = 5, 400e6  # the longest that one may take; bytes that all may add
+NASTY = [b"nan", b"-1", b"0", b"1e999", b"9" * 30, b"../x", b"\0", b"\xe4\xb5", b'"', b"{}", b"[[[", b"null",
+         b"\n", b"\r", b";", b",", b"", b"\xff\xfe", b"\xef\xbb\xbf", b"# ", b"1" + b"0" * 12, b"~",
+         b"True", b"\xe2\x80\xa8"]
+
+
+def damage(content, rng):
+    """Bytes with one to three faults: flipped, cut, inserted, doubled, tokens swapped or replaced."""
+    for _ in range(rng.integers(1, 4)):
+        at, kind = int(rng.integers(0, len(content) + 1)), rng.integers(0, 7)
+        size = int(rng.integers(1, 40))
+        if kind == 0 and at < len(content):
+            content = content[:at] + bytes([content[at] ^ 1 << int(rng.integers(0, 8))]) + content[at + 1:]
+        elif kind == 1:
+            content = content[:at]
+        elif kind == 2:
+            content = content[:at] + rng.bytes(size) + content[at:]
+        elif kind == 3:
+            content = content[:at] + content[at + size:]
+        elif kind == 4:
+            content = content[:at] + content[at:at + size] + content[at:]
+        else:
+            mark = rng.choice([b" ", b",", b"\n", b"/", b'"'])
+            tokens = content.split(mark)
+            i, j = (int(k) for k in rng.integers(0, len(tokens), 2))
+            other = NASTY[rng.integers(0, len(NASTY))]
+            tokens[i], tokens[j] = (tokens[j], tokens[i]) if kind == 5 else (other, tokens[j])
+            content = mark.join(tokens)
+    return content
+
+
+# ---- kinds: make(folder) -> the file to damage; open(folder, file) -> what it says -------------------------
+
+def record(fmt, suffix):
+    def make(folder):
+        signal = beats(1500 if fmt == "16" else 1000, leads=8)
+        path = write(folder / "r0", signal, fmt=fmt, fs=100, names=list(data.LEADS[-8:]))
+        return path.with_suffix(suffix)
+    return make, lambda folder, file: sound(*data.load_record(str(folder / "r0"), 100))
+
+
+def sound(ecg, usable, notes):
+    assert ecg.shape == (12, 1000) and ecg.dtype == np.int16 and not ecg[~np.asarray(usable)].any() and any(usable)
+    return ecg.tolist(), list(usable)
+
+
+def rows_of(source):
+    def open_(folder, file):
+        settings = data.settings_of(source, str(folder / "list.csv" if source == "csv" else folder), 100)
+        rows = list(data.SOURCES[source](settings))
+        kept = [row for row in rows if "skip" not in row]
+        assert len({row["id"] for row in kept}) == len(kept)
+        for row in kept:
+            assert row["split"] in ("train", "val", "test") and row["patient"]
+            assert all(map(data.WORD.search, row.get("statements", [])))
+        data.survey(settings)
+        return [str(row) for row in rows]
+    return open_
+
+
+def prepared(source):
+    def open_(folder, file):
+        shutil.rmtree(folder / "dst", ignore_errors=True)
+        shutil.rmtree(folder / "dst.partial", ignore_errors=True)
+        store = data.prepare(source, folder / "list.csv" if source == "csv" else folder, folder / "dst", workers=1)
+        told = store.meta["dropped"], store.meta["warnings"]
+        return [store.records.to_dict("records"), store.ecg(slice(None)).tolist(), *told]
+    return open_
+
+
+def own(folder):
+    csv_source(folder, 2, "Sinus rhythm, normal axis. No ischemia")
+    table(folder / "list.csv", [
+        dict(record=f"r{i}", report="Sinus rhythm, \"normal\" axis", patient="7.0", split="", labels=label)
+        for i, label in enumerate(('{"SR": 80.5}', "SR; NORM"))])
+    return folder / "list.csv"
+
+
+def mat(folder):
+    path = write(folder / "r0", beats(1000), fs=100)
+    raw = path.with_suffix(".dat").read_bytes()
+    path.with_suffix(".mat").write_bytes(b"\0" * 24 + raw)
+    path.with_suffix(".dat").unlink()
+    head = path.with_suffix(".hea")
+    head.write_text(head.read_text().replace("r0.dat 16", "r0.mat 16+24"))
+    return path.with_suffix(".mat")
+
+
+def ptbxl(name):
+    def make(folder):
+        shutil.copy(SHARED / "data" / "ptbxl" / "scp_statements.csv", folder)
+        table(folder / "ptbxl_database.csv", [dict(
+            ecg_id=i, patient_id=float(i), report="sinusrhythmus. normales ekg", strat_fold=i,
+            scp_codes="{'NORM': 100.0, 'SR': 0.0}", filename_lr=f"r{i}", filename_hr=f"r{i}") for i in range(1, 9)])
+        for i in range(1, 9):
+            write(folder / f"r{i}", beats(1000), fs=100)
+        return folder / name
+    return make
+
+
+def mimic(name):
+    def make(folder):
+        mimic_tree(folder)
+        return folder / name
+    return make
+
+
+def store(name):
+    def make(folder):
+        return folder / "dst" / name if data.prepare("csv", own(folder), folder / "dst") else None
+    return make
+
+
+def opened(folder, file):
+    kept = data.Store(folder / "dst")
+    kept.verify()
+    return [kept.records.to_dict("records"), kept.ecg(slice(None)).tolist(), kept.meta]
+
+
+def unfinished(folder):
+    """A store in the making, as a killed run leaves it."""
+    data.prepare("csv", own(folder), folder / "kept")
+    (folder / "kept").rename(folder / "kept.partial")
+    state = data.read_state(str(folder / "kept.partial"), finished=False)
+    data.write_state(str(folder / "kept.partial"), state | dict(complete=False))
+    return folder / "kept.partial" / "store.json"
+
+
+def gone_on(folder, file):
+    content = file.read_bytes()
+    shutil.rmtree(folder / "dst.partial", ignore_errors=True)
+    shutil.rmtree(folder / "dst", ignore_errors=True)
+    shutil.copytree(folder / "kept.partial", folder / "dst.partial")
+    assert (folder / "dst.partial" / "store.json").read_bytes() == content
+    return data.prepare("csv", folder / "list.csv", folder / "dst", workers=1).records.to_dict("records")
+
+
+def knowledge(folder):
+    return shutil.copy(ROOT / "prompts.json", folder / "prompts.json")
+
+
+def read_knowledge(folder, file):
+    table = data.read_knowledge(str(file))
+    data.Translator(table["lexicon"], [("sinus rhythm", "sinus rhythm")])("sinusrhythmus. normales ekg")
+    return str(table)
+
+
+KINDS = {  # kind: make, open, and whether any other result than the undamaged one is wrong
+    "header": (*record("16", ".hea"), False), "signal": (*record("16", ".dat"), False),
+    "header of 212": (*record("212", ".hea"), False), "signal in FLAC": (*record("516", ".dat"), False),
+    "signal of 24": (*record("24", ".dat"), False), ".mat": (mat, record("16", ".mat")[1], False),
+    "csv": (own, rows_of("csv"), False), "csv, prepared": (own, prepared("csv"), False),
+    "ptbxl_database.csv": (ptbxl("ptbxl_database.csv"), rows_of("ptbxl"), False),
+    "scp_statements.csv": (ptbxl("scp_statements.csv"), rows_of("ptbxl"), False),
+    "record_list.csv": (mimic("record_list.csv"), rows_of("mimic"), False),
+    "machine_measurements.csv": (mimic("machine_measurements.csv"), rows_of("mimic"), False),
+    "store.json": (store("store.json"), opened, True), "records.csv": (store("records.csv"), opened, True),
+    "ecg.i16": (store("ecg.i16"), opened, True), "unfinished store": (unfinished, gone_on, True),
+    "prompts.json": (knowledge, read_knowledge, False)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged(kind, tmp_path):
+    if "ptbxl" in kind or "scp" in kind:
+        if not (SHARED / "data" / "ptbxl").is_dir():
+            pytest.skip("no PTB-XL here")
+    make, open_, strict = KINDS[kind]
+    file = make(tmp_path)
+    good, expected = file.read_bytes(), open_(tmp_path, file)
+    before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    for seed in range(TRIALS // 3 if kind == "prompts.json" else TRIALS):  # this one takes long to read
+        bad = damage(good, np.random.default_rng(seed))
+        file.write_bytes(bad)
+        started = time.monotonic()
+        try:
+            result = open_(tmp_path, file)
+        except data.DataError as error:
+            assert str(error).strip() and "\n" not in str(error).strip(), f"{kind}, seed {seed}: no sentence: {error}"
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{kind}, seed {seed}: {bad[:300]}") from error
+        else:
+            assert not strict or result == expected or bad == good, f"{kind}, seed {seed}: another result"
+        assert time.monotonic() - started < SECONDS, f"{kind}, seed {seed}: hangs"
+        file.write_bytes(good)
+    assert refused, "what is damaged is refused"
+    assert open_(tmp_path, file) == expected
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
