@@ -1,16 +1,25 @@
-"""Damaged files of every kind: one sentence (DataError) or a right result, no hang, no flood of memory.
+"""Damaged files of every kind: one sentence (DataError, ModelError) or a right result, no hang, no flood of memory.
 
 KINDS names how a sound file of each kind is made and how it is opened: add a line for a new kind.
 """
+import contextlib
+import io
 import os
 import resource
 import shutil
+import tempfile
 import time
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
+import eval as evaluation
+import model as models
+import train
 from conftest import ROOT, SHARED
 from test_data import beats, csv_source, mimic_tree, table, write
 
@@ -162,6 +171,85 @@ def read_knowledge(folder, file):
     return str(table)
 
 
+@lru_cache
+def finished_run():
+    """A small FG-CLEP run of both stages."""
+    folder, before = Path(tempfile.mkdtemp()), os.getcwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECG_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        train.main("--data simulated:64 --width 0.125 --dim 8 --mlm-steps 2 --batch-size 16 --epochs 1 --fine-epochs 1 "
+                   "--threads 1 --name run".split())
+    assert os.getcwd() == before
+    return folder / "runs" / "run"
+
+
+def run_file(name):
+    return lambda folder: shutil.copytree(finished_run(), folder / "run", dirs_exist_ok=True) / name
+
+
+def evaluated(folder, file):
+    method, config = evaluation.load_run(folder / "run")
+    evaluation.known_results(folder / "run")
+    weights = evaluation.crc_of_tensors(method.state_dict())
+    return weights, method.text.tokenizer.tokenize("sinus rhythm"), vars(config)
+
+
+def resumed(folder, file):
+    """What train.py reads of a run that it is to continue."""
+    config, run = train.parse(["--resume", str(folder / "run")])
+    state = train.read_checkpoint(run)
+    method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
+    update = train.restore(state, run, method, train.make_optimiser(method, config))
+    log = train.Log(run, update, True).read()
+    return evaluation.crc_of_tensors(method.state_dict()), train.read_recovered(run), log
+
+
+def compared(folder, file):
+    data.read_json(folder / "run" / "training.json", evaluation.FACTS)
+    return evaluation.known_results(folder / "run")
+
+
+def checkpoint(suffix):
+    def make(folder):
+        state = evaluation.read_tensors(finished_run() / "model.safetensors")[0]
+        path = folder / f"w.{suffix}"
+        torch.save(state, path) if suffix == "pt" else evaluation.save_file(state, path)
+        return path
+    return make, lambda folder, file: evaluation.load_run(finished_run(), file)[0].state_dict().keys()
+
+
+def prompts(folder):
+    file = folder / "p.json"
+    file.write_text('{"SR": ["sinus rhythm", "regular rhythm"], "AFIB": "atrial fibrillation", "PACE": "pacemaker"}')
+    return file
+
+
+def asked(folder, file):
+    texts = evaluation.class_prompts("ptbxl_rhythm", ["SR", "AFIB", "PACE"], str(file))
+    assert len(texts) == 3 and all(row and all(text.strip() for text in row) for row in texts)
+
+
+def text_model(name):
+    def make(folder):
+        tokenizer = models.word_tokenizer(["sinus rhythm with atrial fibrillation"] * 3)
+        lm, _ = models.new_bert(["sinus rhythm"] * 2, dim=8, layers=1)
+        lm.bert.resize_token_embeddings(len(tokenizer))
+        lm.bert.save_pretrained(folder / "lm")
+        tokenizer.save_pretrained(folder / "lm")
+        return folder / "lm" / name
+    return make, lambda folder, file: models.TextTower(*models.load_text_model(str(folder / "lm")))(["sinus rhythm"]).shape
+
+
+RUNS = {  # the same of what train.py and eval.py read
+    "config.json": (run_file("config.json"), evaluated, False), "weights": (run_file("model.safetensors"), evaluated, True),
+    "tokenizer": (run_file("tokenizer/tokenizer.json"), evaluated, True), "results.json": (run_file("results.json"), compared, False),
+    "training.json": (run_file("training.json"), compared, False), "checkpoint": (run_file("checkpoint.pt"), resumed, True),
+    "log": (run_file("log.jsonl"), resumed, False), "recovered": (run_file("recovered.jsonl"), resumed, True),
+    "config.json to resume": (run_file("config.json"), resumed, False), "--ckpt .pt": (*checkpoint("pt"), False),
+    "--ckpt .safetensors": (*checkpoint("safetensors"), False), "--prompts": (prompts, asked, False),
+    "text model's config": (*text_model("config.json"), False), "its tokenizer": (*text_model("tokenizer.json"), False),
+    "its weights": (*text_model("model.safetensors"), False)}
 KINDS = {  # kind: make, open, and whether any other result than the undamaged one is wrong
     "header": (*record("16", ".hea"), False), "signal": (*record("16", ".dat"), False),
     "header of 212": (*record("212", ".hea"), False), "signal in FLAC": (*record("516", ".dat"), False),
@@ -173,7 +261,7 @@ KINDS = {  # kind: make, open, and whether any other result than the undamaged o
     "machine_measurements.csv": (mimic("machine_measurements.csv"), rows_of("mimic"), False),
     "store.json": (store("store.json"), opened, True), "records.csv": (store("records.csv"), opened, True),
     "ecg.i16": (store("ecg.i16"), opened, True), "unfinished store": (unfinished, gone_on, True),
-    "prompts.json": (knowledge, read_knowledge, False)}
+    "prompts.json": (knowledge, read_knowledge, False), **RUNS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,13 +273,14 @@ def test_damaged(kind, tmp_path):
     file = make(tmp_path)
     good, expected = file.read_bytes(), open_(tmp_path, file)
     before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
-    for seed in range(TRIALS // 3 if kind == "prompts.json" else TRIALS):  # this one takes long to read
+    for seed in range(TRIALS // 3 if kind == "prompts.json" or kind in RUNS else TRIALS):  # these take long to read
         bad = damage(good, np.random.default_rng(seed))
         file.write_bytes(bad)
         started = time.monotonic()
         try:
-            result = open_(tmp_path, file)
-        except data.DataError as error:
+            with contextlib.redirect_stdout(io.StringIO()):
+                result = open_(tmp_path, file)
+        except (data.DataError, models.ModelError) as error:
             assert str(error).strip() and "\n" not in str(error).strip(), f"{kind}, seed {seed}: no sentence: {error}"
             refused += 1
         except Exception as error:
