@@ -61,7 +61,7 @@ class DataError(ValueError):
         self.reason = reason or message
 
 
-# ---- files: what is opened by name is opened here, and what is wrong with it is one sentence ---------------------------
+# ---- files: what is opened by name is opened here, and what is wrong with it is one sentence ---------------
 
 def open_file(path):
     """A regular file, opened for reading in binary (a pipe or a device would hang). Errors: OSError."""
@@ -97,7 +97,8 @@ def parse_json(text, where):
     def once(pairs):
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs twice in one object")
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{twice!r} occurs twice in one object")
         return found
     try:
         return json.loads(text, object_pairs_hook=once)
@@ -114,8 +115,8 @@ def read_json(path, shape=dict, advice=""):
         raise DataError(f"{error}{advice and '; ' + advice}") from error
 
 
-KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object",
-         type(None): "null"}
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
+         dict: "an object", type(None): "null"}
 
 
 def check(value, shape, where):
@@ -126,7 +127,8 @@ def check(value, shape, where):
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
     fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
     if not fits or isinstance(value, bool) and bool not in kinds:
-        raise DataError(f"{where}: must be {' or '.join(KINDS[kind] for kind in kinds)}, not {json.dumps(value)[:60]}")
+        wanted = " or ".join(KINDS[kind] for kind in kinds)
+        raise DataError(f"{where}: must be {wanted}, not {json.dumps(value)[:60]}")
     if isinstance(shape, list):
         for i, item in enumerate(value):
             check(item, shape[0], f"{where}, place {i + 1}")
@@ -164,8 +166,9 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def locked(path, wait=True):
-    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free again when this process ends,
-    however it ends. Where the file system knows no locks: goes on without, and says so. Errors: DataError."""
+    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free again when
+    this process ends, however it ends. Where the file system knows no locks: goes on without, and says so.
+    Errors: DataError."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     except OSError as error:
@@ -179,14 +182,14 @@ def locked(path, wait=True):
         except BlockingIOError:
             mine = False
         except OSError as error:
-            print(f"{path}: no file locks here ({error}); do not start the same work twice at a time", file=sys.stderr)
+            print(f"{path}: no file locks here ({error}); do not start the same work twice", file=sys.stderr)
         yield mine
     finally:
         os.close(handle)
 
 
 def guarded(main, *errors):
-    """Run a script: DataError and errors, and what the system refuses, end it with one sentence and exit status 2."""
+    """Run a script: DataError, errors, and what the system refuses end it with one sentence and status 2."""
     try:
         main()
     except (DataError, *errors) as error:
@@ -591,6 +594,8 @@ def open_data(spec, rate=100, cache=None, **options):
     rate, src = 100 if rate is None else rate, os.path.expanduser(src)
     key = json.dumps(settings_of(source, src, rate, **options))
     cache = cache or os.environ.get("ECG_CACHE") or os.path.expanduser("~/.cache/ecg-language")
+    with contextlib.suppress(OSError):  # told where something is to be written
+        os.makedirs(cache, 0o700, exist_ok=True)  # ours alone: csrc keeps a library there
     dst = os.path.join(cache, f"{source}-{rate}hz-{hashlib.sha256(key.encode()).hexdigest()[:10]}")
     if not os.path.exists(dst):
         print(f"preparing {spec} at {rate} Hz, this once, into {dst}", file=sys.stderr)

@@ -57,8 +57,8 @@ def read_config(run):
             raise models.ModelError(f"there is no {lacking[0]!r}")
         data.check(made_by, dict.fromkeys(("program", "torch", "csrc", "store"), str), "made_by")
     except (models.ModelError, data.DataError) as error:
-        raise data.DataError(f"{path}: not of this version of the program, {models.VERSION}, or changed by hand: "
-                             f"{error}. Use the version that made it, or train anew") from error
+        raise data.DataError(f"{path}: not of this version of the program, {models.VERSION}, or changed by "
+                             f"hand ({error}); use the version that made it, or train anew") from error
     return config, made_by
 
 
@@ -101,8 +101,8 @@ def crc_of_tensors(state):
 
 
 def read_torch(path):
-    """What torch.save wrote; nothing but tensors and plain values is unpickled, and the file's checksums hold.
-    Errors: DataError."""
+    """What torch.save wrote; nothing but tensors and plain values is unpickled, and the file's checksums
+    hold. Errors: DataError."""
     try:
         with data.open_file(path) as file:
             with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
@@ -118,7 +118,8 @@ def read_torch(path):
 
 
 def read_tensors(path):
-    """(named tensors, metadata) in a file of torch or safetensors, or in a training checkpoint. Errors: DataError."""
+    """(named tensors, metadata) in a file of torch or safetensors, or in a training checkpoint. Errors:
+    DataError."""
     facts = {}
     if Path(path).suffix == ".safetensors":
         try:
@@ -150,7 +151,7 @@ def damage(path, error):
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     fault = f"{type(error).__name__}: {models.first_line(error)[:150]}"
-    return f"damaged, cut off, or no tensors that can be loaded safely ({fault}); copy it again, or train anew"
+    return f"damaged, cut off, or no tensors that can be loaded safely ({fault}); restore it, or train anew"
 
 
 def load_run(run, checkpoint=None, device="cpu", text_model=""):
@@ -210,10 +211,11 @@ def score_records(method, store, rows, prompts, scales, device, batch=256):
 
 
 # ---- published checkpoints -------------------------------------------------------------------------------------
-# --ckpt merl:FILE, melp:FILE, dbeta:FILE. weights.json: names in the authors' state dictionaries -> ours; * stands for
-# anything, the same on both sides in order. A name with +0, +1, +2 is a part (query, key, value) of a larger tensor of
-# ours; "-" is what neither training nor zero-shot here has a use for. "optional": what a file may lack. D-BETA's T5 sees
-# no attention mask, but one text at a time has no padding: that is our tower with its mask, in any batch.
+# --ckpt merl:FILE, melp:FILE, dbeta:FILE. weights.json: names in the authors' state dictionaries -> ours; *
+# stands for anything, the same on both sides in order. A name with +0, +1, +2 is a part (query, key, value)
+# of a larger tensor of ours; "-" is what neither training nor zero-shot here has a use for. "optional": what
+# a file may lack. D-BETA's T5 sees no attention mask, but one text at a time has no padding: that is our
+# tower with its mask, in any batch.
 
 @lru_cache
 def published():
@@ -234,7 +236,8 @@ def publication(checkpoint):
 
 
 def rename(state, names):
-    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: models.ModelError with unknown names."""
+    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: models.ModelError with unknown
+    names."""
     rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours.split("*"))
              for theirs, ours in names.items()]
     parts, unknown = {}, []
@@ -253,8 +256,8 @@ def rename(state, names):
 
 
 def load_published(method, state, kind):
-    """Fill a method with the authors' weights, kind a key of published(). Errors: models.ModelError that names what is
-    missing, unknown or misshapen."""
+    """Fill a method with the authors' weights, kind a key of published(). Errors: models.ModelError that
+    names what is missing, unknown or misshapen."""
     optional = tuple(published()[kind]["optional"])
     given = rename(state, published()[kind]["names"])
     ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -333,12 +336,12 @@ def interval(samples):
 
 
 def score_classes(names, scores, positives, patients=None, seed=0):
-    """Metrics of a label set. scores (R, C), positives (R, C) bool, patients (R,) -> dict with "macro", "macro_enough"
-    and "classes".
+    """Metrics of a label set. scores (R, C), positives (R, C) bool, patients (R,) -> dict with "macro",
+    "macro_enough" and "classes".
 
-    A class without positives, or without negatives, is listed and left out of the means. The bootstrap draws patients
-    with all their records. Intervals: of a class with at least ENOUGH positives; of a mean over the resamples in which
-    every one of its classes has both kinds (none where these are fewer than a tenth)."""
+    A class without positives, or without negatives, is listed and left out of the means. The bootstrap draws
+    patients with all their records. Intervals: of a class with at least ENOUGH positives; of a mean over the
+    resamples in which every one of its classes has both kinds (none where these are fewer than a tenth)."""
     _, patient = np.unique(np.arange(len(scores)) if patients is None else patients, return_inverse=True)
     many = int(patient.max()) + 1
     draws = np.random.default_rng(seed).multinomial(many, np.full(many, 1 / many), RESAMPLES)
@@ -357,8 +360,9 @@ def score_classes(names, scores, positives, patients=None, seed=0):
     for title, least in (("macro", 1), ("macro_enough", ENOUGH)):
         chosen = [n for n in samples if classes[n]["positives"] >= least]
         if chosen:
-            means[title] = {"classes": len(chosen), "interval": interval(np.mean([samples[n] for n in chosen], 0))}
-            means[title] |= {m: float(np.mean([classes[n][m] for n in chosen])) for m in ("auroc", "auprc", "f1")}
+            mean = lambda m: float(np.mean([classes[n][m] for n in chosen]))
+            means[title] = {"classes": len(chosen), **{m: mean(m) for m in ("auroc", "auprc", "f1")},
+                            "interval": interval(np.mean([samples[n] for n in chosen], 0))}
     return {"records": len(scores), "patients": many, **means, "classes": classes}
 
 
@@ -383,7 +387,8 @@ def columns(r):
 
 
 def plot(title, result, path):
-    """AUROC of every class, with its interval if it has one, best at the top; no picture where no class has any."""
+    """AUROC of every class, with its interval if it has one, best at the top; no picture where no class has
+    any."""
     if "macro" not in result:
         return
     from matplotlib.figure import Figure
@@ -422,14 +427,16 @@ def class_prompts(name, classes, style):
     texts = [given.get(c, given.get(c.rstrip("_"))) for c in classes]
     texts = [[text] if isinstance(text, str) else text for text in texts]
     for c, row in zip(classes, texts):
-        if not isinstance(row, list) or not row or any(not re.search(r"\w", t) if isinstance(t, str) else True for t in row):
-            raise data.DataError(f"{style}: the prompt of {c} must be a text or a list of texts, with words in them")
+        if not isinstance(row, list) or not row or not all(isinstance(t, str) and data.WORD.search(t)
+                                                           for t in row):
+            raise data.DataError(f"{style}: the prompt of {c} must be a text or a list of texts, with words")
     return [[t.lower() for t in row] for row in texts]
 
 
 def find_store(source, config, spec):
-    """The store to evaluate on: what --data says, whatever it holds; else the run's own data if they are of the label
-    set's source; else, for PTB-XL, what is in $PTBXL or data/ptbxl, and the default simulated records."""
+    """The store to evaluate on: what --data says, whatever it holds; else the run's own data if they are of
+    the label set's source; else, for PTB-XL, what is in $PTBXL or data/ptbxl, and the default simulated
+    records."""
     if spec:
         return data.open_data(spec, config.rate)
     if config.data.partition(":")[0] in ("store", source):
@@ -446,22 +453,24 @@ def find_store(source, config, spec):
 
 
 def sets_of(store):
-    """Label sets that a store's test records can answer: PTB-XL's four, or all codes; none where no record has one."""
+    """Label sets that a store's test records can answer: PTB-XL's four, or all codes; none where no record
+    has one."""
     names = ["ptbxl"] if store.records["source"].iloc[0] == "ptbxl" else ["simulated"]
     codes = store.records["codes"].iloc[np.flatnonzero(store.records["split"] == "test")]
     return names if any(code in data.knowledge()["findings"] for row in codes for code in row) else []
 
 
 def test_rows(store, folds=None):
-    """Row numbers of a store's test records, or of the given folds. Errors: DataError where there are none."""
+    """Row numbers of a store's test records, or of the given folds. Errors: DataError where there are
+    none."""
     records = store.records
     if folds and not records["fold"].any():
         raise data.DataError(f"{store.path}: these records have no folds: leave out --folds")
     rows = np.flatnonzero(records["fold"].isin(folds) if folds else records["split"] == "test")
     if not len(rows):
         wanted = f"fold {', '.join(map(str, folds))}" if folds else "the test split"
-        raise data.DataError(f"{store.path}: holds no record of {wanted}; name folds with --folds, or other records "
-                             "with --data")
+        raise data.DataError(f"{store.path}: holds no record of {wanted}; name folds with --folds, or other "
+                             "records with --data")
     return rows
 
 
@@ -492,7 +501,7 @@ def zeroshot(run, sets, checkpoint=None, spec=None, prompts="descriptive", folds
 
 def report(run, sets, **options):
     """Evaluate, print the tables, write results.json and the pictures into the run."""
-    known_results(run)  # before all the work
+    remember(run, "zeroshot", {})
     results = zeroshot(run, sets, **options)
     for name, result in results.items():
         print_table(f"zero-shot {name} of {result['source']} records", result)
@@ -500,18 +509,19 @@ def report(run, sets, **options):
     return results
 
 
-DEFAULTS = {"prompts": "descriptive", "folds": None, "scales": None, "checkpoint": None, "spec": None, "beams": 1}
+DEFAULTS = {"prompts": "descriptive", "folds": None, "scales": None, "checkpoint": None, "spec": None,
+            "beams": 1}
 
 
 def entry(name, options):
     """The title of a result: what was asked, and those options that are not the defaults."""
-    given = {k: v for k, v in options.items() if v != DEFAULTS.get(k, v)}
-    return " ".join([name, *(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items())])
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else value
+    return " ".join([name, *(f"{k}={text(v)}" for k, v in options.items() if v != DEFAULTS.get(k, v))])
 
 
 def save_results(run, results, options):
-    """results.json and zeroshot_SET.png of a run: an entry for each label set and options, none of which overwrites
-    another."""
+    """results.json and zeroshot_SET.png of a run: an entry for each label set and options, none of which
+    overwrites another."""
     for name, result in results.items():
         title = entry(name, options)
         file = re.sub("[^a-zA-Z0-9_.=,-]+", "_", title)[:150]
@@ -527,7 +537,8 @@ def known_results(run):
 
 
 def remember(run, key, found):
-    """Add to an entry of a run's results.json."""
+    """Add to an entry of a run's results.json; nothing, before all the work, to show that it can be done.
+    Errors: DataError."""
     with data.locked(Path(run) / ".results.lock"):  # of two evaluations at a time, none loses the other's
         known = known_results(run)
         known.setdefault(key, {}).update(found)
@@ -555,7 +566,7 @@ def generate(run, checkpoint=None, spec=None, folds=None, beams=1, text_model=""
     rows = [row for row in test_rows(store, folds) if tags[row]]
     if not rows:
         raise data.DataError(f"{store.path}: none of the records asked for has a report")
-    known_results(run)  # before all the work
+    remember(run, "reports", {})
     texts = []
     for start in tqdm(range(0, len(rows), batch), desc="writing", leave=False):
         texts += method.generate(torch.from_numpy(store.ecg(rows[start:start + batch])).to(device), beams)
@@ -675,7 +686,7 @@ def plot_comparison(groups, path):
             if s is None:
                 continue
             if s["interval"]:
-                axes.plot(s["interval"], [y, y], color=colour, alpha=.25, lw=8, solid_capstyle="butt", zorder=1)
+                axes.plot(s["interval"], [y, y], c=colour, alpha=.25, lw=8, solid_capstyle="butt", zorder=1)
             axes.plot([s["mean"]] * 2, [y - 0.3, y + 0.3], color=colour, lw=1.5, zorder=2)
             axes.plot(s["auroc"], [y] * len(s["auroc"]), "o", color=colour, mec="white", mew=0.6, ms=5.5, zorder=3)
         axes.set_title(name, fontsize=10)

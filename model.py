@@ -1,4 +1,5 @@
-"""ECG encoders, the text tower, losses, one class a method, and its settings: everything that is learned, and how.
+"""ECG encoders, the text tower, losses, one class a method, and its settings: everything that is learned, and
+how.
 
 Every method has the same three calls (see Method): encode_ecg, encode_text, loss. To add one, write a class
 and put its defaults into METHODS at the end of this file; train.py and eval.py need no change.
@@ -211,11 +212,11 @@ def at_length(positions, n):
 
 
 class ViT1d(nn.Module):
-    """1-D vision transformer of MERL (METHODS 1.2): patches over all leads, learned positions, pre-norm blocks, a
-    LayerNorm. (MERL itself pools before it, from `states`.)
+    """1-D vision transformer of MERL (METHODS 1.2): patches over all leads, learned positions, pre-norm
+    blocks, a LayerNorm. (MERL itself pools before it, from `states`.)
 
-    samples and patch set the number of learned positions; other lengths interpolate them; a last incomplete patch is
-    dropped."""
+    samples and patch set the number of learned positions; other lengths interpolate them; a last incomplete
+    patch is dropped."""
     SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "middle": (512, 8, 2048), "base": (768, 12, 3072)}
 
     def __init__(self, size="tiny", leads=12, samples=5000, patch=50, depth=12):
@@ -532,7 +533,8 @@ def mask_words(ids, words, tokenizer, share):
 def load_text_model(name, head="AutoModel"):
     """(encoder, tokenizer) of a Hugging Face name or folder, or of a run of --method cardiolm; of a T5 the encoder half.
 
-    head: the transformers class that loads it. Errors: ModelError where there is none, or it lacks words or layers."""
+    head: the transformers class that loads it. Errors: ModelError where there is none, or it lacks words or
+    layers."""
     import transformers
     name = text_model_name(name)
     try:
@@ -540,32 +542,32 @@ def load_text_model(name, head="AutoModel"):
         lm, found = getattr(transformers, head_for(config, head)).from_pretrained(
             name, trust_remote_code=False, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers, safetensors and the hub fail in many ways on what is no whole model
-        raise ModelError(f"text model {name!r} is neither a folder with a whole model nor to be had from the Hugging "
-                         f"Face hub: {first_line(error)}") from error
+    except Exception as error:  # transformers, safetensors and the hub fail in many ways on what is wrong
+        raise ModelError(f"text model {name!r} is neither a folder with a whole model nor to be had from the "
+                         f"Hugging Face hub: {first_line(error)}") from error
     lacking = sorted(found["missing_keys"])
     body = [key for key in lacking if (head == "AutoModel" or key.startswith(lm.base_model_prefix + "."))
             and "pooler." not in key and not key.endswith("position_ids")]
     if body:
-        raise ModelError(f"text model {name!r}: its file lacks {len(body)} weights, such as {', '.join(body[:3])}: it is "
-                         "of another model or cut off")
+        raise ModelError(f"text model {name!r}: its file lacks {len(body)} weights, such as "
+                         f"{', '.join(body[:3])}: it is of another model or cut off")
     if lacking:
-        print(f"text model {name}: not in its file, and new: {', '.join(lacking[:6])}{', ...'[:5 * (len(lacking) > 6)]}")
+        print(f"text model {name}: new, since not in its file: {len(lacking)} weights, such as {lacking[0]}")
     lm.new_pooler = any("pooler." in key for key in lacking)
     return lm, check_tokenizer(tokenizer, lm.config, name)
 
 
 def text_model_name(name):
-    """The folder, absolute, or the hub's name. Errors: ModelError where what is plainly meant as a folder is not there:
-    the hub would be asked for a name that anybody may have registered."""
+    """The folder, absolute, or the hub's name. Errors: ModelError where what is plainly meant as a folder is
+    not there: the hub would be asked for a name that anybody may have registered."""
     folder = os.path.abspath(os.path.expanduser(name))
     inner = os.path.join(folder, "language_model")  # of a cardiolm run
     if os.path.isdir(folder):
         return inner if os.path.isdir(inner) else folder
     parts = name.split("/")
     if len(parts) > 2 or name.startswith((".", "~", "/")) or len(parts) == 2 and os.path.isdir(parts[0]):
-        raise ModelError(f"text model {name!r} is neither a folder nor a name of the Hugging Face hub: there is no "
-                         + folder)
+        raise ModelError(f"text model {name!r} is neither a folder nor a name of the Hugging Face hub: there "
+                         f"is no {folder}")
     return name
 
 
@@ -574,13 +576,14 @@ def first_line(error):
 
 
 def check_tokenizer(tokenizer, config, name):
-    """tokenizer, if it is the model's: no more pieces than that has, and not every word unknown. Errors: ModelError."""
+    """tokenizer, if it is the model's: no more pieces than that has, and not every word unknown. Errors:
+    ModelError."""
     pieces, probe = len(tokenizer), tokenizer.tokenize("sinus rhythm with atrial fibrillation")
     if pieces > config.vocab_size or all(piece == tokenizer.unk_token for piece in probe):
-        raise ModelError(f"text model {name!r} has no tokenizer of its own: the one found knows {pieces} pieces, the "
-                         f"model {config.vocab_size}; put its tokenizer.json or vocab.txt beside its weights")
+        raise ModelError(f"text model {name!r} has no tokenizer of its own: the one found knows {pieces} "
+                         f"pieces, the model {config.vocab_size}; put its tokenizer.json or vocab.txt there")
     if 2 * pieces < config.vocab_size:
-        print(f"text model {name}: its tokenizer knows {pieces} pieces, it {config.vocab_size}: is it the right one?")
+        print(f"text model {name}: the tokenizer knows {pieces} pieces, the model {config.vocab_size}")
     return tokenizer
 
 
@@ -590,15 +593,15 @@ def head_for(config, head):
 
 
 def rebuild_text_model(folder, head="AutoModel"):
-    """(encoder with random weights, tokenizer) as save_text_model wrote them: a run brings its own weights. Errors:
-    ModelError."""
+    """(encoder with random weights, tokenizer) as save_text_model wrote them: a run brings its own weights.
+    Errors: ModelError."""
     import transformers
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         lm = getattr(transformers, head_for(config, head)).from_config(config, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as above
-        raise ModelError(f"{folder}: damaged or missing ({first_line(error)}); copy it from the run") from error
+        raise ModelError(f"{folder}: damaged or missing ({first_line(error)}); copy it again") from error
     return lm, check_tokenizer(tokenizer, lm.config, str(folder))
 
 
@@ -804,8 +807,8 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def limit_scales(self):
-        """Learned scales stay at 100 or below, as in CLIP: after a step, since a clamp in the forward pass would leave
-        a scale that is once beyond without gradient for ever."""
+        """Learned scales stay at 100 or below, as in CLIP: after a step, since a clamp in the forward pass
+        would leave a scale that is once beyond without gradient for ever."""
         for name, p in self.named_parameters():
             if name in ("log_scale", "log_attention"):
                 p.clamp_(max=math.log(100))
@@ -1032,8 +1035,8 @@ class CMELT(Method):
     def check(cls, config):
         super().check(config)
         if not config.encoder.startswith("w2v_"):
-            raise ModelError("cmelt drops frames before its transformer: use --encoder w2v_tiny, small or base, "
-                             f"not {config.encoder}")
+            raise ModelError("cmelt drops frames before its transformer: use --encoder w2v_tiny, small or "
+                             f"base, not {config.encoder}")
 
     def __init__(self, config, text):
         super().__init__(config, text)
@@ -1185,8 +1188,8 @@ class FGCLEP(Method):
     @classmethod
     def check(cls, config):
         if config.text_unit == "tags" and (config.similarity != "tags" or config.fn_mode == "none"):
-            raise ModelError("--similarity half or cos and --fn-mode none pair each record with one text: add "
-                             "--text-unit report")
+            raise ModelError("--similarity half or cos and --fn-mode none pair each record with one text: "
+                             "add --text-unit report")
         if config.llm and not config.fine_epochs:
             raise ModelError("--llm proposes features for the fine stage: add --fine-epochs")
 
@@ -1286,7 +1289,7 @@ def indicator(rows, columns):
     return out
 
 
-# ---- settings ----------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 # A type says what a setting may be: Literal its values, Annotated[kind, lowest, highest] its range.
 
 Count, CountOr0 = Annotated[int, 1, 10**9], Annotated[int, 0, 10**9]
@@ -1296,71 +1299,72 @@ Part = Annotated[float, 0, 0.99]  # all of it would leave nothing
 
 @dataclass
 class Config:
-    """The small default, made for two CPU cores. A method's own defaults and --preset paper stand in METHODS."""
-    method: str = "fgclep"            # etp | merl | cmelt | melp | fgclep, or cardiolm (a language model for --text-model)
-    preset: Literal["small", "paper"] = "small"  # small: the defaults here; paper: the method's published recipe
-    data: str = "simulated"           # simulated[:N] | ptbxl:PATH | mimic:PATH | csv:FILE | store:PATH; cardiolm: text files, too
-    name: str = ""                    # name of the run folder; default: method, data and time
+    """The small default, made for two CPU cores. A method's own defaults and --preset paper stand in
+    METHODS."""
+    method: str = "fgclep"  # etp | merl | cmelt | melp | fgclep; cardiolm: a language model for --text-model
+    preset: Literal["small", "paper"] = "small"  # paper: the method's published recipe
+    data: str = "simulated"  # simulated[:N], ptbxl:DIR, mimic:DIR, csv:FILE, store:DIR; cardiolm: texts, too
+    name: str = ""  # name of the run folder; default: method, data and time
     seed: Annotated[int, 0, 2**31] = 0  # everything random follows from it
-    # signal
+  # signal
     rate: Annotated[int, 100, 1000] = 100  # Hz of the store
     normalise: Literal["mv", "record", "lead"] = "mv"  # model.normalise
-    lead_drop: Part = 0.2             # chance that a lead is zeroed in a training step
+    lead_drop: Part = 0.2  # chance that a lead is zeroed in a training step
     shift: Annotated[float, 0, 5] = 1.0  # seconds; a training record is moved in time by at most this much
-    # ECG encoder
-    encoder: str = "resnet18"         # resnet18|34|50|101 | vit_ or leadvit_tiny|small|middle|base | w2v_tiny|small|base
+  # ECG encoder
+    encoder: str = "resnet18"  # resnet18|34|50|101, (lead)vit_tiny|small|middle|base, w2v_tiny|small|base
     width: Annotated[float, 0.01, 16] = 0.25  # channels of a ResNet, as a factor
-    patch: Count = 10                 # samples of a patch of vit or leadvit
+    patch: Count = 10  # samples of a patch of vit or leadvit
     dim: Annotated[int, 1, 65536] = 128  # dimension of the shared space
-    max_pool: bool = False            # the maximum over time beside the mean
-    # text tower
-    text_model: str = ""              # Hugging Face name, folder or cardiolm run; default: a small BERT made from the reports
+    max_pool: bool = False  # the maximum over time beside the mean
+  # text tower
+    text_model: str = ""  # Hugging Face name, folder, cardiolm run; default: a small BERT made of the reports
     text_trainable_layers: Annotated[int, -1, 1000] = -1  # -1 all, 0 frozen, n the last n layers
     text_pooling: Literal["mean", "cls", "pooler"] = "mean"  # model.TextTower
     text_max_length: Annotated[int, 3, 10**6] = 128  # tokens
-    text_mask: bool = True            # False: padding is attended to (D-BETA's published code)
-    mlm_steps: CountOr0 = 150         # masked-language-model updates of the small BERT
-    text_unit: Literal["report", "subset", "tag", "tags"] = "report"  # said of a record in a step; tags (fgclep): every one
+    text_mask: bool = True  # False: padding is attended to (D-BETA's published code)
+    mlm_steps: CountOr0 = 150  # masked-language-model updates of the small BERT
+    text_unit: Literal["report", "subset", "tag", "tags"] = "report"  # said of a record; tags: fgclep's, all
     report_language: Literal["english", "original"] = "english"  # original: as the reports are written
-    # loss
+  # loss
     temperature: Annotated[float, 1e-3, 1e3] = 0.07  # fixed softmax temperature
-    uma_dropout: Part = 0.1           # dropout of the two ECG views
+    uma_dropout: Part = 0.1  # dropout of the two ECG views
     beats: Literal["query", "rpeak"] = "query"  # learned (published), or the mean over each R-R interval
-    beat_queries: Count = 12          # learned beats
-    beat_mean: bool = True            # False rewards long reports (published code)
-    beat_weight: Weight = 0.2         # of the beat loss
-    caption_queries: Count = 32       # ECG tokens that the caption decoder sees
-    caption_weight: Weight = 2.0      # of the caption loss
-    decoder_layers: Count = 2         # of the caption decoder
-    fusion_layers: Count = 2          # of each stream
-    frame_drop: Part = 0.75           # share of frames hidden from the encoder
-    lead_mask: Part = 0.5             # chance that the encoder does not see a lead
-    word_mask: Share = 0.25           # share of hidden words
-    mem_target: Literal["record", "input"] = "record"  # are hidden leads rebuilt, or to be zero (published code)?
-    ets_sum: bool = True              # a record's pairs are summed (paper) | False: averaged (published code), 1/B of it
+    beat_queries: Count = 12  # learned beats
+    beat_mean: bool = True  # False rewards long reports (published code)
+    beat_weight: Weight = 0.2  # of the beat loss
+    caption_queries: Count = 32  # ECG tokens that the caption decoder sees
+    caption_weight: Weight = 2.0  # of the caption loss
+    decoder_layers: Count = 2  # of the caption decoder
+    fusion_layers: Count = 2  # of each stream
+    frame_drop: Part = 0.75  # share of frames hidden from the encoder
+    lead_mask: Part = 0.5  # chance that the encoder does not see a lead
+    word_mask: Share = 0.25  # share of hidden words
+    mem_target: Literal["record", "input"] = "record"  # of hidden leads; input: zeros (published code)
+    ets_sum: bool = True  # a record's pairs are summed (paper) | False: averaged (published code), 1/B of it
     negatives: Literal["far", "lost", "none"] = "far"  # N3S: far (paper), lost (published code)
-    align: Literal["rhythm", "tag", "word"] = "rhythm"  # v1; tag: v2, tags over patches; word: words over tokens
+    align: Literal["rhythm", "tag", "word"] = "rhythm"  # v1; tag: v2, over patches; word: over tokens
     fn_mode: Literal["soft_bce", "l1", "none"] = "soft_bce"  # of false negatives; none: hard targets
     similarity: Literal["tags", "half", "cos"] = "tags"  # soft targets: model.FGCLEP.targets
-    prior: bool = True                # logits start from each text's frequency in the batch: model.FGCLEP.loss
-    llm: str = ""                     # causal language model (name or folder) to propose features; default: prompts.json
-    keep_share: Weight = 1.5          # of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
+    prior: bool = True  # logits start from each text's frequency in the batch: model.FGCLEP.loss
+    llm: str = ""  # causal language model (name or folder) to propose features; default: prompts.json
+    keep_share: Weight = 1.5  # of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
     keep_threshold: Annotated[float, -1, 1] = -1.0  # and whose cosine is at least this (FOCAL: 0.95)
-    # optimisation
-    epochs: Count = 12                # fgclep: of the coarse stage
-    fine_epochs: CountOr0 = 0         # of the fine stage
+  # optimisation
+    epochs: Count = 12  # fgclep: of the coarse stage
+    fine_epochs: CountOr0 = 0  # of the fine stage
     batch_size: Annotated[int, 2, 10**9] = 32  # records contrasted with one another, over all processes
-    accumulate: Count = 1             # such batches per update
+    accumulate: Count = 1  # such batches per update
     lr: Annotated[float, 1e-12, 100] = 2e-3  # peak learning rate (AdamW)
     beta2: Annotated[float, 0, 0.999999] = 0.999  # AdamW
     weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.decays
-    warmup: Share = 0.1               # share of a stage's updates with rising rate; without it towers collapse
+    warmup: Share = 0.1  # share of a stage's updates with rising rate; without it towers collapse
     clip: Annotated[float, 1e-12, math.inf] = 1.0  # largest gradient norm
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
-    compile: bool = False             # torch.compile the ECG encoder
+    compile: bool = False  # torch.compile the ECG encoder
     threads: Annotated[int, 0, 4096] = 0  # CPU threads; 0: torch's choice
     workers: Annotated[int, 0, 1024] = 0  # processes that read batches
-    save_every: Count = 200           # updates between checkpoints
+    save_every: Count = 200  # updates between checkpoints
 
 
 TYPES = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -1384,7 +1388,8 @@ def flag(setting):
 def check_setting(name, value):
     """Errors: ModelError where a setting cannot have this value."""
     kind, limits = kind_of(name), get_args(TYPES[name])
-    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    fits = isinstance(value, (kind, int) if kind is float else kind)
+    fits = fits and isinstance(value, bool) == (kind is bool)
     may = {str: "a text", bool: "true or false"}.get(kind)
     if limits and kind is str:
         fits, may = fits and value in limits, "one of " + ", ".join(limits)
@@ -1395,18 +1400,20 @@ def check_setting(name, value):
 
 
 def configure(method=Config.method, preset=Config.preset, **given):
-    """Config of a method: its defaults, its published recipe if preset is "paper", and over them what is given.
+    """Config of a method: its defaults, its published recipe if preset is "paper", and over them what is
+    given.
 
     Errors: ModelError for a setting that is unknown, has no such value, or belongs to other methods."""
     if method not in METHODS or preset not in ("small", "paper"):
-        raise ModelError(f"unknown method or preset: {method}, {preset}; methods: {', '.join(METHODS)}; presets: small, "
-                         "paper")
+        raise ModelError(f"unknown method or preset: {method}, {preset}; methods: {', '.join(METHODS)}; "
+                         "presets: small, paper")
     cls, small, paper = METHODS[method]
     for name in given:
         if name not in TYPES:
             raise ModelError(f"there is no setting {name!r}")
         if owners(name) and method not in owners(name):
-            raise ModelError(f"{flag(name)} is a setting of {', '.join(owners(name))}, not of {method}: leave it out")
+            whose = ", ".join(owners(name))
+            raise ModelError(f"{flag(name)} is a setting of {whose}, not of {method}: leave it out")
     recipe = small | (paper if preset == "paper" else {}) | given
     config = Config(**recipe, method=method, preset=preset)
     for name in TYPES:
@@ -1416,7 +1423,7 @@ def configure(method=Config.method, preset=Config.preset, **given):
     if "vit" in config.encoder and config.patch > SECONDS * config.rate:
         raise ModelError(f"--patch {config.patch} is longer than a record of {SECONDS * config.rate} samples")
     if config.name and not re.fullmatch(r"[^\W_][^/\\\0]*", config.name):
-        raise ModelError(f"--name {config.name!r} is no name of a folder: begin with a letter or digit, use no slash")
+        raise ModelError(f"--name {config.name!r} is no name of a folder: begin with a letter, use no slash")
     cls.check(config)
     return config
 

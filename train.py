@@ -42,6 +42,8 @@ def parse(argv):
     for name in models.TYPES:
         kind, default = models.kind_of(name), getattr(models.Config, name)
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+        if kind is str and (values := models.get_args(models.TYPES[name])):
+            how["metavar"] = "|".join(values)
         whose = ", ".join(models.owners(name))
         parser.add_argument(models.flag(name), default=argparse.SUPPRESS, **how,
                             help=f"{whose and whose + ': '}{notes[name]} [{default}]".replace("%", "%%"))
@@ -138,9 +140,9 @@ def updates_of(config, records):
     counts = [epochs * (records // config.batch_size) // config.accumulate for _, epochs in stages(config)]
     if config.batch_size % models.world() or min(counts) < 1:
         raise data.DataError(
-            f"{records} training records with a report, batches of {config.batch_size} by {models.world()} process"
-            f"(es), {config.accumulate} for an update: every stage needs one update, and a batch must divide by the "
-            "processes; lower --batch-size or --accumulate")
+            f"{records} training records with a report, batches of {config.batch_size} by {models.world()} "
+            f"process(es), {config.accumulate} for an update: every stage needs one update, and a batch must "
+            "divide by the processes; lower --batch-size or --accumulate")
     return counts
 
 
@@ -180,8 +182,8 @@ def far_texts(method, texts, run, main):
 
 
 def decays(path, module, name, p):
-    """Is a parameter a matrix that something is multiplied by? Positions, class tokens, queries and scales are
-    not, whatever their shape. path: of its module."""
+    """Is a parameter a matrix that something is multiplied by? Positions, class tokens, queries and scales
+    are not, whatever their shape. path: of its module."""
     nn = torch.nn
     if not isinstance(module, (nn.Linear, nn.Conv1d, nn.MultiheadAttention, nn.Embedding)):
         return name in ("project_beats", "vocabulary")
@@ -196,7 +198,8 @@ def make_optimiser(method, config):
             if p.requires_grad and p not in known:  # a tied one counts once
                 known.add(p)
                 groups[0 if decays(path, module, name, p) else 1].append(p)
-    groups = [{"params": params, "weight_decay": decay} for params, decay in zip(groups, (config.weight_decay, 0.0))]
+    decayed, others = ({"params": params} for params in groups)
+    groups = [{**decayed, "weight_decay": config.weight_decay}, {**others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
 
 
@@ -214,8 +217,8 @@ def rate_at(update, updates, config):
 
 
 def seed_update(config, update):
-    """The random numbers of an update follow from (seed, rank, update): every process has a stream of its own, and
-    a resumed run, with however many processes, needs no state of any."""
+    """The random numbers of an update follow from (seed, rank, update): every process has a stream of its
+    own, and a resumed run, with however many processes, needs no state of any."""
     rank = dist.get_rank() if models.world() > 1 else 0
     mixed = np.random.SeedSequence((config.seed, rank, update)).generate_state(1, np.uint64)
     torch.manual_seed(int(mixed[0]))
@@ -233,8 +236,8 @@ MADE = ("recovered.jsonl", "negatives.pt")  # files of a run that no resumed run
 
 
 def read_checkpoint(run):
-    """checkpoint.pt of a run, None where there is none. Errors: DataError where it, or a file that it goes with, is
-    damaged."""
+    """checkpoint.pt of a run, None where there is none. Errors: DataError where it, or a file that it goes
+    with, is damaged."""
     path = run / "checkpoint.pt"
     if not path.exists():
         return None
@@ -247,7 +250,8 @@ def read_checkpoint(run):
 
 
 def restore(state, run, method, optimiser):
-    """Fill method and optimiser from a checkpoint -> updates done. Errors: DataError where it is another run's."""
+    """Fill method and optimiser from a checkpoint -> updates done. Errors: DataError where it is another
+    run's."""
     path, before = run / "checkpoint.pt", state["processes"]
     try:
         method.load_state_dict(state["model"])
@@ -370,8 +374,8 @@ def load_llm(name, device):
         lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # as in models.load_text_model
         raise models.ModelError(
-            f"language model {name!r} is neither a folder with a causal language model nor to be had from the Hugging "
-            f"Face hub: {models.first_line(error)}") from error
+            f"language model {name!r} is neither a folder with a causal language model nor to be had from "
+            f"the Hugging Face hub: {models.first_line(error)}") from error
     models.check_tokenizer(tokenizer, lm.config, name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return lm.to(device).eval(), tokenizer
@@ -484,7 +488,7 @@ def read_recovered(run):
     path = run / "recovered.jsonl"
     found = {line["row"]: line["candidates"] for line in read_lines(path, {"row": int, "candidates": [list]})}
     if any(list(map(type, one)) != [str, float, bool] for row in found.values() for one in row):
-        raise data.DataError(f"{path}: a candidate must be [feature, cosine, kept]; restore it, or train anew")
+        raise data.DataError(f"{path}: a candidate is [feature, cosine, kept]; restore it, or train anew")
     return found
 
 
@@ -507,8 +511,8 @@ def enrich(method, store, rows, tags, config, run, device, main):
     agree(None)  # the others wait here
     recovered = read_recovered(run)
     if recovered.keys() != set(rows):
-        raise data.DataError(f"{run / 'recovered.jsonl'}: has the candidates of {len(recovered)} records, not {len(rows)};"
-                             " restore the file, or train anew (another model would recover others)")
+        raise data.DataError(f"{run / 'recovered.jsonl'}: has candidates of {len(recovered)} records, not of "
+                             f"{len(rows)}; restore it, or train anew (another model would recover others)")
     kept = {row: [f for f, _, keep in scored if keep] for row, scored in recovered.items()}
     if main:
         print(f"recovered features: {sum(len(s) for s in recovered.values())} candidates, {sum(map(len, kept.values()))} kept")
@@ -528,7 +532,7 @@ def start_processes():
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     if cuda and local >= (gpus := torch.cuda.device_count()):
-        raise data.DataError(f"process {local + 1} of this machine has no GPU: there are {gpus}; start as many")
+        raise data.DataError(f"process {local + 1} of this machine has no GPU: it has {gpus}; start as many")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -547,8 +551,9 @@ def agree(value):
 
 
 class Stop:
-    """While it is entered, SIGINT and SIGTERM ask for a stop; the loop saves and leaves before its next batch. A
-    second one ends at once, but not under torchrun: there Ctrl-C comes twice, from the terminal and from the agent."""
+    """While it is entered, SIGINT and SIGTERM ask for a stop; the loop saves and leaves before its next
+    batch. A second one ends at once, but not under torchrun: there Ctrl-C comes twice, from the terminal and
+    from the agent."""
 
     def __enter__(self):
         self.asked = 0
@@ -580,8 +585,8 @@ def read_lines(path, shape):
 
 
 def whole_lines(path, shape):
-    """read_lines of a file that may not be there yet, or was being written when a kill came: what stands behind the
-    last end of a line is cut off the file."""
+    """read_lines of a file that may not be there yet, or was being written when a kill came: what stands
+    behind the last end of a line is cut off the file."""
     text = data.read_text(path) if path.exists() else ""
     if not text.endswith("\n") and text:
         data.write_text(path, text[:text.rfind("\n") + 1])
@@ -609,7 +614,7 @@ class Log:
             if self.file:
                 self.file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise data.DataError(f"{self.path}: cannot be written: {error.strerror}; when it can, continue with "
+            raise data.DataError(f"{self.path}: cannot be written: {error.strerror}; when it can, go on with "
                                  f"--resume {self.path.parent}") from error
 
     def plot(self):
@@ -670,7 +675,8 @@ def ignore_interrupts(worker):
 
 
 def train(config, run, source, device, main):
-    """Train to the end, or continue a run folder to its end. Returns whether it came there: no, if it was stopped."""
+    """Train to the end, or continue a run folder to its end. Returns whether it came there: no, if it was
+    stopped."""
     store, tags, rows, _ = source
     counts, language = updates_of(config, len(rows)), store is None
     texts = [models.join(tags[row]) for row in rows]
@@ -703,14 +709,14 @@ def train(config, run, source, device, main):
             records = Records(store, enrich(method, store, rows, tags, config, run, device, main), config)
         keys = [key for epoch in range(epochs) for key in batch_keys(rows, config, number, epoch)]
         batches = torch.utils.data.DataLoader(
-            records, sampler=keys[(update - start) * config.accumulate:], batch_size=None, collate_fn=as_it_is,
-            num_workers=config.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
+            records, sampler=keys[(update - start) * config.accumulate:], batch_size=None,
+            collate_fn=as_it_is, num_workers=config.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
         watch = None if language or not main else Watch(to_device(records[keys[0]], device), method, config)
         if watch and update > start:  # resumed within the stage
             watch.recent, watch.flat = checkpoint["watch"]["recent"], checkpoint["watch"]["flat"]
         with Stop() as stop:
-            update = train_stage(name, parallel, optimiser, batches, Updates(start, update, end), config, run, device,
-                                 log, stop, watch)
+            update = train_stage(name, parallel, optimiser, batches, Updates(start, update, end), config, run,
+                                 device, log, stop, watch)
         if update < end:
             return False
     if main:
@@ -810,8 +816,9 @@ def train_stage(name, parallel, optimiser, batches, updates, config, run, device
 
 def check_finite(x, batch, update, what="loss"):
     if not torch.isfinite(x):
-        raise data.DataError(f"the {what} is {x.item()} at update {update}; records of this batch: "
-                             f"{', '.join(batch.ids)}. Look at their signals (python data.py plot), or lower --lr")
+        ids = ", ".join(batch.ids)
+        raise data.DataError(f"the {what} is {x.item()} at update {update}; records of this batch: {ids}. "
+                             "Look at their signals (python data.py plot), or lower --lr")
 
 
 def absolute(spec):
@@ -834,10 +841,10 @@ def new_folder(config, made_by):
             break
         except FileExistsError as error:
             if config.name or not Path("runs").is_dir():
-                raise data.DataError(f"{run} exists: continue it with --resume {run}, or choose another --name") \
-                    from error
+                fault = f"exists: continue it with --resume {run}, or choose another --name"
+                raise data.DataError(f"{run} {fault}") from error
         except OSError as error:
-            raise data.DataError(f"{run}: cannot be made ({error.strerror}); start where one can write") from error
+            raise data.DataError(f"{run}: cannot be made ({error.strerror}); start elsewhere") from error
     settings = models.settings_of(config) | {"made_by": made_by}
     data.write_text(run / "config.json", json.dumps(settings, indent=1))
     return run
@@ -850,7 +857,7 @@ def check_origin(run, made_by):
     """Is a run that goes on still what it was? Other data: DataError; other versions are told."""
     before = evaluation.read_config(run)[1]
     if before["store"] != made_by["store"]:
-        raise data.DataError(f"{run}: its training data have changed since it began; train anew, or restore them")
+        raise data.DataError(f"{run}: its training data have changed since it began; train anew")
     if changed := [f"{k} {before[k]} -> {v}" for k, v in made_by.items() if before[k] != v]:
         print(f"{run} goes on with other versions: {'; '.join(changed)}; the last digits may be others")
 
