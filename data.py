@@ -166,8 +166,8 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def locked(path, wait=True):
-    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free again when
-    this process ends, however it ends. Where the file system knows no locks: goes on without, and says so.
+    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free again
+    when this process ends, however it ends. Where the file system knows no locks: goes on without, and says so.
     Errors: DataError."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)

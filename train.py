@@ -709,8 +709,8 @@ def train(config, run, source, device, main):
             records = Records(store, enrich(method, store, rows, tags, config, run, device, main), config)
         keys = [key for epoch in range(epochs) for key in batch_keys(rows, config, number, epoch)]
         batches = torch.utils.data.DataLoader(
-            records, sampler=keys[(update - start) * config.accumulate:], batch_size=None,
-            collate_fn=as_it_is, num_workers=config.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
+            records, sampler=keys[(update - start) * config.accumulate:], batch_size=None, collate_fn=as_it_is,
+            num_workers=config.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
         watch = None if language or not main else Watch(to_device(records[keys[0]], device), method, config)
         if watch and update > start:  # resumed within the stage
             watch.recent, watch.flat = checkpoint["watch"]["recent"], checkpoint["watch"]["flat"]
