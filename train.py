@@ -541,6 +541,16 @@ def start_processes():
     return device, rank == 0
 
 
+def leave_processes():
+    """Leave torchrun's other processes: one that ends with its group open can abort, and torchrun then stops the one
+    that evaluates. Gloo's threads need Python's lock to let go of their last work: a group that is freed under the
+    lock before they did waits for them for ever, so they get the time."""
+    if models.world() > 1:
+        dist.barrier()
+        time.sleep(0.2)
+        dist.destroy_process_group()
+
+
 def agree(value):
     """Process 0's value, in all processes."""
     if models.world() == 1:
@@ -892,8 +902,7 @@ def main(argv=None):
             if first and not resumed and not done:
                 shutil.rmtree(run)
             raise
-    if models.world() > 1:
-        dist.destroy_process_group()  # a process that ends with it open can abort, and torchrun then stops the one that evaluates
+    leave_processes()
     if finished and sets and first:
         try:
             own = None if source.store.records["source"].iloc[0] in ("ptbxl", "simulated") else config.data

@@ -285,7 +285,8 @@ def grid_rank(rank, port):
         parallel = torch.nn.parallel.DistributedDataParallel(on_grid(name, encoder), broadcast_buffers=False)
         for _ in range(2):  # the second forward finds what the first left unused
             sum(parallel(half).values()).backward()
-    torch.distributed.destroy_process_group()
+    del parallel
+    train.leave_processes()
 
 
 def test_every_encoder_in_every_method_in_two_processes(free_port):
@@ -489,7 +490,8 @@ def one_rank(rank, world, port, name, options, path):
     sum(terms.values()).backward()
     torch.save({"terms": {k: v.item() for k, v in terms.items()}, "buffers": dict(method.named_buffers()),
                 "grads": {n: p.grad for n, p in method.named_parameters() if p.grad is not None}}, f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    del parallel  # it must not be the last to hold the group
+    train.leave_processes()
 
 
 NOTHING_RANDOM = {"negatives": "none", "frame_drop": 0.0, "lead_mask": 0.0, "word_mask": 0.0}
