@@ -162,7 +162,8 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
     run, (config, _) = Path(run), read_config(run)
     weights = Path(checkpoint or run / "model.safetensors")
     if not weights.exists():
-        raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python train.py --resume {run}")
+        raise data.DataError(f"{weights} is missing" + (": the run did not finish; continue it with: python train.py "
+                                                        f"--resume {run}" if not checkpoint else ""))
     if config.method == "cardiolm":
         raise models.ModelError(f"{run} is a language model without an ECG encoder: give it to another run with --text-model {run}")
     state, facts = read_tensors(weights)
@@ -539,6 +540,8 @@ def known_results(run):
 def remember(run, key, found):
     """Add to an entry of a run's results.json; nothing, before all the work, to show that it can be done.
     Errors: DataError."""
+    if not Path(run).is_dir():
+        raise data.DataError(f"{run}: not a run folder")
     with data.locked(Path(run) / ".results.lock"):  # of two evaluations at a time, none loses the other's
         known = known_results(run)
         known.setdefault(key, {}).update(found)
@@ -756,6 +759,8 @@ def main(argv=None):
     parser.add_argument("--scales", type=lambda text: text.split(","), help="rhythm,beat,token or some of them [the method's own]")
     parser.add_argument("--folds", type=lambda text: [int(f) for f in text.split(",")], help="PTB-XL folds, e.g. 9,10 [10]")
     args = parser.parse_args(argv)
+    if args.beams < 1:
+        parser.error("--beams is the width of a search: at least 1")
     if not (args.zeroshot or args.generate and not args.compare):
         parser.error("say what to do: --zeroshot SET or --generate; --compare needs --zeroshot SET")
     where = dict(spec=args.data, folds=args.folds, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -538,6 +538,8 @@ def load_text_model(name, head="AutoModel"):
     import transformers
     name = text_model_name(name)
     try:
+        if os.path.isdir(name) and not all(os.path.isfile(one) or os.path.isdir(one) for one in os.scandir(name)):
+            raise OSError("it holds a pipe, a device or a dead link")
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         lm, found = getattr(transformers, head_for(config, head)).from_pretrained(
             name, trust_remote_code=False, output_loading_info=True)

@@ -49,7 +49,7 @@ def parse(argv):
                             help=f"{whose and whose + ': '}{notes[name]} [{default}]".replace("%", "%%"))
     parser.add_argument("--resume", metavar="RUN", help="continue a run folder; its own config holds")
     given = vars(parser.parse_args(argv))
-    if resume := given.pop("resume"):
+    if (resume := given.pop("resume")) is not None:
         if given:
             parser.error(f"--resume takes the config from the run: drop --{', --'.join(given).replace('_', '-')}")
         return evaluation.read_config(resume)[0], Path(resume)

@@ -375,7 +375,7 @@ def test_a_text_model_that_lacks_layers_is_refused(text_folder, capsys):
         models.TextTower(*models.load_text_model(str(text_folder)), pooling="pooler")
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "pointer", "config", "type", "code"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "pointer", "config", "type", "code", "pipe"])
 def test_a_damaged_text_model_is_one_sentence(text_folder, damage, monkeypatch):
     weights, config = text_folder / "model.safetensors", text_folder / "config.json"
     if damage == "cut":
@@ -388,6 +388,9 @@ def test_a_damaged_text_model_is_one_sentence(text_folder, damage, monkeypatch):
         config.write_text("{")
     if damage == "type":
         config.write_text(config.read_text().replace('"bert"', '"ecgbert"'))
+    if damage == "pipe":
+        config.unlink()
+        os.mkfifo(config)
     if damage == "code":  # code of its own: never run, not even asked for
         monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked whether to run code"))
         config.write_text(config.read_text().replace('"bert"', '"own"').replace("{", '{"auto_map": {"AutoConfig": "c.C"},', 1))

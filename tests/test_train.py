@@ -450,8 +450,19 @@ def test_the_command_line_explains_itself(tmp_path, capsys):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(data.DataError, match="not of this version"):
             train.parse(["--resume", str(tmp_path)])
+    with pytest.raises(data.DataError, match="not a run folder"):
+        train.parse(["--resume", ""])  # an unset variable of a shell
     config, _ = train.parse(["--method", "merl", "--preset", "paper", "--lr", "0.5"])
     assert (config.rate, config.dim, config.lr) == (500, 256, 0.5)
+
+
+def test_a_corpus_of_which_no_text_is_held_out_ends_with_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    texts = [text for i in range(60) if not train.held_out(text := f"sinus rhythm of record {i}")]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    train.main(["--method", "cardiolm", "--data", "texts.txt", "--name", "lm", "--batch-size", "16", "--threads", "1", "--epochs", "1"])
+    assert "masked words: no figure, since no text" in capsys.readouterr().out
+    assert (tmp_path / "runs/lm/model.safetensors").exists() and models.load_text_model("runs/lm")
 
 
 def test_a_language_model_of_ones_own(tiny_store, tmp_path, monkeypatch, capsys):
