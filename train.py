@@ -235,11 +235,13 @@ def save_checkpoint(run, method, optimiser, update, watch):
 MADE = ("recovered.jsonl", "negatives.pt")  # files of a run that no resumed run could make again
 
 
-def read_checkpoint(run):
-    """checkpoint.pt of a run, None where there is none. Errors: DataError where it, or a file that it goes
-    with, is damaged."""
+def read_checkpoint(run, save_every):
+    """checkpoint.pt of a run, None where there is none yet. Errors: DataError where it, or a file that it goes
+    with, is damaged or lost."""
     path = run / "checkpoint.pt"
     if not path.exists():
+        if any(line["update"] >= save_every for line in Log(run, 0, False).read()):
+            raise data.DataError(f"{path}: missing, and the run was beyond its first; restore it, or train anew")
         return None
     kinds = {"model": dict, "optimiser": dict, "update": int, "processes": int, "watch": dict, "files": dict}
     state = evaluation.read_torch(path)
@@ -691,7 +693,7 @@ def train(config, run, source, device, main):
     counts, language = updates_of(config, len(rows)), store is None
     texts = [models.join(tags[row]) for row in rows]
     records = Texts([models.join(tag) for tag in tags]) if language else Records(store, tags, config)
-    checkpoint = read_checkpoint(run)
+    checkpoint = read_checkpoint(run, config.save_every)
     if config.llm and main and not (run / "recovered.jsonl").exists():
         Answers(run, config.llm).ask([tags[row] for row in rows], device)  # now: mistakes show at once, and the GPU is empty
     text = make_text(config, run, texts, device, main)

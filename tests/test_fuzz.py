@@ -198,7 +198,7 @@ def evaluated(folder, file):
 def resumed(folder, file):
     """What train.py reads of a run that it is to continue."""
     config, run = train.parse(["--resume", str(folder / "run")])
-    state = train.read_checkpoint(run)
+    state = train.read_checkpoint(run, config.save_every)
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
     update = train.restore(state, run, method, train.make_optimiser(method, config))
     log = train.Log(run, update, True).read()

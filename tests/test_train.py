@@ -201,7 +201,7 @@ def test_a_gradient_that_is_not_finite_stops(tiny_store, tmp_path, monkeypatch):
 def finished(tiny_store, tmp_path_factory):
     """A whole FG-CLEP run, and beside it, in "fine", the same stopped in its fine stage."""
     folder = tmp_path_factory.mktemp("finished")
-    args = ["--data", f"store:{tiny_store}", "--fine-epochs", "2", *TINY]
+    args = ["--data", f"store:{tiny_store}", "--fine-epochs", "2", "--save-every", "9", *TINY]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*args, "--name", "whole"])
@@ -241,6 +241,7 @@ def edit_number(path):
     ("tokenizer/tokenizer.json", lambda path: path.write_text(path.read_text().replace("sinus", "minus")), "damaged"),
     ("tokenizer/tokenizer.json", Path.unlink, "missing"), ("tokenizer/config.json", lambda path: path.write_text("{"), "damaged"),
     ("checkpoint.pt", lambda path: path.write_bytes(path.read_bytes()[:-1000]), "checkpoint.pt: damaged, cut off"),
+    ("checkpoint.pt", Path.unlink, "missing, and the run was beyond its first"),
     ("checkpoint.pt", lambda path: torch.save({"model": {}}, path), "not a checkpoint of this version"),
     ("checkpoint.pt", lambda path: torch.save([1], path), "holds other things"),
     ("checkpoint.pt", lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a Git LFS pointer"),
@@ -254,7 +255,7 @@ def test_a_damaged_run_is_refused(finished, tmp_path, monkeypatch, name, change,
     change(run / name)
     with pytest.raises(data.DataError, match=words):
         train.main(["--resume", str(run)])
-    assert (run / "checkpoint.pt").exists()  # nothing was thrown away
+    assert (run / "log.jsonl").exists()  # nothing was thrown away
 
 
 def test_a_log_line_cut_by_a_kill_is_passed_over(finished, tmp_path, monkeypatch):
