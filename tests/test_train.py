@@ -320,6 +320,9 @@ def test_a_run_of_ones_own_records_ends_with_their_table(tmp_path, monkeypatch, 
     train.main([*args, "--name", "own"])
     assert "of csv records: 6 records" in capsys.readouterr().out
     table(tmp_path / "list.csv", [row | dict(labels="") for row in rows])
+    with pytest.raises(data.DataError, match="from other records; delete it"):  # the old store is not used in silence
+        train.main([*args, "--name", "unlabelled"])
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
     train.main([*args, "--name", "unlabelled"])
     out = capsys.readouterr().out
     assert "no test record has a label, so there will be no table" in out and "zero-shot" not in out
@@ -470,7 +473,7 @@ def test_a_language_model_of_ones_own(tiny_store, tmp_path, monkeypatch, capsys)
     """cardiolm learns from reports and text files, says how many hidden words it guesses, and is a --text-model of other runs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "more.txt").write_text("\n".join(f"atrial fibrillation is the rhythm of record {i}" for i in range(60)))
-    args = ["--batch-size", "16", "--threads", "1", "--epochs", "6"]
+    args = ["--batch-size", "16", "--threads", "1", "--epochs", "9"]
     train.main(["--method", "cardiolm", "--data", f"store:{tiny_store},more.txt", "--name", "lm", *args])
     assert "masked words of" in capsys.readouterr().out
     found = json.loads((tmp_path / "runs/lm/results.json").read_text())["language"]
