@@ -237,13 +237,12 @@ static INLINE int rank(Signed v, int n, int k) {  // of lanes 0 to n - 1: the va
     return over_lanes<Highest>(v & (below == Signed{} + int16_t(k)) & (place < Signed{} + int16_t(n)));
 }
 
-static INLINE int usual(Signed v, const bool* good, int n) {  // beats.h, three_fifths
+static INLINE int usual(const int16_t* values, const bool* good, int n) {
+    int16_t ranked[LANES];
     int count = 0;
-    for (int i = 0; i < n; i++) {
-        if (good[i]) count++;
-        else v[i] = 32767;
-    }
-    return rank(v, n, three_fifths(count));
+    for (int i = 0; i < LANES; i++) ranked[i] = good[i] ? values[i] : int16_t(32767);
+    for (int i = 0; i < n; i++) count += good[i];
+    return rank(load<Signed>(ranked), n, three_fifths(count));
 }
 
 // Levels of a lead -> levels, one a chunk, `leads` apart.
@@ -256,17 +255,16 @@ static INLINE void find_levels(const int16_t* __restrict feature, const Plan& p,
     }
     for (int c = 0; c < p.chunks; c++) {
         const int n = p.segments(c);
-        int top[MAX_SEGMENTS], low[MAX_SEGMENTS];
-        bool beat[MAX_SEGMENTS], noise[MAX_SEGMENTS];
-        Signed tops{}, lows{};
+        int16_t top[LANES] = {}, low[LANES] = {};
+        bool beat[LANES] = {}, noise[LANES] = {};
         for (int i = 0, start = p.chunk(c); i < n; i++) {
             const int stop = p.segment_start(c, i + 1);
-            tops[i] = top[i] = highest_of(feature + start, stop - start);
-            lows[i] = low[i] = highest_of(lasting + start, stop - start - p.around + 1);
+            top[i] = int16_t(highest_of(feature + start, stop - start));
+            low[i] = int16_t(highest_of(lasting + start, stop - start - p.around + 1));
             start = stop;
         }
         clear_segments(top, low, n, beat, noise);
-        levels[c * leads] = Level(usual(tops, beat, n), usual(lows, noise, n));
+        levels[c * leads] = Level(usual(top, beat, n), usual(low, noise, n));
     }
 }
 

@@ -197,10 +197,14 @@ HD int usual(const int* values, const bool* good, int n) {
 }
 
 // Which of n segments stand out, from what is highest in each and what lasts: for the usual beat, and for the noise.
-HD void clear_segments(const int* top, const int* lasting, int n, bool* beat, bool* noise) {
-    int clear[MAX_SEGMENTS], most_clear = 0;
-    for (int i = 0; i < n; i++) clear[i] = top[i] * 64 / (lasting[i] + top[i] / 16 + 8), most_clear = most(most_clear, clear[i]);
-    for (int i = 0; i < n; i++) beat[i] = 2 * clear[i] >= most_clear, noise[i] = 4 * clear[i] >= most_clear;
+template <class T> HD void clear_segments(const T* top, const T* lasting, int n, bool* beat, bool* noise) {
+    int64_t most = 0, below_most = 1;
+    const auto below = [&](int i) { return int64_t(lasting[i] + top[i] / 16 + 8); };
+    for (int i = 0; i < n; i++) if (top[i] * below_most > most * below(i)) most = top[i], below_most = below(i);
+    for (int i = 0; i < n; i++) {
+        const int64_t own = top[i] * below_most, clearest = most * below(i);
+        beat[i] = 2 * own >= clearest, noise[i] = 4 * own >= clearest;
+    }
 }
 
 struct Level {

@@ -181,8 +181,10 @@ def levels(feature, borders, plan):
     parts = [feature[:, a:b] for a, b in zip(borders[:-1], borders[1:])]
     top = np.array([part.max(1) for part in parts])                            # (segments, L)
     lasting = np.array([np.lib.stride_tricks.sliding_window_view(part, plan.around, 1).min(2).max(1) for part in parts])
-    clear = top * 64 // (lasting + top // 16 + 8)
-    return usual(top, 2 * clear >= clear.max(0)), usual(lasting, 4 * clear >= clear.max(0))
+    below = lasting + top // 16 + 8
+    most = (top[:, None] * below >= top * below[:, None]).all(1).argmax(0), np.arange(len(feature))  # the clearest segments (L,)
+    own, clearest = top * below[most], top[most] * below
+    return usual(top, 2 * own >= clearest), usual(lasting, 4 * own >= clearest)
 
 
 def vote(feature, chunks, plan):
