@@ -259,7 +259,7 @@ HD int corner_at(const uint16_t* blocks, int i, const Plan& p) {
 
 HD bool comes_and_goes(int height, int vote) { return 8 * height >= 5 * vote; }
 HD bool is_no_p_wave(int corner, int size, const Noise& n) {
-    return 32 * int64_t(corner) >= 21 * int64_t(size) || size >= 300 * n.gain || size >= 18 * int64_t(n.noise);
+    return 32 * int64_t(corner) >= 21 * int64_t(size) || size >= 200 * n.gain || size >= 18 * int64_t(n.noise);
 }
 
 struct Candidates { const int *at, *height, *corner; int n; };  // ticks, ascending
@@ -294,25 +294,29 @@ HD Demand demand(Candidates c, int chunk, const Noise& noise, const Plan& p) {
     return {high, int(sum / most(1, small)), usual(corner, good, n), noise.noise, 4 * high >= noise.full};
 }
 
-// Is a candidate of height `own`, `distance` ticks after (negative: before) one of height `other`, no beat of its own? sharp: its
-// corner above the noise; corner: the other's.
+// Is a candidate of height `own`, `distance` ticks after (negative: before) one of height `other`, no beat of its own? Likewise
+// their corners; noise: as much of its corner may be noise.
 HD int falling(int top, int low, int d, int end, const Plan& p) {
     return d <= p.near ? top : d < end ? top - (top - low) * (d - p.near) / (end - p.near) : 0;
 }
-HD bool overshadows(int distance, int own, int other, int sharp, int corner, const Plan& p) {
+HD bool overshadows(int distance, int own, int other, int corner, int other_corner, int noise,
+                    const Plan& p) {
     const int d = magnitude(distance);
     const bool late = distance > 0;
     if (d < p.refractory) return own < other || (own == other && late);
+    if (2 * own >= other && 4 * int64_t(corner) >= 3 * int64_t(other_corner)) return false;  // two of a kind
     const int end = late ? p.after : p.ahead;
     return 1024 * own < falling(late ? 922 : 717, 205, d, end, p) * other
-        && 1024 * int64_t(sharp) < falling(464, 192, d, end, p) * int64_t(corner);
+        && 1024 * int64_t(corner - noise) < falling(464, 192, d, end, p) * int64_t(other_corner);
 }
 
 HD bool is_beat(Candidates c, int i, Demand d, const Plan& p) {
     const int at = c.at[i], height = c.height[i], sharp = c.corner[i] - 2 * d.noise;
     if (!d.any || (20 * height < 3 * d.high + 20 * d.small && 32 * int64_t(sharp) < 5 * int64_t(d.keen))) return false;
     if (at <= p.early && 2 * height < d.high && 64 * int64_t(sharp) < 29 * int64_t(d.keen)) return false;
-    const auto loses = [&](int j) { return overshadows(at - c.at[j], height, c.height[j], sharp, c.corner[j], p); };
+    const auto loses = [&](int j) {
+        return overshadows(at - c.at[j], height, c.height[j], c.corner[i], c.corner[j], 2 * d.noise, p);
+    };
     for (int j = i - 1; j >= 0 && at - c.at[j] < p.after; j--) if (loses(j)) return false;
     for (int j = i + 1; j < c.n && c.at[j] - at < p.after; j++) if (loses(j)) return false;
     return true;

@@ -241,8 +241,8 @@ def corners(at, gains, blocks, feature, plan):
 
 def stands_out(height, vote, corner, size, noise, gain):
     """Can it be a beat? It comes from, and goes back to, nearly nothing; and it is sharp or larger than a P wave, which has less
-    than 0.15 mV there and back, or far above the noise."""
-    return (8 * height >= 5 * vote) & ((32 * corner >= 21 * size) | (size >= 300 * gain) | (size >= 18 * noise))
+    than 0.1 mV there and back, or far above the noise."""
+    return (8 * height >= 5 * vote) & ((32 * corner >= 21 * size) | (size >= 200 * gain) | (size >= 18 * noise))
 
 
 def choose(at, height, corner, noise, full, chunks, plan):
@@ -262,20 +262,23 @@ def choose(at, height, corner, noise, full, chunks, plan):
         if start == 0:
             beat &= (at > plan.early) | (2 * height >= high) | (64 * sharp >= 29 * keen)
     for i in np.flatnonzero(beat):
-        beat[i] = not any(overshadows(at[i] - at[j], height[i], height[j], sharp[i], corner[j], plan)
+        beat[i] = not any(overshadows(at[i] - at[j], height[i], height[j], corner[i], corner[j], corner[i] - sharp[i], plan)
                           for j in range(len(at)) if j != i)
     return fill_gaps(beat, at, height)
 
 
-def overshadows(distance, own, other, sharp, corner, plan):
-    """Is a candidate `distance` ticks after (negative: before) another no beat of its own? own, other: their heights; sharp: its
-    corner above the noise; corner: the other's."""
+def overshadows(distance, own, other, corner, other_corner, noise, plan):
+    """Is a candidate `distance` ticks after (negative: before) another no beat of its own, by their heights and corners? noise: as
+    much of its corner may be noise."""
     d, late = abs(distance), distance > 0
     if d < plan.refractory:
         return own < other or own == other and late
+    if 2 * own >= other and 4 * corner >= 3 * other_corner:                    # two of a kind
+        return False
     end = plan.after if late else plan.before
     share = lambda top, low: top if d <= plan.near else top - (top - low) * (d - plan.near) // (end - plan.near) if d < end else 0
-    return 1024 * own < share(922 if late else 717, 205) * other and 1024 * sharp < share(464, 192) * corner  # 0.9, 0.7 to 0.2
+    return (1024 * own < share(922 if late else 717, 205) * other              # 0.9 or 0.7 to 0.2
+            and 1024 * (corner - noise) < share(464, 192) * other_corner)
 
 
 def fill_gaps(beat, at, height):
