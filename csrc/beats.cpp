@@ -353,7 +353,7 @@ static INLINE Candidates find_candidates(const Plan& p, int leads, Scratch& s, R
             const int at = plateau_middle(votes, i, p), chunk = p.chunk_of(at), height = height_at(votes, at, p);
             const int* gains = s.gains.data() + size_t(chunk) * leads;
             int corner = 0;
-            bool can_be = comes_and_goes(height, votes[at]);
+            bool can_be = comes_and_goes(height, votes[at], s.noise[chunk]);
             if (can_be) {
                 corner = corner_near(at, p, leads, gains, s);
                 can_be = is_no_p_wave(corner, size_near(at, p, leads, gains, s), s.noise[chunk]);

@@ -257,7 +257,7 @@ HD int corner_at(const uint16_t* blocks, int i, const Plan& p) {
     return most(path - magnitude(x[3] - x[0]), 0);
 }
 
-HD bool comes_and_goes(int height, int vote) { return 8 * height >= 5 * vote; }
+HD bool comes_and_goes(int height, int vote, const Noise& n) { return 32 * height >= n.full && 8 * height >= 5 * vote; }
 HD bool is_no_p_wave(int corner, int size, const Noise& n) {
     return 32 * int64_t(corner) >= 21 * int64_t(size) || size >= 200 * n.gain || size >= 18 * int64_t(n.noise);
 }

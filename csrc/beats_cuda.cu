@@ -157,7 +157,7 @@ __device__ void find_corners(const Record& r, int n, int leads, const Plan& p) {
         const int i = start + team;
         if (lane == 0) corner[team] = size[team] = 0;
         __syncthreads();
-        if (i < n && comes_and_goes(r.height[i], r.votes[r.at[i]])) {
+        if (i < n && comes_and_goes(r.height[i], r.votes[r.at[i]], r.noise[p.chunk_of(r.at[i])])) {
             const int at = r.at[i], tick = at + lane - 1, *gains = r.gains + size_t(p.chunk_of(at)) * leads;
             int here = 0, feature = 0;
             for (int l = 0; l < leads; l++) {
@@ -169,7 +169,7 @@ __device__ void find_corners(const Record& r, int n, int leads, const Plan& p) {
         }
         __syncthreads();
         if (i < n && lane == 0) {
-            const bool can_be = comes_and_goes(r.height[i], r.votes[r.at[i]])
+            const bool can_be = comes_and_goes(r.height[i], r.votes[r.at[i]], r.noise[p.chunk_of(r.at[i])])
                              && is_no_p_wave(corner[team], size[team], r.noise[p.chunk_of(r.at[i])]);
             r.corner[i] = can_be ? corner[team] : 0;
             if (!can_be) r.height[i] = 0;

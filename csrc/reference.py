@@ -88,7 +88,7 @@ def find_beats(blocks, samples, plan):
     at, height = candidates(votes, plan)
     chunk = np.searchsorted(chunks, at, "right") - 1                           # (C,)
     corner, size = corners(at, gains[chunk], blocks, feature, plan)
-    real = stands_out(height, votes[at], corner, size, noise[chunk], gains[chunk].sum(1))
+    real = stands_out(height, votes[at], corner, size, noise[chunk], gains[chunk].sum(1), full[chunk])
     height, corner = height * real, corner * real
     beats = choose(at, height, corner, noise, full, chunks, plan)
     located = [locate(2 * at[i], *samples, blocks, gains[chunk[i]], plan) for i in beats]
@@ -239,10 +239,10 @@ def corners(at, gains, blocks, feature, plan):
     return corner, size
 
 
-def stands_out(height, vote, corner, size, noise, gain):
-    """Can it be a beat? It comes from, and goes back to, nearly nothing; and it is sharp or larger than a P wave, which has less
+def stands_out(height, vote, corner, size, noise, gain, full):
+    """Can it be a beat? It is not next to nothing, comes from, and goes back to, nearly nothing; and it is sharp or larger than a P wave, which has less
     than 0.1 mV there and back, or far above the noise."""
-    return (8 * height >= 5 * vote) & ((32 * corner >= 21 * size) | (size >= 200 * gain) | (size >= 18 * noise))
+    return (32 * height >= full) & (8 * height >= 5 * vote) & ((32 * corner >= 21 * size) | (size >= 200 * gain) | (size >= 18 * noise))
 
 
 def choose(at, height, corner, noise, full, chunks, plan):
