@@ -51,7 +51,7 @@ struct Scratch {  // of one thread, made once for all its records; every array h
     std::vector<Noise> noise;  // of chunks
 
     Scratch(const Plan& p, int leads) {
-        block_stride = padded(p.blocks + p.window) + 2 * LANES, tick_stride = padded(p.ticks) + 2 * LANES;
+        block_stride = padded(p.blocks + p.window) + 3 * LANES, tick_stride = padded(p.ticks) + 2 * LANES;
         room.resize(size_t(block_stride) * leads), blocks = room.data() + LANES, feature.resize(size_t(tick_stride) * leads);
         steep.resize(p.blocks), smooth.resize(2 * padded(p.ticks + p.window) + 4 * LANES);
         for (auto* v : {&even, &odd, &first_step, &steps}) v->resize(padded(p.ticks + p.window) + 2 * LANES);
@@ -246,7 +246,8 @@ static INLINE int usual(const int16_t* values, const bool* good, int n) {
 }
 
 // Levels of a lead -> levels, one a chunk, `leads` apart.
-static INLINE void find_levels(const int16_t* __restrict feature, const Plan& p, int leads, Scratch& s, Level* levels) {
+static INLINE void find_levels(const int16_t* __restrict feature, const Plan& p, int leads, Scratch& s, ReadAhead& ahead,
+                               Level* levels) {
     int16_t* __restrict lasting = s.lasting.data();
     for (int i = 0; i < p.ticks; i += LANES) {  // the least of a quarter of a second from here on; no segment's reaches beyond it
         Signed least_of = load<Signed>(feature + i);
@@ -259,6 +260,7 @@ static INLINE void find_levels(const int16_t* __restrict feature, const Plan& p,
         bool beat[LANES] = {}, noise[LANES] = {};
         for (int i = 0, start = p.chunk(c); i < n; i++) {
             const int stop = p.segment_start(c, i + 1);
+            ahead.lines(4);
             top[i] = int16_t(highest_of(feature + start, stop - start));
             low[i] = int16_t(highest_of(lasting + start, stop - start - p.around + 1));
             start = stop;
@@ -303,18 +305,23 @@ static INLINE void count_votes(const Plan& p, int leads, Scratch& s, ReadAhead& 
 
 // The largest corner near a tick, summed over leads with their gains.
 static INLINE int corner_near(int tick, const Plan& p, int leads, const int* gains, const Scratch& s) {
+    const Vector limit = Vector{} + uint16_t(32767 / 3);
     int corner = 0;
-    for (int i = 0; i < p.corners(); i += 8) {
-        Places sum{};
+    for (int i = 0; i < p.corners(); i += LANES) {
+        Places sums[2] = {};
         for (int l = 0; l < leads; l++) {
             const uint16_t* x = s.blocks + size_t(l) * s.block_stride + p.corner_start(tick) + i;
-            Places at[4], path{};
-            for (int k = 0; k < 4; k++) at[k] = __builtin_convertvector(load<Shorts>(x + k * p.step) ^ int16_t(-32768), Places);
-            const auto apart = [](Places a, Places b) { return higher(a, b) - lower(a, b); };
-            for (int k = 0; k < 3; k++) path += lower(apart(at[k + 1], at[k]), Places{} + 32767 / 3);
-            sum += higher(path - apart(at[3], at[0]), Places{}) * gains[l];
+            const Vector a = load<Vector>(x), b = load<Vector>(x + p.step), c = load<Vector>(x + 2 * p.step);
+            const Vector d = load<Vector>(x + 3 * p.step), net = distance(a, d);
+            const Vector path = lower(distance(a, b), limit) + lower(distance(b, c), limit) + lower(distance(c, d), limit);
+            const Vector sharp = higher(path, net) - net;
+            Shorts halves[2];
+            memcpy(halves, &sharp, sizeof sharp);
+            for (int j = 0; j < 2; j++) sums[j] += __builtin_convertvector(halves[j], Places) * gains[l];
         }
-        for (int j = 0; j < least(8, p.corners() - i); j++) corner = most(corner, sum[j]);
+        int sum[LANES];
+        memcpy(sum, sums, sizeof sum);
+        for (int j = 0; j < least(LANES, p.corners() - i); j++) corner = most(corner, sum[j]);
     }
     return corner;
 }
@@ -458,7 +465,7 @@ template <class T> static INLINE int segment(const T* ecg, const Plan& p, int le
             }
             int16_t* feature = s.feature.data() + size_t(l) * s.tick_stride;
             there_and_back(blocks, p, s, ahead, feature);
-            find_levels(feature, p, leads, s, s.levels.data() + l);
+            find_levels(feature, p, leads, s, ahead, s.levels.data() + l);
         }
         count = find_beats(ecg, p, leads, s, ahead, sharp);
         if (!sharp || p.block < 4) break;
