@@ -308,7 +308,7 @@ static INLINE int corner_near(int tick, const Plan& p, int leads, const int* gai
     const Vector limit = Vector{} + uint16_t(32767 / 3);
     int corner = 0;
     for (int i = 0; i < p.corners(); i += LANES) {
-        Places sums[2] = {};
+        Places sums[2] = {}, largest[2] = {};
         for (int l = 0; l < leads; l++) {
             const uint16_t* x = s.blocks + size_t(l) * s.block_stride + p.corner_start(tick) + i;
             const Vector a = load<Vector>(x), b = load<Vector>(x + p.step), c = load<Vector>(x + 2 * p.step);
@@ -317,11 +317,14 @@ static INLINE int corner_near(int tick, const Plan& p, int leads, const int* gai
             const Vector sharp = higher(path, net) - net;
             Shorts halves[2];
             memcpy(halves, &sharp, sizeof sharp);
-            for (int j = 0; j < 2; j++) sums[j] += __builtin_convertvector(halves[j], Places) * gains[l];
+            for (int j = 0; j < 2; j++) {
+                const Places own = __builtin_convertvector(halves[j], Places) * gains[l];
+                sums[j] += own, largest[j] = higher(largest[j], own);
+            }
         }
-        int sum[LANES];
-        memcpy(sum, sums, sizeof sum);
-        for (int j = 0; j < least(LANES, p.corners() - i); j++) corner = most(corner, sum[j]);
+        int sum[LANES], top[LANES];
+        memcpy(sum, sums, sizeof sum), memcpy(top, largest, sizeof top);
+        for (int j = 0; j < least(LANES, p.corners() - i); j++) corner = most(corner, believed(sum[j], top[j], leads));
     }
     return corner;
 }

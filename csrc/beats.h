@@ -212,7 +212,7 @@ struct Level {
     HD Level(int beat, int noise) : beat(beat), noise(noise), floor(least(noise * 3 / 2, beat * 3 / 4)), span(most(1, beat - floor)),
                                     ratio(beat >= 16 ? beat * 64 / (noise + beat / 14 + 1) : 0) {}
     Level() = default;
-    HD bool has_vote() const { return 4 * beat >= 13 * noise + 64; }
+    HD bool has_vote() const { return 4 * beat >= 13 * least(noise, 180) + 64; }
     HD int weight(int best_ratio) const { const int w = ratio * 45 / most(1, best_ratio); return w * w; }
     HD int scale() const { int s = 1; while (span * s < 16384) s *= 2; return s; }
     HD int gain(int weight) const { return has_vote() ? weight * 65536 / (span * scale()) : 0; }
@@ -257,6 +257,7 @@ HD int corner_at(const uint16_t* blocks, int i, const Plan& p) {
     return most(path - magnitude(x[3] - x[0]), 0);
 }
 
+HD int believed(int sum, int largest, int leads) { return leads > 1 ? least(sum, 3 * (sum - largest)) : sum; }  // of corners
 HD bool comes_and_goes(int height, int vote, const Noise& n) { return 32 * height >= n.full && 8 * height >= 5 * vote; }
 HD bool is_no_p_wave(int corner, int size, const Noise& n) {
     return 32 * int64_t(corner) >= 21 * int64_t(size) || size >= 200 * n.gain || size >= 18 * int64_t(n.noise);

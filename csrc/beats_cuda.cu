@@ -159,12 +159,15 @@ __device__ void find_corners(const Record& r, int n, int leads, const Plan& p) {
         __syncthreads();
         if (i < n && comes_and_goes(r.height[i], r.votes[r.at[i]], r.noise[p.chunk_of(r.at[i])])) {
             const int at = r.at[i], tick = at + lane - 1, *gains = r.gains + size_t(p.chunk_of(at)) * leads;
-            int here = 0, feature = 0;
+            int here = 0, largest = 0, feature = 0;
             for (int l = 0; l < leads; l++) {
-                if (lane < p.corners()) here += corner_at(r.blocks + size_t(l) * p.blocks, p.corner_start(at) + lane, p) * gains[l];
+                if (lane < p.corners()) {
+                    const int own = corner_at(r.blocks + size_t(l) * p.blocks, p.corner_start(at) + lane, p) * gains[l];
+                    here += own, largest = most(largest, own);
+                }
                 if (lane < 3 && tick >= 0 && tick < p.ticks) feature += r.feature[size_t(l) * p.ticks + tick] * gains[l];
             }
-            atomicMax(&corner[team], here);
+            atomicMax(&corner[team], believed(here, largest, leads));
             atomicMax(&size[team], feature);
         }
         __syncthreads();

@@ -199,7 +199,7 @@ def vote(feature, chunks, plan):
         ratio = np.where(beat >= 16, beat * 64 // (noise + beat // 14 + 1), 0)  # a quiet lead is no judge of the others; < 16: flat
         weight = (ratio * 45 // max(1, ratio.max())) ** 2                      # at most 2025
         scale = np.array([1 << (15 - int(s).bit_length()) for s in span])      # brings span to 2^14 .. 2^15: 16 bits go a long way
-        gain = np.where(4 * beat >= 13 * noise + 64, weight * 65536 // (span * scale), 0)
+        gain = np.where(4 * beat >= 13 * np.minimum(noise, 180) + 64, weight * 65536 // (span * scale), 0)
         above = np.clip(feature[:, start:stop] - floor[:, None], 0, span[:, None]) * scale[:, None]
         votes[start:stop] = (above * gain[:, None] // 65536).sum(0)
         share = weight * 512 // np.maximum(beat, 1)
@@ -234,7 +234,9 @@ def corners(at, gains, blocks, feature, plan):
     sharp = np.maximum(path - abs(mirrored[:, span:] - mirrored[:, :-span]), 0)  # of the three steps from each block on
     corner, size, first = np.zeros(len(at), int), np.zeros(len(at), int), reach - plan.half - span // 2
     for i, (tick, gain) in enumerate(zip(at, gains)):
-        corner[i] = (gain @ sharp[:, 2 * tick + first:][:, :2 * plan.half + 1]).max()
+        each = gain[:, None] * sharp[:, 2 * tick + first:][:, :2 * plan.half + 1]
+        most = each.max(0) if len(gain) > 1 else 0                             # one lead alone is not believed
+        corner[i] = np.minimum(each.sum(0), 3 * (each.sum(0) - most)).max()
         size[i] = (gain @ feature[:, max(0, tick - 1):tick + 2]).max()
     return corner, size
 
