@@ -246,10 +246,10 @@ static INLINE int usual(const int16_t* values, const bool* good, int n) {
 }
 
 // Levels of a lead -> levels, one a chunk, `leads` apart.
-static INLINE void find_levels(const int16_t* __restrict feature, const Plan& p, int leads, Scratch& s, ReadAhead& ahead,
-                               Level* levels) {
+static INLINE void find_levels(const int16_t* __restrict feature, const Plan& p, int leads, Scratch& s,
+                               ReadAhead& ahead, Level* levels) {
     int16_t* __restrict lasting = s.lasting.data();
-    for (int i = 0; i < p.ticks; i += LANES) {  // the least of a quarter of a second from here on; no segment's reaches beyond it
+    for (int i = 0; i < p.ticks; i += LANES) {  // the least of a quarter of a second from here on
         Signed least_of = load<Signed>(feature + i);
         for (int j = 1; j < p.around; j++) least_of = lower(least_of, load<Signed>(feature + i + j));
         store(least_of, lasting + i);
@@ -313,7 +313,8 @@ static INLINE int corner_near(int tick, const Plan& p, int leads, const int* gai
             const uint16_t* x = s.blocks + size_t(l) * s.block_stride + p.corner_start(tick) + i;
             const Vector a = load<Vector>(x), b = load<Vector>(x + p.step), c = load<Vector>(x + 2 * p.step);
             const Vector d = load<Vector>(x + 3 * p.step), net = distance(a, d);
-            const Vector path = lower(distance(a, b), limit) + lower(distance(b, c), limit) + lower(distance(c, d), limit);
+            const Vector there = lower(distance(a, b), limit) + lower(distance(b, c), limit);
+            const Vector path = there + lower(distance(c, d), limit);
             const Vector sharp = higher(path, net) - net;
             Shorts halves[2];
             memcpy(halves, &sharp, sizeof sharp);
@@ -324,7 +325,8 @@ static INLINE int corner_near(int tick, const Plan& p, int leads, const int* gai
         }
         int sum[LANES], top[LANES];
         memcpy(sum, sums, sizeof sum), memcpy(top, largest, sizeof top);
-        for (int j = 0; j < least(LANES, p.corners() - i); j++) corner = most(corner, believed(sum[j], top[j], leads));
+        for (int j = 0; j < least(LANES, p.corners() - i); j++)
+            corner = most(corner, believed(sum[j], top[j], leads));
     }
     return corner;
 }
@@ -360,7 +362,7 @@ static INLINE Candidates find_candidates(const Plan& p, int leads, Scratch& s, R
         ahead.lines(8);
         for (int i = word; i < word + 4; i++) {
             if (!s.begins[i]) continue;
-            const int at = plateau_middle(votes, i, p), chunk = p.chunk_of(at), height = height_at(votes, at, p);
+            const int at = plateau_middle(votes, i, p), height = height_at(votes, at, p), chunk = p.chunk_of(at);
             const int* gains = s.gains.data() + size_t(chunk) * leads;
             int corner = 0;
             bool can_be = comes_and_goes(height, votes[at], s.noise[chunk]);

@@ -34,7 +34,7 @@ struct Plan {  // reference.py, class Plan
 
     HD int before() const { return window / 2; }                 // blocks of a window before its middle, and behind it
     HD int behind() const { return window - window / 2; }
-    HD int corner_start(int tick) const { return 2 * tick - half - 3 * step / 2; }  // the first of the corners near a tick
+    HD int corner_start(int tick) const { return 2 * tick - half - 3 * step / 2; }  // first of those near
     HD int corners() const { return 2 * half + 1; }              // how many: 21 at most
     HD int margin() const { return most(1, block / 2); }         // samples beside the best block that may hold the peak
     HD int max_peaks() const { return (length + gap - 1) / gap; }
@@ -53,7 +53,8 @@ inline Plan make_plan(double fs, int length) {
     auto ticks = [rate](double seconds) { return int(seconds * rate / 2 + 0.5); };
     p.blends = 1 + (rate < 75);
     for (int i = 0; i < 3; i++) p.steep[i] = float(250 * double(1 << 2 * i) / fs);
-    p.window = blocks(0.11), p.limit = 32767 / p.window, p.half = blocks(0.08), p.step = blocks(0.016), p.segment = rate / 2;
+    p.window = blocks(0.11), p.limit = 32767 / p.window, p.half = blocks(0.08);
+    p.step = blocks(0.016), p.segment = rate / 2;
     p.apart = ticks(0.12), p.around = ticks(0.25), p.refractory = ticks(0.18), p.near = ticks(0.25);
     p.after = ticks(0.5), p.ahead = ticks(0.4), p.early = ticks(0.4);
     p.gap = int(0.2 * fs + 0.5), p.edge = int(0.004 * fs + 0.999), p.brief = most(1, int(0.004 * fs)), p.hold = int(fs + 0.5);
@@ -188,7 +189,7 @@ HD int rank(const int* values, int n, int k) {  // the value with k smaller ones
     return found;
 }
 
-// Of n values those that are good: the one with three fifths of them below. rank: so that the CPU may have its own.
+// Of n values those that are good: the one with three fifths of them below.
 HD int three_fifths(int good) { return good * 3 / 5; }
 HD int usual(const int* values, const bool* good, int n) {
     int chosen[MAX_SEGMENTS], count = 0;
@@ -196,11 +197,12 @@ HD int usual(const int* values, const bool* good, int n) {
     return rank(chosen, count, three_fifths(count));
 }
 
-// Which of n segments stand out, from what is highest in each and what lasts: for the usual beat, and for the noise.
+// Which of n segments stand out, by what is highest in each and what lasts: for the beat, and for the noise.
 template <class T> HD void clear_segments(const T* top, const T* lasting, int n, bool* beat, bool* noise) {
     int64_t most = 0, below_most = 1;
     const auto below = [&](int i) { return int64_t(lasting[i] + top[i] / 16 + 8); };
-    for (int i = 0; i < n; i++) if (top[i] * below_most > most * below(i)) most = top[i], below_most = below(i);
+    for (int i = 0; i < n; i++)
+        if (top[i] * below_most > most * below(i)) most = top[i], below_most = below(i);
     for (int i = 0; i < n; i++) {
         const int64_t own = top[i] * below_most, clearest = most * below(i);
         beat[i] = 2 * own >= clearest, noise[i] = 4 * own >= clearest;
@@ -208,8 +210,9 @@ template <class T> HD void clear_segments(const T* top, const T* lasting, int n,
 }
 
 struct Level {
-    int beat, noise, floor, span, ratio;  // usual beat, noise, its bound, beat - floor, signal-to-noise ratio in 1/64
-    HD Level(int beat, int noise) : beat(beat), noise(noise), floor(least(noise * 3 / 2, beat * 3 / 4)), span(most(1, beat - floor)),
+    int beat, noise, floor, span, ratio;  // usual beat, noise, its bound, beat - floor, signal to noise in 1/64
+    HD Level(int beat, int noise) : beat(beat), noise(noise), floor(least(noise * 3 / 2, beat * 3 / 4)),
+                                    span(most(1, beat - floor)),
                                     ratio(beat >= 16 ? beat * 64 / (noise + beat / 14 + 1) : 0) {}
     Level() = default;
     HD bool has_vote() const { return 4 * beat >= 13 * least(noise, 180) + 64; }
@@ -220,7 +223,8 @@ struct Level {
     HD int vote(int feature, int scale, int gain) const { return least(most(feature - floor, 0), span) * scale * gain >> 16; }
 };
 
-struct Noise { int noise, gain, full; };  // of a chunk: noise of all leads with their gains; these gains; the most of votes
+// Of a chunk, of all leads: their noise with their gains; these gains; the most that votes can come to.
+struct Noise { int noise, gain, full; };
 
 // ---- votes -> candidates -> beats -----------------------------------------------------------------------------------
 
@@ -257,10 +261,15 @@ HD int corner_at(const uint16_t* blocks, int i, const Plan& p) {
     return most(path - magnitude(x[3] - x[0]), 0);
 }
 
-HD int believed(int sum, int largest, int leads) { return leads > 1 ? least(sum, 3 * (sum - largest)) : sum; }  // of corners
-HD bool comes_and_goes(int height, int vote, const Noise& n) { return 32 * height >= n.full && 8 * height >= 5 * vote; }
+HD int believed(int sum, int largest, int leads) {  // of corners: one lead alone is not
+    return leads > 1 ? least(sum, 3 * (sum - largest)) : sum;
+}
+HD bool comes_and_goes(int height, int vote, const Noise& n) {
+    return 32 * height >= n.full && 8 * height >= 5 * vote;
+}
 HD bool is_no_p_wave(int corner, int size, const Noise& n) {
-    return 32 * int64_t(corner) >= 21 * int64_t(size) || size >= 200 * n.gain || size >= 18 * int64_t(n.noise);
+    return 32 * int64_t(corner) >= 21 * int64_t(size) || size >= 200 * n.gain
+        || size >= 18 * int64_t(n.noise);
 }
 
 struct Candidates { const int *at, *height, *corner; int n; };  // ticks, ascending
@@ -275,8 +284,10 @@ HD int first_from(Candidates c, int tick) {  // index of the first candidate at 
     return low;
 }
 
-struct Demand { int high, small, keen, noise; bool any; };  // a chunk's usual height and corner of a beat; mean height of what is
-                                                            // too small for one; noise; is there a beat at all?
+struct Demand {  // of a chunk
+    int high, small, keen, noise;  // usual height of a beat, mean of what is too small; usual corner, noise
+    bool any;                      // is there a beat at all?
+};
 HD Demand demand(Candidates c, int chunk, const Noise& noise, const Plan& p) {
     const int n = p.segments(chunk), from = first_from(c, p.chunk(chunk)), to = first_from(c, p.chunk(chunk + 1));
     int height[MAX_SEGMENTS], corner[MAX_SEGMENTS], highest = 0;
@@ -284,7 +295,8 @@ HD Demand demand(Candidates c, int chunk, const Noise& noise, const Plan& p) {
     for (int s = 0, i = from; s < n; s++) {
         height[s] = corner[s] = 0;
         const int stop = p.segment_start(chunk, s + 1);
-        for (; i < to && c.at[i] < stop; i++) height[s] = most(height[s], c.height[i]), corner[s] = most(corner[s], c.corner[i]);
+        for (; i < to && c.at[i] < stop; i++)
+            height[s] = most(height[s], c.height[i]), corner[s] = most(corner[s], c.corner[i]);
         highest = most(highest, height[s]);
     }
     for (int s = 0; s < n; s++) good[s] = 2 * height[s] >= highest;
@@ -295,8 +307,8 @@ HD Demand demand(Candidates c, int chunk, const Noise& noise, const Plan& p) {
     return {high, int(sum / most(1, small)), usual(corner, good, n), noise.noise, 4 * high >= noise.full};
 }
 
-// Is a candidate of height `own`, `distance` ticks after (negative: before) one of height `other`, no beat of its own? Likewise
-// their corners; noise: as much of its corner may be noise.
+// Is a candidate of height `own`, `distance` ticks after (negative: before) one of height `other`, no beat of
+// its own? Likewise their corners; noise: as much of its corner may be noise.
 HD int falling(int top, int low, int d, int end, const Plan& p) {
     return d <= p.near ? top : d < end ? top - (top - low) * (d - p.near) / (end - p.near) : 0;
 }
@@ -313,7 +325,8 @@ HD bool overshadows(int distance, int own, int other, int corner, int other_corn
 
 HD bool is_beat(Candidates c, int i, Demand d, const Plan& p) {
     const int at = c.at[i], height = c.height[i], sharp = c.corner[i] - 2 * d.noise;
-    if (!d.any || (20 * height < 3 * d.high + 20 * d.small && 32 * int64_t(sharp) < 5 * int64_t(d.keen))) return false;
+    const bool low = 20 * height < 3 * d.high + 20 * d.small;
+    if (!d.any || (low && 32 * int64_t(sharp) < 5 * int64_t(d.keen))) return false;
     if (at <= p.early && 2 * height < d.high && 64 * int64_t(sharp) < 29 * int64_t(d.keen)) return false;
     const auto loses = [&](int j) {
         return overshadows(at - c.at[j], height, c.height[j], c.corner[i], c.corner[j], 2 * d.noise, p);

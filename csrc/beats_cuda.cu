@@ -120,8 +120,10 @@ struct Record {  // one record's part of the workspace
     __device__ Record(const Workspace& w, size_t i, int leads, const Plan& p)
         : blocks(w.blocks + i * leads * p.blocks), feature(w.feature + i * leads * p.ticks), zeros(w.zeros + i * leads),
           levels(w.levels + i * leads * p.chunks), votes(w.votes + i * p.ticks), noise(w.noise + i * p.chunks),
-          gains(w.gains + i * leads * p.chunks), at(w.at + i * p.max_candidates), height(w.height + i * p.max_candidates),
-          corner(w.corner + i * p.max_candidates), found(w.found + i * p.max_candidates), chosen(w.chosen + i * p.max_candidates), best(w.best + i * p.max_candidates) {}
+          gains(w.gains + i * leads * p.chunks), at(w.at + i * p.max_candidates),
+          height(w.height + i * p.max_candidates), corner(w.corner + i * p.max_candidates),
+          found(w.found + i * p.max_candidates), chosen(w.chosen + i * p.max_candidates),
+          best(w.best + i * p.max_candidates) {}
 };
 
 __device__ void count_votes(const Record& r, int leads, const Plan& p) {
@@ -148,7 +150,7 @@ __device__ void count_votes(const Record& r, int leads, const Plan& p) {
     __syncthreads();
 }
 
-// The corners of n candidates, a team of 32 threads each; corner and height are 0 of those that cannot be beats.
+// The corners of n candidates, a team of 32 threads each; corner and height are 0 where there can be no beat.
 __device__ void find_corners(const Record& r, int n, int leads, const Plan& p) {
     constexpr int TEAMS = THREADS / 32;
     __shared__ int corner[TEAMS], size[TEAMS];
@@ -162,10 +164,12 @@ __device__ void find_corners(const Record& r, int n, int leads, const Plan& p) {
             int here = 0, largest = 0, feature = 0;
             for (int l = 0; l < leads; l++) {
                 if (lane < p.corners()) {
-                    const int own = corner_at(r.blocks + size_t(l) * p.blocks, p.corner_start(at) + lane, p) * gains[l];
+                    const uint16_t* blocks = r.blocks + size_t(l) * p.blocks;
+                    const int own = corner_at(blocks, p.corner_start(at) + lane, p) * gains[l];
                     here += own, largest = most(largest, own);
                 }
-                if (lane < 3 && tick >= 0 && tick < p.ticks) feature += r.feature[size_t(l) * p.ticks + tick] * gains[l];
+                if (lane < 3 && tick >= 0 && tick < p.ticks)
+                    feature += r.feature[size_t(l) * p.ticks + tick] * gains[l];
             }
             atomicMax(&corner[team], believed(here, largest, leads));
             atomicMax(&size[team], feature);

@@ -1,22 +1,25 @@
 """The operators in plain NumPy: slow, clear, and the yardstick of the compiled ones, which must agree to the sample.
 
-segment_beats in short. A QRS goes up and comes back within a tenth of a second; drift, steps of the baseline, ST segments and P
-and T waves do not, or less steeply. So a lead's feature is how far the signal moves there and back within 110 ms: (path length -
-net change) of the smoothed signal. Steps and gaps cancel exactly; no filter rings.
+segment_beats in short. A QRS goes up and comes back within a tenth of a second; drift, steps of the baseline,
+ST segments and P and T waves do not, or less steeply. So a lead's feature is how far the signal moves there
+and back within 110 ms: (path length - net change) of the smoothed signal. Steps and gaps cancel exactly; no
+filter rings.
 
-What is noise: a beat is over within a quarter of a second, noise goes on. So what lasts in a feature, the least of a quarter of
-a second, is its noise, at any rate, and a second in which the feature stands far above what lasts there tells what the usual beat
-of this stretch is. Seconds of noise do not, however large the noise; where none stands out there is no beat, however small it may be.
+What is noise: a beat is over within a quarter of a second, noise goes on. So what lasts in a feature, the
+least of a quarter of a second, is its noise, at any rate, and a second in which the feature stands far above
+what lasts there tells what the usual beat of this stretch is. Seconds of noise do not, however large it is;
+and where no second stands out, however small the signal, there is no beat.
 
-Every lead votes with its feature above its noise, in units of its usual beat, with a weight by its signal-to-noise ratio.
-Candidates are the peaks of the sum that nearly reach zero on both sides.
+Every lead votes with its feature above its noise, in units of its usual beat, with a weight by its signal-to-
+noise ratio. Candidates are the peaks of the sum between which it goes back to nearly nothing.
 
-What may follow what: T and P waves are smaller than the QRS beside them, or rounder. So a candidate is a beat if it is high, or
-if it is sharp: if the leads go there and back within 50 ms, which tells a small QRS beside a large one from a T wave of the same
-height. What is round, small and not far above the noise is a P wave, with a QRS or without.
+What may follow what: T and P waves are smaller than the QRS beside them, or rounder. So a candidate is a beat
+if it is high, or if it is sharp: if the leads go there and back within 50 ms, which tells a small QRS beside
+a large one from a T wave of the same height. What is round, small and not far above the noise is a P wave,
+with a QRS or without.
 
-If a peak is as sharp as a pacing spike, spikes are taken out and all is done again. After the conversion to microvolts there is
-only integer arithmetic: CPU, GPU and this file give the same peaks, not nearly the same.
+If a peak is as sharp as a pacing spike, spikes are taken out and all is done again. After the conversion to
+microvolts there is only integer arithmetic: CPU, GPU and this file give the same peaks, not nearly the same.
 
 Sources: the moving integration, the T wave rule, search back and two noise-adapted levels follow Pan & Tompkins, IEEE Trans
 Biomed Eng 1985; path length as QRS feature: Zong, Moody & Jiang, Computers in Cardiology 2003 (wqrs). The net change, the vote of
@@ -40,7 +43,7 @@ class Plan(NamedTuple):
     chunk: float     # ticks: 10 s; levels are those of a part of this length
     segment: float   # ticks: 1 s; the usual beat is taken over maxima of such segments
     apart: int       # ticks: 120 ms between candidates
-    around: int      # ticks: 250 ms; a candidate's height is counted from the minima this near; what lasts so long is noise
+    around: int      # ticks: 250 ms; a candidate's height is from the minima this near; what lasts it is noise
     refractory: int  # ticks: 180 ms
     near: int        # ticks: 250 ms; from here the demand on a candidate after (before) a larger one falls
     after: int       # ticks: 500 ms; to here
@@ -62,8 +65,9 @@ def make_plan(fs):
     samples = lambda seconds: int(seconds * fs + 0.5)
     return Plan(
         block=block, steep=tuple(np.float32(250 * 4 ** i / fs) for i in range(block.bit_length() - 2)), blends=1 + (rate < 75),
-        window=blocks(0.11), limit=32767 // blocks(0.11), half=blocks(0.08), step=blocks(0.016), chunk=10 * rate / 2,
-        segment=rate / 2, apart=ticks(0.12), around=ticks(0.25), refractory=ticks(0.18), near=ticks(0.25), after=ticks(0.5), before=ticks(0.4),
+        window=blocks(0.11), limit=32767 // blocks(0.11), half=blocks(0.08), step=blocks(0.016),
+        chunk=10 * rate / 2, segment=rate / 2, apart=ticks(0.12), around=ticks(0.25), refractory=ticks(0.18),
+        near=ticks(0.25), after=ticks(0.5), before=ticks(0.4),
         early=ticks(0.4), gap=samples(0.2), edge=int(0.004 * fs + 0.999), brief=max(1, int(0.004 * fs)), hold=samples(1))
 
 
@@ -176,21 +180,25 @@ def usual(values, good):
 
 
 def levels(feature, borders, plan):
-    """The usual beat of every lead (L,), and its noise (L,): the most that lasts for a quarter of a second. Both are of segments
-    that stand out: the beat of those half as clear as the clearest, the noise, which need not be as clear, of a quarter."""
+    """The usual beat of every lead (L,), and its noise (L,): the most that lasts for a quarter of a second.
+    Both are of segments that stand out: the beat of those half as clear as the clearest, the noise, which
+    need not be as clear, of a quarter."""
     parts = [feature[:, a:b] for a, b in zip(borders[:-1], borders[1:])]
     top = np.array([part.max(1) for part in parts])                            # (segments, L)
-    lasting = np.array([np.lib.stride_tricks.sliding_window_view(part, plan.around, 1).min(2).max(1) for part in parts])
+    window = np.lib.stride_tricks.sliding_window_view
+    lasting = np.array([window(part, plan.around, 1).min(2).max(1) for part in parts])
     below = lasting + top // 16 + 8
-    most = (top[:, None] * below >= top * below[:, None]).all(1).argmax(0), np.arange(len(feature))  # the clearest segments (L,)
-    own, clearest = top * below[most], top[most] * below
-    return usual(top, 2 * own >= clearest), usual(lasting, 4 * own >= clearest)
+    clearest = (top[:, None] * below >= top * below[:, None]).all(1).argmax(0)  # segments (L,)
+    most = clearest, np.arange(len(feature))
+    own, best = top * below[most], top[most] * below
+    return usual(top, 2 * own >= best), usual(lasting, 4 * own >= best)
 
 
 def vote(feature, chunks, plan):
-    """Weighted sum of the leads' features, each from its floor (0) to its usual beat (1) -> votes (T,) below 2^15; of every chunk:
-    gains (chunks, L) with which the leads share in locating a peak, noise (chunks,) with these gains, and the most that votes
-    could come to (chunks,), of leads too that do not stand out from their noise and have no vote."""
+    """Weighted sum of the leads' features, each from its floor (0) to its usual beat (1) -> votes (T,) below
+    2^15; of every chunk: gains (chunks, L) with which the leads share in locating a peak, noise (chunks,)
+    with these gains, and the most that votes could come to (chunks,), of leads too that do not stand out from
+    their noise and have no vote."""
     votes, gains, noises, full = np.zeros(feature.shape[1], np.int64), [], [], []
     for start, stop in zip(chunks[:-1], chunks[1:]):
         beat, noise = levels(feature, segments(start, stop, plan), plan)
@@ -199,6 +207,7 @@ def vote(feature, chunks, plan):
         ratio = np.where(beat >= 16, beat * 64 // (noise + beat // 14 + 1), 0)  # a quiet lead is no judge of the others; < 16: flat
         weight = (ratio * 45 // max(1, ratio.max())) ** 2                      # at most 2025
         scale = np.array([1 << (15 - int(s).bit_length()) for s in span])      # brings span to 2^14 .. 2^15: 16 bits go a long way
+        # 3 times the noise and more; what is larger than noise of 50 uV can be, is heard in any noise
         gain = np.where(4 * beat >= 13 * np.minimum(noise, 180) + 64, weight * 65536 // (span * scale), 0)
         above = np.clip(feature[:, start:stop] - floor[:, None], 0, span[:, None]) * scale[:, None]
         votes[start:stop] = (above * gain[:, None] // 65536).sum(0)
@@ -225,36 +234,37 @@ def candidates(votes, plan):
 
 
 def corners(at, gains, blocks, feature, plan):
-    """Of candidates at (C,), summed with their gains (C, L): how far the leads go there and back within three steps, at most, near
-    the candidate, and the feature there -> (C,), (C,)."""
+    """Of candidates at (C,), summed with their gains (C, L): how far the leads go there and back within three
+    steps, at most, near the candidate, and the feature there -> (C,), (C,)."""
     reach, span = plan.half + 3 * plan.step, 3 * plan.step
     mirrored = np.pad(blocks, ((0, 0), (reach, reach)), mode="symmetric")
     steps = np.minimum(abs(mirrored[:, plan.step:] - mirrored[:, :-plan.step]), 32767 // 3)
     path = sum(steps[:, k:mirrored.shape[1] - span + k] for k in range(0, span, plan.step))
-    sharp = np.maximum(path - abs(mirrored[:, span:] - mirrored[:, :-span]), 0)  # of the three steps from each block on
+    sharp = np.maximum(path - abs(mirrored[:, span:] - mirrored[:, :-span]), 0)  # from each block on
     corner, size, first = np.zeros(len(at), int), np.zeros(len(at), int), reach - plan.half - span // 2
     for i, (tick, gain) in enumerate(zip(at, gains)):
         each = gain[:, None] * sharp[:, 2 * tick + first:][:, :2 * plan.half + 1]
-        most = each.max(0) if len(gain) > 1 else 0                             # one lead alone is not believed
+        most = each.max(0) if len(gain) > 1 else 0  # one lead alone is not believed
         corner[i] = np.minimum(each.sum(0), 3 * (each.sum(0) - most)).max()
         size[i] = (gain @ feature[:, max(0, tick - 1):tick + 2]).max()
     return corner, size
 
 
 def stands_out(height, vote, corner, size, noise, gain, full):
-    """Can it be a beat? It is not next to nothing, comes from, and goes back to, nearly nothing; and it is sharp or larger than a P wave, which has less
-    than 0.1 mV there and back, or far above the noise."""
-    return (32 * height >= full) & (8 * height >= 5 * vote) & ((32 * corner >= 21 * size) | (size >= 200 * gain) | (size >= 18 * noise))
+    """Can it be a beat? It is not next to nothing, comes from, and goes back to, nearly nothing; and it is
+    sharp or larger than a P wave, which has less than 0.1 mV there and back, or far above the noise."""
+    no_p_wave = (32 * corner >= 21 * size) | (size >= 200 * gain) | (size >= 18 * noise)
+    return (32 * height >= full) & (8 * height >= 5 * vote) & no_p_wave
 
 
 def choose(at, height, corner, noise, full, chunks, plan):
-    """Which candidates are beats: indices, ascending. They are high or sharp enough for their chunk and not the T or P wave of a
-    larger neighbour; or they fill a gap."""
+    """Which candidates are beats: indices, ascending. They are high or sharp enough for their chunk and not
+    the T or P wave of a larger neighbour; or they fill a gap."""
     beat, sharp = np.zeros(len(at), bool), corner.copy()
     for c, (start, stop) in enumerate(zip(chunks[:-1], chunks[1:])):
         inside, borders = (at >= start) & (at < stop), segments(start, stop, plan)
-        best = [[(x[(at >= a) & (at < b)].max(initial=0)) for x in (height, corner)] for a, b in zip(borders[:-1], borders[1:])]
-        top = np.array(best)                                                   # (segments, 2)
+        top = np.array([[x[(at >= a) & (at < b)].max(initial=0) for x in (height, corner)]
+                        for a, b in zip(borders[:-1], borders[1:])])           # (segments, 2)
         high, keen = usual(top, np.repeat(2 * top[:, :1] >= top[:, 0].max(), 2, 1))
         small = height[inside & (20 * height < 7 * high)]
         demand = 3 * high + 20 * (small.sum() // max(1, len(small)))
@@ -264,21 +274,22 @@ def choose(at, height, corner, noise, full, chunks, plan):
         if start == 0:
             beat &= (at > plan.early) | (2 * height >= high) | (64 * sharp >= 29 * keen)
     for i in np.flatnonzero(beat):
-        beat[i] = not any(overshadows(at[i] - at[j], height[i], height[j], corner[i], corner[j], corner[i] - sharp[i], plan)
-                          for j in range(len(at)) if j != i)
+        rivals = ((at[i] - at[j], height[i], height[j], corner[i], corner[j]) for j in range(len(at)) if j != i)
+        beat[i] = not any(overshadows(*rival, corner[i] - sharp[i], plan) for rival in rivals)
     return fill_gaps(beat, at, height)
 
 
 def overshadows(distance, own, other, corner, other_corner, noise, plan):
-    """Is a candidate `distance` ticks after (negative: before) another no beat of its own, by their heights and corners? noise: as
-    much of its corner may be noise."""
+    """Is a candidate `distance` ticks after (negative: before) another no beat of its own, by their heights
+    and corners? noise: as much of its corner may be noise."""
     d, late = abs(distance), distance > 0
     if d < plan.refractory:
         return own < other or own == other and late
     if 2 * own >= other and 4 * corner >= 3 * other_corner:                    # two of a kind
         return False
     end = plan.after if late else plan.before
-    share = lambda top, low: top if d <= plan.near else top - (top - low) * (d - plan.near) // (end - plan.near) if d < end else 0
+    fall = lambda top, low: top - (top - low) * (d - plan.near) // (end - plan.near)
+    share = lambda top, low: top if d <= plan.near else fall(top, low) if d < end else 0
     return (1024 * own < share(922 if late else 717, 205) * other              # 0.9 or 0.7 to 0.2
             and 1024 * (corner - noise) < share(464, 192) * other_corner)
 
@@ -317,8 +328,8 @@ def locate(middle, signal, valid, blocks, gain, plan):
 
 
 def keep_apart(peaks, height, length, plan):
-    """Peaks inside the record; of two within the refractory time the higher one. A peak that is nearly out of it, as at 300 beats
-    a minute, moves there."""
+    """Peaks inside the record; of two within the refractory time the higher one. A peak that is nearly out of
+    it, as at 300 beats a minute, moves there."""
     kept = []
     for peak, high in zip(peaks, height):
         if kept and 10 * (peak - kept[-1][0]) >= 9 * plan.gap:
