@@ -147,7 +147,7 @@ def hard_cases():
         "one to three beats, then none": [beats_at(np.array(t), mv=mv, seed=s) for t in few for mv in (.5, 1, 2) for s in seeds],
         **{f"{kind}, {n} and {e} mV": [early_beats(kind, n, e, c, s) for c in (.42, .5, .58) for s in seeds]
            for kind in ("bigeminy", "trigeminy") for n, e in ((.3, 1.), (.5, 1.5), (.7, 2.5))},
-        **{f"{kind}, 0.05 to 5 mV": [rhythm(kind, rate, mv) for rate in (25, 40, 80, 100, 150, 200, 250, 300) if a <= rate <= b
+        **{f"{kind}, {0.3 if kind == 'wide' else 0.05} to 5 mV": [rhythm(kind, rate, mv) for rate in (25, 40, 80, 100, 150, 200, 250, 300) if a <= rate <= b
                                      for mv in (.05, .3, 1, 5) if kind != "wide" or mv >= .3] for kind, (a, b) in RHYTHMS.items()},
     }
 
