@@ -39,25 +39,26 @@ static INLINE int padded(int n) { return (n + LANES - 1) & -LANES; }
 #endif
 
 struct Scratch {  // of one thread, made once for all its records; every array has room for a vector beyond its end
-    int block_stride, tick_stride, some_stride;  // between leads in blocks, in feature and in some
-    std::vector<int16_t> feature, some, begins, padded_votes, int16_row;
+    int block_stride, tick_stride;  // between leads in blocks and in feature
+    std::vector<int16_t> feature, lasting, begins, padded_votes, int16_row;
     std::vector<uint16_t> room, smooth, even, odd, first_step, steps;
     std::vector<float> float_row;
     std::vector<uint8_t> steep;
     uint16_t* blocks;  // with room before and behind
     int16_t* votes;    // with zeros before and behind
-    std::vector<int> at, height, found, chosen, best, zeros, complete, bases, gains;
+    std::vector<int> at, height, corner, found, chosen, best, zeros, complete, bases, gains;
     std::vector<Level> levels;
+    std::vector<Noise> noise;  // of chunks
 
     Scratch(const Plan& p, int leads) {
-        block_stride = padded(p.blocks + p.window) + 2 * LANES, tick_stride = padded(p.ticks) + 2 * LANES;
+        block_stride = padded(p.blocks + p.window) + 3 * LANES, tick_stride = padded(p.ticks) + 2 * LANES;
         room.resize(size_t(block_stride) * leads), blocks = room.data() + LANES, feature.resize(size_t(tick_stride) * leads);
         steep.resize(p.blocks), smooth.resize(2 * padded(p.ticks + p.window) + 4 * LANES);
         for (auto* v : {&even, &odd, &first_step, &steps}) v->resize(padded(p.ticks + p.window) + 2 * LANES);
-        some_stride = padded(p.chunk(1)) / 2 + 4 * LANES, some.resize(size_t(some_stride) * leads), begins.resize(padded(p.ticks));
+        lasting.resize(padded(p.ticks)), begins.resize(padded(p.ticks)), noise.resize(p.chunks);
         padded_votes.resize(padded(p.ticks) + 2 * LANES), votes = padded_votes.data() + LANES;
-        for (auto* v : {&at, &height, &found, &chosen, &best}) v->resize(p.max_candidates);
-        zeros.resize(leads), complete.resize(leads), levels.resize(leads);
+        for (auto* v : {&at, &height, &corner, &found, &chosen, &best}) v->resize(p.max_candidates);
+        zeros.resize(leads), complete.resize(leads), levels.resize(size_t(p.chunks) * leads);
         bases.resize(size_t(p.max_candidates) * leads), gains.resize(size_t(p.chunks) * leads);
     }
 };
@@ -183,8 +184,7 @@ static INLINE void there_and_back(uint16_t* __restrict blocks, const Plan& p, Sc
                                   int16_t* __restrict feature) {
     const int n = p.blocks, pairs = p.window / 2;
     uint16_t* __restrict smooth = s.smooth.data();
-    for (int i = 0; i <= p.before(); i++) blocks[-1 - i] = blocks[i];
-    for (int i = 0; i <= p.behind(); i++) blocks[n + i] = blocks[n - 1 - i];
+    for (int i = 0; i < LANES; i++) blocks[-1 - i] = blocks[i], blocks[n + i] = blocks[n - 1 - i];
     const uint16_t* __restrict x = blocks - p.before();
     const int stop = padded(n + p.window);
     for (int i = 0; i < stop; i++) smooth[i] = mean_of(x[i - 1], x[i + 1]);  // a loop a mean: compilers know an instruction for it
@@ -237,33 +237,37 @@ static INLINE int rank(Signed v, int n, int k) {  // of lanes 0 to n - 1: the va
     return over_lanes<Highest>(v & (below == Signed{} + int16_t(k)) & (place < Signed{} + int16_t(n)));
 }
 
-// Levels of all leads in chunk c -> s.levels. The leads' bisections go side by side: one would mostly wait for its own last step.
-static INLINE void find_levels(const Plan& p, int c, int leads, Scratch& s, ReadAhead& ahead) {
-    const int segments = p.segments(c), from = p.chunk(c), n = (p.chunk(c + 1) - from + 1) / 2;
-    Median noise[MAX_LEADS];
-    for (int l = 0; l < leads; l++) {
-        ahead.lines(8);
-        const int16_t* feature = s.feature.data() + size_t(l) * s.tick_stride;
-        Signed highest{};
-        for (int i = 0, start = from; i < segments; i++) {
+static INLINE int usual(const int16_t* values, const bool* good, int n) {
+    int16_t ranked[LANES];
+    int count = 0;
+    for (int i = 0; i < LANES; i++) ranked[i] = good[i] ? values[i] : int16_t(32767);
+    for (int i = 0; i < n; i++) count += good[i];
+    return rank(load<Signed>(ranked), n, three_fifths(count));
+}
+
+// Levels of a lead -> levels, one a chunk, `leads` apart.
+static INLINE void find_levels(const int16_t* __restrict feature, const Plan& p, int leads, Scratch& s,
+                               ReadAhead& ahead, Level* levels) {
+    int16_t* __restrict lasting = s.lasting.data();
+    for (int i = 0; i < p.ticks; i += LANES) {  // the least of a quarter of a second from here on
+        Signed least_of = load<Signed>(feature + i);
+        for (int j = 1; j < p.around; j++) least_of = lower(least_of, load<Signed>(feature + i + j));
+        store(least_of, lasting + i);
+    }
+    for (int c = 0; c < p.chunks; c++) {
+        const int n = p.segments(c);
+        int16_t top[LANES] = {}, low[LANES] = {};
+        bool beat[LANES] = {}, noise[LANES] = {};
+        for (int i = 0, start = p.chunk(c); i < n; i++) {
             const int stop = p.segment_start(c, i + 1);
-            highest[i] = int16_t(highest_of(feature + start, stop - start));
+            ahead.lines(4);
+            top[i] = int16_t(highest_of(feature + start, stop - start));
+            low[i] = int16_t(highest_of(lasting + start, stop - start - p.around + 1));
             start = stop;
         }
-        noise[l] = Median(rank(highest, segments, segments * 3 / 5));
-        int16_t* __restrict some = s.some.data() + size_t(l) * s.some_stride;
-        for (int i = 0, stop = padded(n); i < stop; i++) some[i] = feature[from + 2 * i];
-        store(Signed{} + int16_t(32767), some + n);  // never counted
+        clear_segments(top, low, n, beat, noise);
+        levels[c * leads] = Level(usual(top, beat, n), usual(low, noise, n));
     }
-    for (int step = 0; step < Median::STEPS; step++)
-        for (int l = 0; l < leads; l++) {
-            ahead.lines(6);
-            const int16_t* some = s.some.data() + size_t(l) * s.some_stride;
-            Signed count{};
-            for (int i = 0; i < n; i += LANES) count -= load<Signed>(some + i) <= Signed{} + int16_t(noise[l].bound());
-            noise[l].narrow(2 * over_lanes<Sum>(count) > n);
-        }
-    for (int l = 0; l < leads; l++) s.levels[l] = Level(noise[l].beat, noise[l].value());
 }
 
 // Votes of all leads for every tick; the gains with which leads share in locating.
@@ -272,14 +276,15 @@ static INLINE void count_votes(const Plan& p, int leads, Scratch& s, ReadAhead& 
     int16_t* __restrict votes = s.votes;
     for (int c = 0; c < p.chunks; c++) {
         int* gains = s.gains.data() + c * leads;
+        const Level* levels = s.levels.data() + c * leads;
         int best = 0, largest = 1;
-        find_levels(p, c, leads, s, ahead);
-        for (int l = 0; l < leads; l++) best = most(best, s.levels[l].ratio);
+        Noise noise{};
+        for (int l = 0; l < leads; l++) best = most(best, levels[l].ratio);
         for (int l = 0; l < leads; l++) {
             ahead.lines(8);
-            const Level v = s.levels[l];
+            const Level v = levels[l];
             const int w = v.weight(best);
-            gains[l] = v.share(w);
+            gains[l] = v.share(w), noise.full += w;
             largest = most(largest, gains[l]);
             const uint16_t floor = v.floor, span = v.span, scale = v.scale(), gain = v.gain(w);
             const int16_t* __restrict feature = s.feature.data() + size_t(l) * s.tick_stride;
@@ -288,15 +293,58 @@ static INLINE void count_votes(const Plan& p, int leads, Scratch& s, ReadAhead& 
                 votes[i] += uint16_t(uint32_t(uint16_t((above < span ? above : span) * scale)) * gain >> 16);
             }
         }
-        for (int l = 0; l < leads; l++) gains[l] = gains[l] * 1023 / largest;
+        for (int l = 0; l < leads; l++) {
+            gains[l] = gains[l] * 1023 / largest;
+            noise.noise += gains[l] * levels[l].noise, noise.gain += gains[l];
+        }
+        s.noise[c] = noise;
     }
 }
 
 // ---- votes -> peaks -------------------------------------------------------------------------------------------------
 
-// All candidates -> s.at and s.height.
-static INLINE Candidates find_candidates(const Plan& p, Scratch& s, ReadAhead& ahead) {
-    Candidates c{s.at.data(), s.height.data(), 0};
+// The largest corner near a tick, summed over leads with their gains.
+static INLINE int corner_near(int tick, const Plan& p, int leads, const int* gains, const Scratch& s) {
+    const Vector limit = Vector{} + uint16_t(32767 / 3);
+    int corner = 0;
+    for (int i = 0; i < p.corners(); i += LANES) {
+        Places sums[2] = {}, largest[2] = {};
+        for (int l = 0; l < leads; l++) {
+            const uint16_t* x = s.blocks + size_t(l) * s.block_stride + p.corner_start(tick) + i;
+            const Vector a = load<Vector>(x), b = load<Vector>(x + p.step), c = load<Vector>(x + 2 * p.step);
+            const Vector d = load<Vector>(x + 3 * p.step), net = distance(a, d);
+            const Vector there = lower(distance(a, b), limit) + lower(distance(b, c), limit);
+            const Vector path = there + lower(distance(c, d), limit);
+            const Vector sharp = higher(path, net) - net;
+            Shorts halves[2];
+            memcpy(halves, &sharp, sizeof sharp);
+            for (int j = 0; j < 2; j++) {
+                const Places own = __builtin_convertvector(halves[j], Places) * gains[l];
+                sums[j] += own, largest[j] = higher(largest[j], own);
+            }
+        }
+        int sum[LANES], top[LANES];
+        memcpy(sum, sums, sizeof sum), memcpy(top, largest, sizeof top);
+        for (int j = 0; j < least(LANES, p.corners() - i); j++)
+            corner = most(corner, believed(sum[j], top[j], leads));
+    }
+    return corner;
+}
+
+// What is in the leads' features at a tick or beside it, likewise.
+static INLINE int size_near(int tick, const Plan& p, int leads, const int* gains, const Scratch& s) {
+    int size = 0;
+    for (int i = most(0, tick - 1); i <= least(p.ticks - 1, tick + 1); i++) {
+        int sum = 0;
+        for (int l = 0; l < leads; l++) sum += s.feature[size_t(l) * s.tick_stride + i] * gains[l];
+        size = most(size, sum);
+    }
+    return size;
+}
+
+// All candidates -> s.at, s.height and s.corner; both are 0 of those that cannot be beats.
+static INLINE Candidates find_candidates(const Plan& p, int leads, Scratch& s, ReadAhead& ahead) {
+    Candidates c{s.at.data(), s.height.data(), s.corner.data(), 0};
     const int16_t* __restrict votes = s.votes;
     for (int i = 0; i < p.ticks; i += LANES) {  // begins_candidate
         const Signed v = load<Signed>(votes + i);
@@ -312,8 +360,18 @@ static INLINE Candidates find_candidates(const Plan& p, Scratch& s, ReadAhead& a
         memcpy(&four, s.begins.data() + word, 8);
         if (!four) continue;
         ahead.lines(8);
-        for (int i = word; i < word + 4; i++)
-            if (s.begins[i]) s.at[c.n] = plateau_middle(votes, i, p), s.height[c.n] = height_at(votes, s.at[c.n], p), c.n++;
+        for (int i = word; i < word + 4; i++) {
+            if (!s.begins[i]) continue;
+            const int at = plateau_middle(votes, i, p), height = height_at(votes, at, p), chunk = p.chunk_of(at);
+            const int* gains = s.gains.data() + size_t(chunk) * leads;
+            int corner = 0;
+            bool can_be = comes_and_goes(height, votes[at], s.noise[chunk]);
+            if (can_be) {
+                corner = corner_near(at, p, leads, gains, s);
+                can_be = is_no_p_wave(corner, size_near(at, p, leads, gains, s), s.noise[chunk]);
+            }
+            s.at[c.n] = at, s.height[c.n] = can_be ? height : 0, s.corner[c.n] = can_be ? corner : 0, c.n++;
+        }
     }
     return c;
 }
@@ -370,10 +428,10 @@ static INLINE Deflection locate_sample(const T* ecg, int block, const Plan& p, i
 // blocks and feature of all leads -> peaks, ascending, in s.best: how many. sharp: is one as sharp as a spike?
 template <class T> static INLINE int find_beats(const T* ecg, const Plan& p, int leads, Scratch& s, ReadAhead& ahead, bool& sharp) {
     count_votes(p, leads, s, ahead);
-    const Candidates c = find_candidates(p, s, ahead);
+    const Candidates c = find_candidates(p, leads, s, ahead);
     int n = 0, m = 0;
     for (int k = 0, i = 0; k < p.chunks; k++) {
-        const Demand d = demand(c, k, p);
+        const Demand d = demand(c, k, s.noise[k], p);
         for (; i < c.n && c.at[i] < p.chunk(k + 1); i++) if (is_beat(c, i, d, p)) s.found[n++] = i;
     }
     for (int k = 0; k < n; k++) {
@@ -410,7 +468,9 @@ template <class T> static INLINE int segment(const T* ecg, const Plan& p, int le
                 if (s.complete[l]) take_out_spikes<T>(x, s.zeros[l], p, s.steep.data(), blocks);
                 else take_out_spikes<T>(Filled<T>{x, 0, p.hold, from}, s.zeros[l], p, s.steep.data(), blocks);
             }
-            there_and_back(blocks, p, s, ahead, s.feature.data() + size_t(l) * s.tick_stride);
+            int16_t* feature = s.feature.data() + size_t(l) * s.tick_stride;
+            there_and_back(blocks, p, s, ahead, feature);
+            find_levels(feature, p, leads, s, ahead, s.levels.data() + l);
         }
         count = find_beats(ecg, p, leads, s, ahead, sharp);
         if (!sharp || p.block < 4) break;

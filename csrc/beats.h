@@ -21,11 +21,11 @@ HD int magnitude(int a) { return a < 0 ? -a : a; }
 HD int middle_of_three(int a, int b, int c) { return most(least(a, b), least(most(a, b), c)); }
 
 constexpr int MAX_LEADS = 12;
-constexpr int MAX_SEGMENTS = 8;   // of a chunk: 15 s / 2 s and rounding
+constexpr int MAX_SEGMENTS = 16;  // of a chunk: 15 s / 1 s and rounding
 constexpr int MAX_BLOCK = 16;     // samples: 1000 Hz / 60 Hz, a power of two
 
 struct Plan {  // reference.py, class Plan
-    int length, block, blends, window, limit, half;
+    int length, block, blends, window, limit, half, step;
     int apart, around, refractory, near, after, ahead, early;
     int gap, edge, brief, hold;
     int blocks, ticks, chunks, max_candidates;  // of the record
@@ -34,6 +34,8 @@ struct Plan {  // reference.py, class Plan
 
     HD int before() const { return window / 2; }                 // blocks of a window before its middle, and behind it
     HD int behind() const { return window - window / 2; }
+    HD int corner_start(int tick) const { return 2 * tick - half - 3 * step / 2; }  // first of those near
+    HD int corners() const { return 2 * half + 1; }              // how many: 21 at most
     HD int margin() const { return most(1, block / 2); }         // samples beside the best block that may hold the peak
     HD int max_peaks() const { return (length + gap - 1) / gap; }
     HD int chunk(int c) const { return int(int64_t(ticks) * c / chunks); }  // where chunk c begins
@@ -51,8 +53,9 @@ inline Plan make_plan(double fs, int length) {
     auto ticks = [rate](double seconds) { return int(seconds * rate / 2 + 0.5); };
     p.blends = 1 + (rate < 75);
     for (int i = 0; i < 3; i++) p.steep[i] = float(250 * double(1 << 2 * i) / fs);
-    p.window = blocks(0.11), p.limit = 32767 / p.window, p.half = blocks(0.08), p.segment = 2 * rate / 2;
-    p.apart = ticks(0.12), p.around = ticks(0.25), p.refractory = ticks(0.2), p.near = ticks(0.25);
+    p.window = blocks(0.11), p.limit = 32767 / p.window, p.half = blocks(0.08);
+    p.step = blocks(0.016), p.segment = rate / 2;
+    p.apart = ticks(0.12), p.around = ticks(0.25), p.refractory = ticks(0.18), p.near = ticks(0.25);
     p.after = ticks(0.5), p.ahead = ticks(0.4), p.early = ticks(0.4);
     p.gap = int(0.2 * fs + 0.5), p.edge = int(0.004 * fs + 0.999), p.brief = most(1, int(0.004 * fs)), p.hold = int(fs + 0.5);
     p.blocks = length / p.block, p.ticks = (p.blocks + 1) / 2;
@@ -151,12 +154,13 @@ template <int N, class T, class X> HD int despiked(X row, int i, const Plan& p, 
 
 // ---- blocks (stored plus 32768) -> feature --------------------------------------------------------------------------
 
-HD int smoothed(const uint16_t* blocks, int i, const Plan& p) {  // the record is mirrored at its ends
+HD int mirrored(const uint16_t* blocks, int i, const Plan& p) {
+    return blocks[i < 0 ? -1 - i : i < p.blocks ? i : 2 * p.blocks - 1 - i];
+}
+
+HD int smoothed(const uint16_t* blocks, int i, const Plan& p) {
     int near[3];
-    for (int j = 0; j < 3; j++) {
-        const int k = i + j - 1;
-        near[j] = blocks[k < 0 ? -1 - k : k < p.blocks ? k : 2 * p.blocks - 1 - k];
-    }
+    for (int j = 0; j < 3; j++) near[j] = mirrored(blocks, i + j - 1, p);
     int mean = (near[0] + near[2] + 1) >> 1;
     for (int j = 0; j < p.blends; j++) mean = (mean + near[1] + 1) >> 1;
     return mean;
@@ -185,31 +189,42 @@ HD int rank(const int* values, int n, int k) {  // the value with k smaller ones
     return found;
 }
 
-struct Median {  // in steps of beat / 32, by bisection: STEPS times, are most values at most bound()?
-    static constexpr int STEPS = 6;
-    int beat, low, high;  // the answer's step is one of these; 32: none below the beat
-    HD explicit Median(int beat) : beat(beat), low(0), high(32) {}
-    Median() = default;
-    HD int bound() const { return beat * ((low + high) / 2) / 32; }
-    HD void narrow(bool most_are) {
-        const int step = (low + high) / 2;
-        low = most_are ? low : least(step + 1, high);
-        high = most_are ? step : high;
+// Of n values those that are good: the one with three fifths of them below.
+HD int three_fifths(int good) { return good * 3 / 5; }
+HD int usual(const int* values, const bool* good, int n) {
+    int chosen[MAX_SEGMENTS], count = 0;
+    for (int i = 0; i < n; i++) if (good[i]) chosen[count++] = values[i];
+    return rank(chosen, count, three_fifths(count));
+}
+
+// Which of n segments stand out, by what is highest in each and what lasts: for the beat, and for the noise.
+template <class T> HD void clear_segments(const T* top, const T* lasting, int n, bool* beat, bool* noise) {
+    int64_t most = 0, below_most = 1;
+    const auto below = [&](int i) { return int64_t(lasting[i] + top[i] / 16 + 8); };
+    for (int i = 0; i < n; i++)
+        if (top[i] * below_most > most * below(i)) most = top[i], below_most = below(i);
+    for (int i = 0; i < n; i++) {
+        const int64_t own = top[i] * below_most, clearest = most * below(i);
+        beat[i] = 2 * own >= clearest, noise[i] = 4 * own >= clearest;
     }
-    HD int value() const { return beat * low / 32; }
-};
+}
 
 struct Level {
-    int beat, floor, span, ratio;  // typical beat, noise floor, beat - floor, signal-to-noise ratio in 1/64
-    HD Level(int beat, int noise) : beat(beat), floor(least(noise * 5 / 4, beat * 3 / 4)), span(most(1, beat - floor)),
+    int beat, noise, floor, span, ratio;  // usual beat, noise, its bound, beat - floor, signal to noise in 1/64
+    HD Level(int beat, int noise) : beat(beat), noise(noise), floor(least(noise * 3 / 2, beat * 3 / 4)),
+                                    span(most(1, beat - floor)),
                                     ratio(beat >= 16 ? beat * 64 / (noise + beat / 14 + 1) : 0) {}
     Level() = default;
+    HD bool has_vote() const { return 4 * beat >= 13 * least(noise, 180) + 64; }
     HD int weight(int best_ratio) const { const int w = ratio * 45 / most(1, best_ratio); return w * w; }
     HD int scale() const { int s = 1; while (span * s < 16384) s *= 2; return s; }
-    HD int gain(int weight) const { return weight * 65536 / (span * scale()); }
+    HD int gain(int weight) const { return has_vote() ? weight * 65536 / (span * scale()) : 0; }
     HD int share(int weight) const { return weight * 512 / most(1, beat); }
     HD int vote(int feature, int scale, int gain) const { return least(most(feature - floor, 0), span) * scale * gain >> 16; }
 };
+
+// Of a chunk, of all leads: their noise with their gains; these gains; the most that votes can come to.
+struct Noise { int noise, gain, full; };
 
 // ---- votes -> candidates -> beats -----------------------------------------------------------------------------------
 
@@ -238,7 +253,26 @@ HD int height_at(const int16_t* votes, int i, const Plan& p) {
     return votes[i] - most(before, behind);
 }
 
-struct Candidates { const int *at, *height; int n; };  // ticks, ascending
+// How far a lead goes there and back in three steps from block i on.
+HD int corner_at(const uint16_t* blocks, int i, const Plan& p) {
+    int x[4], path = 0;
+    for (int k = 0; k < 4; k++) x[k] = mirrored(blocks, i + k * p.step, p);
+    for (int k = 0; k < 3; k++) path += least(magnitude(x[k + 1] - x[k]), 32767 / 3);
+    return most(path - magnitude(x[3] - x[0]), 0);
+}
+
+HD int believed(int sum, int largest, int leads) {  // of corners: one lead alone is not
+    return leads > 1 ? least(sum, 3 * (sum - largest)) : sum;
+}
+HD bool comes_and_goes(int height, int vote, const Noise& n) {
+    return 32 * height >= n.full && 8 * height >= 5 * vote;
+}
+HD bool is_no_p_wave(int corner, int size, const Noise& n) {
+    return 32 * int64_t(corner) >= 21 * int64_t(size) || size >= 200 * n.gain
+        || size >= 18 * int64_t(n.noise);
+}
+
+struct Candidates { const int *at, *height, *corner; int n; };  // ticks, ascending
 
 HD int first_from(Candidates c, int tick) {  // index of the first candidate at the tick or later
     int low = 0, high = c.n;
@@ -250,39 +284,55 @@ HD int first_from(Candidates c, int tick) {  // index of the first candidate at 
     return low;
 }
 
-struct Demand { int usual, noise; };  // a chunk's usual height of a beat; mean height of what is too small for one
-
-HD Demand demand(Candidates c, int chunk, const Plan& p) {
+struct Demand {  // of a chunk
+    int high, small, keen, noise;  // usual height of a beat, mean of what is too small; usual corner, noise
+    bool any;                      // is there a beat at all?
+};
+HD Demand demand(Candidates c, int chunk, const Noise& noise, const Plan& p) {
     const int n = p.segments(chunk), from = first_from(c, p.chunk(chunk)), to = first_from(c, p.chunk(chunk + 1));
-    int highest[MAX_SEGMENTS];
+    int height[MAX_SEGMENTS], corner[MAX_SEGMENTS], highest = 0;
+    bool good[MAX_SEGMENTS];
     for (int s = 0, i = from; s < n; s++) {
-        highest[s] = 0;
+        height[s] = corner[s] = 0;
         const int stop = p.segment_start(chunk, s + 1);
-        for (; i < to && c.at[i] < stop; i++) highest[s] = most(highest[s], c.height[i]);
+        for (; i < to && c.at[i] < stop; i++)
+            height[s] = most(height[s], c.height[i]), corner[s] = most(corner[s], c.corner[i]);
+        highest = most(highest, height[s]);
     }
-    const int usual = rank(highest, n, n / 2);
+    for (int s = 0; s < n; s++) good[s] = 2 * height[s] >= highest;
+    const int high = usual(height, good, n);
     int64_t sum = 0;
     int small = 0;
-    for (int i = from; i < to; i++) if (20 * c.height[i] < 7 * usual) sum += c.height[i], small++;
-    return {usual, int(sum / most(1, small))};
+    for (int i = from; i < to; i++) if (20 * c.height[i] < 7 * high) sum += c.height[i], small++;
+    return {high, int(sum / most(1, small)), usual(corner, good, n), noise.noise, 4 * high >= noise.full};
 }
 
-// Is a candidate of height `own`, `distance` ticks after (negative: before) one of height `other`, no beat of its own?
-HD bool overshadows(int distance, int own, int other, const Plan& p) {
+// Is a candidate of height `own`, `distance` ticks after (negative: before) one of height `other`, no beat of
+// its own? Likewise their corners; noise: as much of its corner may be noise.
+HD int falling(int top, int low, int d, int end, const Plan& p) {
+    return d <= p.near ? top : d < end ? top - (top - low) * (d - p.near) / (end - p.near) : 0;
+}
+HD bool overshadows(int distance, int own, int other, int corner, int other_corner, int noise,
+                    const Plan& p) {
     const int d = magnitude(distance);
     const bool late = distance > 0;
     if (d < p.refractory) return own < other || (own == other && late);
-    const int top = late ? 922 : 717, end = late ? p.after : p.ahead;
-    const int share = d <= p.near ? top : d < end ? top - (top - 205) * (d - p.near) / (end - p.near) : 0;
-    return 1024 * own < share * other;
+    if (2 * own >= other && 4 * int64_t(corner) >= 3 * int64_t(other_corner)) return false;  // two of a kind
+    const int end = late ? p.after : p.ahead;
+    return 1024 * own < falling(late ? 922 : 717, 205, d, end, p) * other
+        && 1024 * int64_t(corner - noise) < falling(464, 192, d, end, p) * int64_t(other_corner);
 }
 
 HD bool is_beat(Candidates c, int i, Demand d, const Plan& p) {
-    const int at = c.at[i], height = c.height[i];
-    if (20 * height < 3 * d.usual + 20 * d.noise) return false;
-    if (at <= p.early && 2 * height < d.usual) return false;
-    for (int j = i - 1; j >= 0 && at - c.at[j] < p.after; j--) if (overshadows(at - c.at[j], height, c.height[j], p)) return false;
-    for (int j = i + 1; j < c.n && c.at[j] - at < p.after; j++) if (overshadows(at - c.at[j], height, c.height[j], p)) return false;
+    const int at = c.at[i], height = c.height[i], sharp = c.corner[i] - 2 * d.noise;
+    const bool low = 20 * height < 3 * d.high + 20 * d.small;
+    if (!d.any || (low && 32 * int64_t(sharp) < 5 * int64_t(d.keen))) return false;
+    if (at <= p.early && 2 * height < d.high && 64 * int64_t(sharp) < 29 * int64_t(d.keen)) return false;
+    const auto loses = [&](int j) {
+        return overshadows(at - c.at[j], height, c.height[j], c.corner[i], c.corner[j], 2 * d.noise, p);
+    };
+    for (int j = i - 1; j >= 0 && at - c.at[j] < p.after; j--) if (loses(j)) return false;
+    for (int j = i + 1; j < c.n && c.at[j] - at < p.after; j++) if (loses(j)) return false;
     return true;
 }
 
@@ -329,11 +379,13 @@ HD Deflection largest_of(const int* moved, int n, const Plan& p) {
 HD int keep_apart(int* peaks, int* height, int n, const Plan& p) {
     int kept = 0;
     for (int i = 0; i < n; i++) {
-        if (peaks[i] < p.edge || peaks[i] >= p.length - p.edge) continue;
-        const bool close = kept && peaks[i] - peaks[kept - 1] < p.gap;
+        int peak = peaks[i];
+        if (kept && 10 * (peak - peaks[kept - 1]) >= 9 * p.gap) peak = most(peak, peaks[kept - 1] + p.gap);
+        if (peak < p.edge || peak >= p.length - p.edge) continue;
+        const bool close = kept && peak - peaks[kept - 1] < p.gap;
         if (close && height[i] <= height[kept - 1]) continue;
         kept -= close;
-        peaks[kept] = peaks[i], height[kept] = height[i], kept++;
+        peaks[kept] = peak, height[kept] = height[i], kept++;
     }
     return kept;
 }

@@ -16,8 +16,9 @@ struct Workspace {  // pieces of one allocation, a row a record and lead unless 
     int16_t *feature, *votes;                  // votes: a row a record
     int *zeros, *sharp;                        // a number a row; a number a record: does it hold pacing spikes?
     Level* levels;                             // (records, chunks, leads)
+    Noise* noise;                              // (records, chunks)
     int* gains;                                // (records, chunks, leads)
-    int *at, *height, *found, *chosen, *best;  // (records, max_candidates)
+    int *at, *height, *corner, *found, *chosen, *best;  // (records, max_candidates)
 
     size_t carve(char* memory, int records, int leads, const Plan& p) {
         size_t used = 0;
@@ -28,7 +29,8 @@ struct Workspace {  // pieces of one allocation, a row a record and lead unless 
         const size_t rows = size_t(records) * leads, candidates = size_t(records) * p.max_candidates;
         take(blocks, rows * p.blocks), take(feature, rows * p.ticks), take(votes, size_t(records) * p.ticks);
         take(zeros, rows), take(sharp, records), take(levels, rows * p.chunks), take(gains, rows * p.chunks);
-        for (int** list : {&at, &height, &found, &chosen, &best}) take(*list, candidates);
+        take(noise, size_t(records) * p.chunks);
+        for (int** list : {&at, &height, &corner, &found, &chosen, &best}) take(*list, candidates);
         return used;
     }
 };
@@ -66,28 +68,23 @@ template <int BLOCK, class T> __device__ void take_out_spikes(const T* x, T orig
 }
 
 __device__ Level level_of(const int16_t* feature, const Plan& p, int c) {  // all threads together
-    __shared__ int highest[MAX_SEGMENTS], counts[Median::STEPS];
-    const int from = p.chunk(c), segments = p.segments(c), n = (p.chunk(c + 1) - from + 1) / 2;
+    __shared__ int top[MAX_SEGMENTS], lasting[MAX_SEGMENTS];
+    const int segments = p.segments(c);
     __syncthreads();  // the last level has been read
-    for (int i = threadIdx.x; i < MAX_SEGMENTS; i += blockDim.x) highest[i] = 0;
-    for (int i = threadIdx.x; i < Median::STEPS; i += blockDim.x) counts[i] = 0;
+    for (int i = threadIdx.x; i < MAX_SEGMENTS; i += blockDim.x) top[i] = lasting[i] = 0;
     __syncthreads();
-    for (int s = 0; s < segments; s++) {
-        int top = 0;
-        const int stop = p.segment_start(c, s + 1);
-        for (int i = p.segment_start(c, s) + threadIdx.x; i < stop; i += blockDim.x) top = most(top, feature[i]);
-        if (top) atomicMax(&highest[s], top);
+    for (int i = p.chunk(c) + threadIdx.x, s = 0; i < p.chunk(c + 1); i += blockDim.x) {
+        while (i >= p.segment_start(c, s + 1)) s++;
+        if (feature[i]) atomicMax(&top[s], feature[i]);
+        if (i + p.around > p.segment_start(c, s + 1)) continue;
+        int low = feature[i];
+        for (int j = 1; j < p.around; j++) low = least(low, feature[i + j]);
+        if (low) atomicMax(&lasting[s], low);
     }
     __syncthreads();
-    Median noise(rank(highest, segments, segments * 3 / 5));
-    for (int step = 0; step < Median::STEPS; step++) {
-        int count = 0;
-        for (int i = threadIdx.x; i < n; i += blockDim.x) count += feature[from + 2 * i] <= noise.bound();
-        if (count) atomicAdd(&counts[step], count);
-        __syncthreads();
-        noise.narrow(2 * counts[step] > n);
-    }
-    return Level(noise.beat, noise.value());
+    bool beat[MAX_SEGMENTS], noise[MAX_SEGMENTS];
+    clear_segments(top, lasting, segments, beat, noise);
+    return Level(usual(top, beat, segments), usual(lasting, noise, segments));
 }
 
 // A group a row. again: only rows of records with spikes, which are taken out.
@@ -117,13 +114,16 @@ struct Record {  // one record's part of the workspace
     const int* zeros;
     const Level* levels;
     int16_t* votes;
-    int *gains, *at, *height, *found, *chosen, *best;
+    Noise* noise;
+    int *gains, *at, *height, *corner, *found, *chosen, *best;
 
     __device__ Record(const Workspace& w, size_t i, int leads, const Plan& p)
         : blocks(w.blocks + i * leads * p.blocks), feature(w.feature + i * leads * p.ticks), zeros(w.zeros + i * leads),
-          levels(w.levels + i * leads * p.chunks), votes(w.votes + i * p.ticks), gains(w.gains + i * leads * p.chunks),
-          at(w.at + i * p.max_candidates), height(w.height + i * p.max_candidates), found(w.found + i * p.max_candidates),
-          chosen(w.chosen + i * p.max_candidates), best(w.best + i * p.max_candidates) {}
+          levels(w.levels + i * leads * p.chunks), votes(w.votes + i * p.ticks), noise(w.noise + i * p.chunks),
+          gains(w.gains + i * leads * p.chunks), at(w.at + i * p.max_candidates),
+          height(w.height + i * p.max_candidates), corner(w.corner + i * p.max_candidates),
+          found(w.found + i * p.max_candidates), chosen(w.chosen + i * p.max_candidates),
+          best(w.best + i * p.max_candidates) {}
 };
 
 __device__ void count_votes(const Record& r, int leads, const Plan& p) {
@@ -133,7 +133,13 @@ __device__ void count_votes(const Record& r, int leads, const Plan& p) {
         for (int l = 0; l < leads; l++) top = most(top, levels[l].ratio);
         const auto share = [&](int l) { return levels[l].share(levels[l].weight(top)); };
         for (int l = 0; l < leads; l++) largest = most(largest, share(l));
-        for (int l = threadIdx.x; l < leads; l += blockDim.x) r.gains[c * leads + l] = share(l) * 1023 / largest;
+        Noise noise{};
+        for (int l = 0; l < leads; l++) {
+            const int gain = share(l) * 1023 / largest;
+            noise.noise += gain * levels[l].noise, noise.gain += gain, noise.full += levels[l].weight(top);
+            if (threadIdx.x == 0) r.gains[c * leads + l] = gain;
+        }
+        if (threadIdx.x == 0) r.noise[c] = noise;
         for (int i = p.chunk(c) + threadIdx.x; i < p.chunk(c + 1); i += blockDim.x) {
             int sum = 0;
             for (int l = 0; l < leads; l++)
@@ -144,7 +150,42 @@ __device__ void count_votes(const Record& r, int leads, const Plan& p) {
     __syncthreads();
 }
 
-__device__ Candidates find_candidates(const Record& r, const Plan& p) {
+// The corners of n candidates, a team of 32 threads each; corner and height are 0 where there can be no beat.
+__device__ void find_corners(const Record& r, int n, int leads, const Plan& p) {
+    constexpr int TEAMS = THREADS / 32;
+    __shared__ int corner[TEAMS], size[TEAMS];
+    const int team = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int start = 0; start < n; start += TEAMS) {
+        const int i = start + team;
+        if (lane == 0) corner[team] = size[team] = 0;
+        __syncthreads();
+        if (i < n && comes_and_goes(r.height[i], r.votes[r.at[i]], r.noise[p.chunk_of(r.at[i])])) {
+            const int at = r.at[i], tick = at + lane - 1, *gains = r.gains + size_t(p.chunk_of(at)) * leads;
+            int here = 0, largest = 0, feature = 0;
+            for (int l = 0; l < leads; l++) {
+                if (lane < p.corners()) {
+                    const uint16_t* blocks = r.blocks + size_t(l) * p.blocks;
+                    const int own = corner_at(blocks, p.corner_start(at) + lane, p) * gains[l];
+                    here += own, largest = most(largest, own);
+                }
+                if (lane < 3 && tick >= 0 && tick < p.ticks)
+                    feature += r.feature[size_t(l) * p.ticks + tick] * gains[l];
+            }
+            atomicMax(&corner[team], believed(here, largest, leads));
+            atomicMax(&size[team], feature);
+        }
+        __syncthreads();
+        if (i < n && lane == 0) {
+            const bool can_be = comes_and_goes(r.height[i], r.votes[r.at[i]], r.noise[p.chunk_of(r.at[i])])
+                             && is_no_p_wave(corner[team], size[team], r.noise[p.chunk_of(r.at[i])]);
+            r.corner[i] = can_be ? corner[team] : 0;
+            if (!can_be) r.height[i] = 0;
+        }
+        __syncthreads();
+    }
+}
+
+__device__ Candidates find_candidates(const Record& r, int leads, const Plan& p) {
     __shared__ int begins[THREADS], count;
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
@@ -161,13 +202,14 @@ __device__ Candidates find_candidates(const Record& r, const Plan& p) {
         r.height[i] = height_at(r.votes, r.at[i], p);
     }
     __syncthreads();
-    return {r.at, r.height, count};
+    find_corners(r, count, leads, p);
+    return {r.at, r.height, r.corner, count};
 }
 
 __device__ int choose_beats(const Record& r, Candidates c, const Plan& p) {  // -> r.chosen: how many
     __shared__ int chosen;
     for (int k = 0; k < p.chunks; k++) {
-        const Demand d = demand(c, k, p);
+        const Demand d = demand(c, k, r.noise[k], p);
         const int stop = first_from(c, p.chunk(k + 1));
         for (int i = first_from(c, p.chunk(k)) + threadIdx.x; i < stop; i += blockDim.x) r.best[i] = is_beat(c, i, d, p);
     }
@@ -238,7 +280,7 @@ template <class T> __global__ void peaks_kernel(const T* ecg, int leads, Plan p,
     if (again && !w.sharp[record]) return;
     const Record r(w, record, leads, p);
     count_votes(r, leads, p);
-    const Candidates c = find_candidates(r, p);
+    const Candidates c = find_candidates(r, leads, p);
     const int n = choose_beats(r, c, p);
     const bool sharp = locate(ecg + record * leads * p.length, r, c, n, leads, p);
     if (threadIdx.x == 0) {

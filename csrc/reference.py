@@ -1,12 +1,25 @@
 """The operators in plain NumPy: slow, clear, and the yardstick of the compiled ones, which must agree to the sample.
 
-segment_beats in short. A QRS goes up and comes back within a tenth of a second; drift, steps of the baseline, ST segments and P
-and T waves do not, or less steeply. So a lead's feature is how far the signal moves there and back within 110 ms: (path length -
-net change) of the smoothed signal. Steps and gaps cancel exactly; no filter rings. Every lead votes with that feature above its
-own noise floor, in units of its own typical beat, with a weight by its signal-to-noise ratio; beats are the peaks of the sum that
-stand out and are not the T or P wave of a larger neighbour. If a peak is as sharp as a pacing spike, spikes are taken out and all
-is done again. After the conversion to microvolts there is only integer arithmetic: CPU, GPU and this file give the same peaks,
-not nearly the same.
+segment_beats in short. A QRS goes up and comes back within a tenth of a second; drift, steps of the baseline,
+ST segments and P and T waves do not, or less steeply. So a lead's feature is how far the signal moves there
+and back within 110 ms: (path length - net change) of the smoothed signal. Steps and gaps cancel exactly; no
+filter rings.
+
+What is noise: a beat is over within a quarter of a second, noise goes on. So what lasts in a feature, the
+least of a quarter of a second, is its noise, at any rate, and a second in which the feature stands far above
+what lasts there tells what the usual beat of this stretch is. Seconds of noise do not, however large it is;
+and where no second stands out, however small the signal, there is no beat.
+
+Every lead votes with its feature above its noise, in units of its usual beat, with a weight by its signal-to-
+noise ratio. Candidates are the peaks of the sum between which it goes back to nearly nothing.
+
+What may follow what: T and P waves are smaller than the QRS beside them, or rounder. So a candidate is a beat
+if it is high, or if it is sharp: if the leads go there and back within 50 ms, which tells a small QRS beside
+a large one from a T wave of the same height. What is round, small and not far above the noise is a P wave,
+with a QRS or without.
+
+If a peak is as sharp as a pacing spike, spikes are taken out and all is done again. After the conversion to
+microvolts there is only integer arithmetic: CPU, GPU and this file give the same peaks, not nearly the same.
 
 Sources: the moving integration, the T wave rule, search back and two noise-adapted levels follow Pan & Tompkins, IEEE Trans
 Biomed Eng 1985; path length as QRS feature: Zong, Moody & Jiang, Computers in Cardiology 2003 (wqrs). The net change, the vote of
@@ -26,11 +39,12 @@ class Plan(NamedTuple):
     window: int      # blocks: 110 ms, in which the signal goes there and back
     limit: int       # microvolts: largest step between blocks, so that sums of a window stay in 16 bits
     half: int        # blocks: 80 ms, half of the part in which a QRS' peak is looked for
+    step: int        # blocks: 16 ms; three of them there and back are sharp
     chunk: float     # ticks: 10 s; levels are those of a part of this length
-    segment: float   # ticks: 2 s; the typical beat is taken over maxima of such segments
+    segment: float   # ticks: 1 s; the usual beat is taken over maxima of such segments
     apart: int       # ticks: 120 ms between candidates
-    around: int      # ticks: 250 ms; a candidate's height is counted from the minima this near
-    refractory: int  # ticks: 200 ms
+    around: int      # ticks: 250 ms; a candidate's height is from the minima this near; what lasts it is noise
+    refractory: int  # ticks: 180 ms
     near: int        # ticks: 250 ms; from here the demand on a candidate after (before) a larger one falls
     after: int       # ticks: 500 ms; to here
     before: int      # ticks: 400 ms
@@ -51,8 +65,9 @@ def make_plan(fs):
     samples = lambda seconds: int(seconds * fs + 0.5)
     return Plan(
         block=block, steep=tuple(np.float32(250 * 4 ** i / fs) for i in range(block.bit_length() - 2)), blends=1 + (rate < 75),
-        window=blocks(0.11), limit=32767 // blocks(0.11), half=blocks(0.08), chunk=10 * rate / 2, segment=2 * rate / 2,
-        apart=ticks(0.12), around=ticks(0.25), refractory=ticks(0.2), near=ticks(0.25), after=ticks(0.5), before=ticks(0.4),
+        window=blocks(0.11), limit=32767 // blocks(0.11), half=blocks(0.08), step=blocks(0.016),
+        chunk=10 * rate / 2, segment=rate / 2, apart=ticks(0.12), around=ticks(0.25), refractory=ticks(0.18),
+        near=ticks(0.25), after=ticks(0.5), before=ticks(0.4),
         early=ticks(0.4), gap=samples(0.2), edge=int(0.004 * fs + 0.999), brief=max(1, int(0.004 * fs)), hold=samples(1))
 
 
@@ -73,10 +88,14 @@ def find_beats(blocks, samples, plan):
     """Peaks (K,) from blocks (L, M) and samples (signal, valid); and whether one is as sharp as a pacing spike."""
     feature = there_and_back(blocks, plan)                                     # (L, T), T = ceil(M / 2)
     chunks = split(feature.shape[1], plan.chunk)
-    votes, gains = vote(feature, chunks, plan)                                 # (T,), (chunks, L)
+    votes, gains, noise, full = vote(feature, chunks, plan)
     at, height = candidates(votes, plan)
-    beats = choose(at, height, chunks, plan)
-    located = [locate(2 * at[i], *samples, blocks, gains[np.searchsorted(chunks, at[i], "right") - 1], plan) for i in beats]
+    chunk = np.searchsorted(chunks, at, "right") - 1                           # (C,)
+    corner, size = corners(at, gains[chunk], blocks, feature, plan)
+    real = stands_out(height, votes[at], corner, size, noise[chunk], gains[chunk].sum(1), full[chunk])
+    height, corner = height * real, corner * real
+    beats = choose(at, height, corner, noise, full, chunks, plan)
+    located = [locate(2 * at[i], *samples, blocks, gains[chunk[i]], plan) for i in beats]
     return keep_apart([peak for peak, _ in located], height[beats], samples[0].shape[1], plan), any(sharp for _, sharp in located)
 
 
@@ -149,36 +168,54 @@ def split(count, length):
 
 
 def segments(start, stop, plan):
-    """Borders of the segments, two at least, of a chunk."""
+    """Borders (segments + 1) of the segments, two at least, of a chunk."""
     parts = max(2, int((stop - start) / plan.segment + 0.5))
     return [start + (stop - start) * i // parts for i in range(parts + 1)]
 
 
+def usual(values, good):
+    """Of those of values (segments, ...) that are good: the one with three fifths of them below."""
+    ranked = np.sort(np.where(good, values, 1 << 30), axis=0)
+    return np.take_along_axis(ranked, good.sum(0)[None] * 3 // 5, 0)[0]
+
+
+def levels(feature, borders, plan):
+    """The usual beat of every lead (L,), and its noise (L,): the most that lasts for a quarter of a second.
+    Both are of segments that stand out: the beat of those half as clear as the clearest, the noise, which
+    need not be as clear, of a quarter."""
+    parts = [feature[:, a:b] for a, b in zip(borders[:-1], borders[1:])]
+    top = np.array([part.max(1) for part in parts])                            # (segments, L)
+    window = np.lib.stride_tricks.sliding_window_view
+    lasting = np.array([window(part, plan.around, 1).min(2).max(1) for part in parts])
+    below = lasting + top // 16 + 8
+    clearest = (top[:, None] * below >= top * below[:, None]).all(1).argmax(0)  # segments (L,)
+    most = clearest, np.arange(len(feature))
+    own, best = top * below[most], top[most] * below
+    return usual(top, 2 * own >= best), usual(lasting, 4 * own >= best)
+
+
 def vote(feature, chunks, plan):
-    """Weighted sum of the leads' features, each from its floor (0) to its typical beat (1) -> votes (T,) below 2^15, and gains
-    (chunks, L) with which the leads share in locating a peak."""
-    votes, gains = np.zeros(feature.shape[1], np.int64), []
+    """Weighted sum of the leads' features, each from its floor (0) to its usual beat (1) -> votes (T,) below
+    2^15; of every chunk: gains (chunks, L) with which the leads share in locating a peak, noise (chunks,)
+    with these gains, and the most that votes could come to (chunks,), of leads too that do not stand out from
+    their noise and have no vote."""
+    votes, gains, noises, full = np.zeros(feature.shape[1], np.int64), [], [], []
     for start, stop in zip(chunks[:-1], chunks[1:]):
-        part, borders = feature[:, start:stop], segments(start, stop, plan)
-        maxima = np.sort([feature[:, a:b].max(1) for a, b in zip(borders[:-1], borders[1:])], axis=0)  # (segments, L)
-        beat = maxima[len(maxima) * 3 // 5]                                    # a beat in 2 of 5 segments is enough
-        noise = np.array([median_below(row[::2], top) for row, top in zip(part, beat)])  # neighbours say the same
-        floor = np.minimum(noise * 5 // 4, beat * 3 // 4)
+        beat, noise = levels(feature, segments(start, stop, plan), plan)
+        floor = np.minimum(noise * 3 // 2, beat * 3 // 4)
         span = np.maximum(beat - floor, 1)
         ratio = np.where(beat >= 16, beat * 64 // (noise + beat // 14 + 1), 0)  # a quiet lead is no judge of the others; < 16: flat
         weight = (ratio * 45 // max(1, ratio.max())) ** 2                      # at most 2025
         scale = np.array([1 << (15 - int(s).bit_length()) for s in span])      # brings span to 2^14 .. 2^15: 16 bits go a long way
-        gain = weight * 65536 // (span * scale)
-        above = np.clip(part - floor[:, None], 0, span[:, None]) * scale[:, None]
+        # 3 times the noise and more; what is larger than noise of 50 uV can be, is heard in any noise
+        gain = np.where(4 * beat >= 13 * np.minimum(noise, 180) + 64, weight * 65536 // (span * scale), 0)
+        above = np.clip(feature[:, start:stop] - floor[:, None], 0, span[:, None]) * scale[:, None]
         votes[start:stop] = (above * gain[:, None] // 65536).sum(0)
         share = weight * 512 // np.maximum(beat, 1)
         gains.append(share * 1023 // max(1, share.max()))
-    return votes, gains
-
-
-def median_below(row, top):
-    """The median of row (n,) in steps of top / 32: the first step that half of the values do not exceed; top where none."""
-    return next((top * j // 32 for j in range(32) if 2 * (row <= top * j // 32).sum() > len(row)), top)
+        noises.append((gains[-1] * noise).sum())
+        full.append(weight.sum())
+    return votes, np.array(gains), np.array(noises), np.array(full)
 
 
 def candidates(votes, plan):
@@ -196,33 +233,65 @@ def candidates(votes, plan):
     return np.array(at, int), np.array(height, int)
 
 
-def choose(at, height, chunks, plan):
-    """Which candidates are beats: indices, ascending. They are high enough for their chunk and not the T or P wave of a larger
-    neighbour; or they fill a gap."""
-    beat = np.zeros(len(at), bool)
-    for start, stop in zip(chunks[:-1], chunks[1:]):
-        inside = (at >= start) & (at < stop)
-        borders = segments(start, stop, plan)
-        highest = np.sort([height[(at >= a) & (at < b)].max(initial=0) for a, b in zip(borders[:-1], borders[1:])])
-        usual = highest[len(highest) // 2]
-        small = height[inside & (20 * height < 7 * usual)]
-        noise = small.sum() // max(1, len(small))
-        beat |= inside & (20 * height >= 3 * usual + 20 * noise)
+def corners(at, gains, blocks, feature, plan):
+    """Of candidates at (C,), summed with their gains (C, L): how far the leads go there and back within three
+    steps, at most, near the candidate, and the feature there -> (C,), (C,)."""
+    reach, span = plan.half + 3 * plan.step, 3 * plan.step
+    mirrored = np.pad(blocks, ((0, 0), (reach, reach)), mode="symmetric")
+    steps = np.minimum(abs(mirrored[:, plan.step:] - mirrored[:, :-plan.step]), 32767 // 3)
+    path = sum(steps[:, k:mirrored.shape[1] - span + k] for k in range(0, span, plan.step))
+    sharp = np.maximum(path - abs(mirrored[:, span:] - mirrored[:, :-span]), 0)  # from each block on
+    corner, size, first = np.zeros(len(at), int), np.zeros(len(at), int), reach - plan.half - span // 2
+    for i, (tick, gain) in enumerate(zip(at, gains)):
+        each = gain[:, None] * sharp[:, 2 * tick + first:][:, :2 * plan.half + 1]
+        most = each.max(0) if len(gain) > 1 else 0  # one lead alone is not believed
+        corner[i] = np.minimum(each.sum(0), 3 * (each.sum(0) - most)).max()
+        size[i] = (gain @ feature[:, max(0, tick - 1):tick + 2]).max()
+    return corner, size
+
+
+def stands_out(height, vote, corner, size, noise, gain, full):
+    """Can it be a beat? It is not next to nothing, comes from, and goes back to, nearly nothing; and it is
+    sharp or larger than a P wave, which has less than 0.1 mV there and back, or far above the noise."""
+    no_p_wave = (32 * corner >= 21 * size) | (size >= 200 * gain) | (size >= 18 * noise)
+    return (32 * height >= full) & (8 * height >= 5 * vote) & no_p_wave
+
+
+def choose(at, height, corner, noise, full, chunks, plan):
+    """Which candidates are beats: indices, ascending. They are high or sharp enough for their chunk and not
+    the T or P wave of a larger neighbour; or they fill a gap."""
+    beat, sharp = np.zeros(len(at), bool), corner.copy()
+    for c, (start, stop) in enumerate(zip(chunks[:-1], chunks[1:])):
+        inside, borders = (at >= start) & (at < stop), segments(start, stop, plan)
+        top = np.array([[x[(at >= a) & (at < b)].max(initial=0) for x in (height, corner)]
+                        for a, b in zip(borders[:-1], borders[1:])])           # (segments, 2)
+        high, keen = usual(top, np.repeat(2 * top[:, :1] >= top[:, 0].max(), 2, 1))
+        small = height[inside & (20 * height < 7 * high)]
+        demand = 3 * high + 20 * (small.sum() // max(1, len(small)))
+        sharp[inside] -= 2 * noise[c]
+        if 4 * high >= full[c]:                                                # most leads say so
+            beat |= inside & ((20 * height >= demand) | (32 * sharp >= 5 * keen))
         if start == 0:
-            beat &= (at > plan.early) | (2 * height >= usual)
+            beat &= (at > plan.early) | (2 * height >= high) | (64 * sharp >= 29 * keen)
     for i in np.flatnonzero(beat):
-        beat[i] = not any(overshadows(at[i] - at[j], height[i], height[j], plan) for j in range(len(at)) if j != i)
+        rivals = ((at[i] - at[j], height[i], height[j], corner[i], corner[j]) for j in range(len(at)) if j != i)
+        beat[i] = not any(overshadows(*rival, corner[i] - sharp[i], plan) for rival in rivals)
     return fill_gaps(beat, at, height)
 
 
-def overshadows(distance, own, other, plan):
-    """Is a candidate of height `own`, `distance` ticks after (negative: before) one of height `other`, no beat of its own?"""
+def overshadows(distance, own, other, corner, other_corner, noise, plan):
+    """Is a candidate `distance` ticks after (negative: before) another no beat of its own, by their heights
+    and corners? noise: as much of its corner may be noise."""
     d, late = abs(distance), distance > 0
     if d < plan.refractory:
         return own < other or own == other and late
-    top, end = (922, plan.after) if late else (717, plan.before)               # of 1024: 0.9 and 0.7, falling to 0.2
-    share = top if d <= plan.near else top - (top - 205) * (d - plan.near) // (end - plan.near) if d < end else 0
-    return 1024 * own < share * other
+    if 2 * own >= other and 4 * corner >= 3 * other_corner:                    # two of a kind
+        return False
+    end = plan.after if late else plan.before
+    fall = lambda top, low: top - (top - low) * (d - plan.near) // (end - plan.near)
+    share = lambda top, low: top if d <= plan.near else fall(top, low) if d < end else 0
+    return (1024 * own < share(922 if late else 717, 205) * other              # 0.9 or 0.7 to 0.2
+            and 1024 * (corner - noise) < share(464, 192) * other_corner)
 
 
 def fill_gaps(beat, at, height):
@@ -259,9 +328,12 @@ def locate(middle, signal, valid, blocks, gain, plan):
 
 
 def keep_apart(peaks, height, length, plan):
-    """Peaks inside the record; of two within the refractory time the higher one."""
+    """Peaks inside the record; of two within the refractory time the higher one. A peak that is nearly out of
+    it, as at 300 beats a minute, moves there."""
     kept = []
     for peak, high in zip(peaks, height):
+        if kept and 10 * (peak - kept[-1][0]) >= 9 * plan.gap:
+            peak = max(peak, kept[-1][0] + plan.gap)
         if plan.edge <= peak < length - plan.edge:
             if kept and peak - kept[-1][0] < plan.gap:
                 if high > kept[-1][1]:

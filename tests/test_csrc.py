@@ -168,6 +168,79 @@ def test_what_else_befalls_a_recording(ludb, change):
     assert bench.score(changed(ludb, change), bench.ours).f1 >= 0.995
 
 
+# ---- hard cases: every beat and no other --------------------------------------------------------------------
+
+def errors(records):
+    result = bench.score(records, bench.ours, 0.1)
+    return int(result.false), result.missed
+
+
+@pytest.fixture(scope="module")
+def hard_cases():
+    return bench.hard_cases()
+
+
+def test_hard_cases(hard_cases):
+    wrong = {name: errors(records) for name, records in hard_cases.items() if not name.startswith("regular")}
+    assert wrong == dict.fromkeys(wrong, (0, 0))
+
+
+@pytest.mark.parametrize("kind", bench.RHYTHMS)
+def test_every_rhythm_at_every_rate_and_amplitude(kind):
+    """Broad beats of 0.1 mV and less look like P waves. At 300 a minute beats touch each other."""
+    slowest, fastest = bench.RHYTHMS[kind]
+    for rate in (25, 30, 40, 50, 60, 80, 100, 120, 150, 180, 200, 220, 250, 280, 300):
+        for mv in (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5):
+            if slowest <= rate <= fastest and (kind != "wide" or mv >= 0.3):
+                false, missed = errors([bench.rhythm(kind, rate, mv)])
+                assert false == 0 and missed <= (3 if rate == 300 and mv <= 0.3 else 0), (rate, mv)
+
+
+@pytest.mark.parametrize("fs", [100, 250, 500, 1000])
+def test_noise_alone_has_no_beats(fs):
+    colours = "white", "pink", "muscle"
+    for seed, uv, kind, leads in itertools.product(range(3), (1, 5, 20, 50), colours, (1, 3, 12)):
+        rng = np.random.default_rng((seed, uv, leads))
+        ecg = (uv / 1000 * bench.coloured(kind, (1, leads, 10 * fs), fs, rng)).astype(np.float32)
+        assert detect(ecg, fs) == [[]], (seed, uv, kind, leads)
+        assert detect((1000 * ecg).round().astype(np.int16), fs) == [[]], (seed, uv, kind, leads)
+
+
+def test_p_waves_alone_are_no_beats():
+    for rate in (40, 70, 100):
+        for seed in range(3):
+            r = bench.beats_at(np.arange(0.4, 10, 60 / rate), mv=0, seed=seed)
+            p = sum(bench.bump(np.arange(5000) / 500, at, 0.022) for at in r.truth / r.fs)
+            ecg = (r.ecg + 0.12 * bench.AXIS[:, None] * p).astype(np.float32)
+            assert detect(ecg[None], 500) == [[]], (rate, seed)
+
+
+@pytest.mark.parametrize("fs", [100, 128, 250, 360, 1000])
+@pytest.mark.parametrize("leads", [1, 3])
+def test_hard_cases_at_other_rates_in_fewer_leads(fs, leads):
+    few = bench.beats_at(np.array([0.5, 1.4]), fs=fs)
+    slow = bench.beats_at(np.arange(0.4, 10, 2.4), fs=fs)
+    half = bench.beats_at(np.arange(0.35, 10, 0.85), fs=fs)
+    half.ecg[:, :5 * fs] += 3 * np.random.default_rng(0).standard_normal((12, 5 * fs)).astype(np.float32)
+    half = half._replace(truth=half.truth[half.truth > 5.2 * fs], span=(5.2 * fs, 10 * fs))
+    for record in (few, slow, half):
+        assert errors([record._replace(ecg=record.ecg[1:1 + leads])]) == (0, 0)
+
+
+@real
+@pytest.mark.parametrize("start, stop", [(0, 5), (2.5, 7.5), (5, 10), (0, 7)])
+def test_noise_in_a_part_of_ludb_costs_no_beat_of_the_rest(ludb, start, stop):
+    """Noise of 1, 3 or 5 mV in all leads. The half second behind it may have the T wave of a beat under it."""
+    for mv in (1, 3, 5):
+        part = slice(int(start * 500), int(stop * 500))
+        noisy = changed(ludb, lambda x, rng: np.concatenate(
+            [x[:, :part.start], x[:, part] + mv * rng.standard_normal(x[:, part].shape), x[:, part.stop:]], 1))
+        clean = [r._replace(truth=r.truth[(r.truth < part.start - 100) | (r.truth > part.stop + 100)],
+                            unsure=(part.start - 100, part.stop + 250)) for r in noisy]
+        result = bench.score(clean, bench.ours)
+        assert result.beats > 200 and result.missed == 0 and result.false <= 2, (mv, result)
+
+
 # ---- compiled = reference ---------------------------------------------------------------------------------------------
 
 @compiled
@@ -220,6 +293,13 @@ def random_batch(rng):
 def test_compiled_is_the_reference_on_anything():
     for seed in range(150):
         assert_same(*random_batch(np.random.default_rng(seed)))
+
+
+@compiled
+def test_compiled_is_the_reference_on_hard_cases(hard_cases):
+    for records in hard_cases.values():
+        for record in records[::3]:
+            assert_same(record.ecg[None], record.fs)
 
 
 @compiled
@@ -377,6 +457,12 @@ def test_kernels_on_the_host_are_the_reference(kernels, strips, fs):
     assert kernels(strips[fs], fs) == detect(strips[fs], fs)
     whole = np.nan_to_num(1000 * strips[fs], nan=-32768).clip(-32768, 32767).astype(np.int16)
     assert kernels(whole, fs) == detect(whole, fs)
+
+
+@compiler
+def test_kernels_on_the_host_are_the_reference_on_hard_cases(kernels, hard_cases):
+    ecg = np.stack([records[0].ecg for records in hard_cases.values()])
+    assert kernels(ecg, 500) == detect(ecg, 500)
 
 
 @compiler
