@@ -1,6 +1,7 @@
 """model.py: encoders and losses against formulas, the text tower, two processes against one."""
 import os
 import re
+import socket
 
 import numpy as np
 import pytest
@@ -482,35 +483,48 @@ def test_tags_ask_the_patches():
 
 # ---- two processes against one ---------------------------------------------------------------------------------------
 
-def one_rank(rank, world, port, name, options, path):
+NOTHING_RANDOM = {"negatives": "none", "frame_drop": 0.0, "lead_mask": 0.0, "word_mask": 0.0}
+SHARED_OUT = [("etp", {}), ("merl", {}), ("fgclep", {}), ("melp", {}), ("melp", {"beats": "rpeak"}),
+              ("fgclep", {"text_unit": "subset", "similarity": "half"}), ("cmelt", NOTHING_RANDOM),
+              ("fgclep", {"text_unit": "report", "similarity": "half", "align": "tag"}),
+              ("fgclep", {"text_unit": "report", "similarity": "half", "align": "word"})]
+
+
+def one_rank(rank, port, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    method, whole = toy_method(name, **options), toy_batch()
-    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
-    parallel = torch.nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-    terms = parallel(models.Batch(whole.ecg[share], whole.chosen[share], whole.tags[share], whole.ids[share], whole.peaks[share]))
-    sum(terms.values()).backward()
-    torch.save({"terms": {k: v.item() for k, v in terms.items()}, "buffers": dict(method.named_buffers()),
-                "grads": {n: p.grad for n, p in method.named_parameters() if p.grad is not None}}, f"{path}/{rank}.pt")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    share = models.Batch(*(x[rank * 4:rank * 4 + 4] for x in toy_batch()))
+    for number, (name, options) in enumerate(SHARED_OUT):
+        method = toy_method(name, **options)
+        parallel = torch.nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
+        terms = parallel(share)
+        sum(terms.values()).backward()
+        torch.save({"terms": {k: v.item() for k, v in terms.items()}, "buffers": dict(method.named_buffers()),
+                    "grads": {n: p.grad for n, p in method.named_parameters() if p.grad is not None}}, f"{path}/{number}-{rank}.pt")
     del parallel  # it must not be the last to hold the group
     train.leave_processes()
 
 
-NOTHING_RANDOM = {"negatives": "none", "frame_drop": 0.0, "lead_mask": 0.0, "word_mask": 0.0}
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    """Folder with what each of two processes had, for each of SHARED_OUT."""
+    path = tmp_path_factory.mktemp("two")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_rank, (port, str(path)), nprocs=2)
+    return path
 
 
-@pytest.mark.parametrize("name, options", [("etp", {}), ("merl", {}), ("fgclep", {}), ("melp", {}), ("melp", {"beats": "rpeak"}),
-                                           ("fgclep", {"text_unit": "subset", "similarity": "half"}), ("cmelt", NOTHING_RANDOM),
-                                           ("fgclep", {"text_unit": "report", "similarity": "half", "align": "tag"}),
-                                           ("fgclep", {"text_unit": "report", "similarity": "half", "align": "word"})])
-def test_two_processes_give_the_loss_and_gradients_of_one(name, options, tmp_path, free_port):
-    mp.spawn(one_rank, (2, free_port, name, options, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("number", range(len(SHARED_OUT)), ids=[f"{name}-{options}" for name, options in SHARED_OUT])
+def test_two_processes_give_the_loss_and_gradients_of_one(of_two_processes, number):
+    name, options = SHARED_OUT[number]
     method = toy_method(name, **options)
     terms = method(toy_batch())
     sum(terms.values()).backward()
     for rank in range(2):
-        other = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        other = torch.load(of_two_processes / f"{number}-{rank}.pt", weights_only=True)
         for k, v in terms.items():
             assert abs(other["terms"][k] - v.item()) < 1e-5 * max(1, abs(v.item()))
         grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}

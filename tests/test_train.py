@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import bench_train
+import csrc
 import data
 import eval as evaluation
 import model as models
@@ -25,8 +26,11 @@ TINY = ["--width", "0.125", "--dim", "16", "--mlm-steps", "3", "--batch-size", "
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory):
-    """96 simulated records in a store; the cache of these tests is not the user's."""
-    os.environ["ECG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """96 simulated records in a store; the cache of these tests is not the user's, but for the compiled operators."""
+    os.environ["ECG_CACHE"] = str(cache := tmp_path_factory.mktemp("cache"))
+    library = csrc.build_info().get("library", "")
+    if library.endswith("ecg_csrc.so"):
+        (cache / "csrc").symlink_to(Path(library).parent.parent)
     return data.open_data("simulated:96").path
 
 
@@ -54,7 +58,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method,
     """Stopped by SIGTERM (saves) or kill -9 (from the last checkpoint), then continued: FG-CLEP through both stages, C-MELT, which
     draws masks and negatives at random, and ETP, whose frozen text tower was trained just before."""
     args = ["--data", f"store:{tiny_store}", "--method", method, "--save-every", "4", *TINY]
-    args += {"fgclep": ["--fine-epochs", "2"], "cmelt": ["--negatives", "far"], "etp": ["--epochs", "12"]}[method]
+    args += {"fgclep": ["--fine-epochs", "2"], "cmelt": ["--negatives", "far"], "etp": ["--epochs", "8"]}[method]
     whole = run_train(tmp_path, "--name", "whole", *args)
     assert whole.wait() == 0, whole.communicate()[0]
     part = run_train(tmp_path, "--name", "part", *args)
