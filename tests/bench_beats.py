@@ -59,19 +59,22 @@ def simulated(rate, blocks=2, seed=21):
     return [Recording(ecg, rate, np.array(peaks), (0, 10 * rate - 1)) for part in parts for ecg, peaks in zip(*part[:2])]
 
 
-# ---- hard cases, made here -------------------------------------------------------------------------------------------
+# ---- hard cases, made here ----------------------------------------------------------------------------------
 
-AXIS = np.array([.7, 1, .35, -.8, .2, .65, -.5, .3, .8, 1.2, 1, .7])  # of a normal beat in the twelve leads, of 1 mV
-RHYTHMS = {"regular": (25, 300), "irregular": (25, 250), "bigeminy": (25, 100), "trigeminy": (25, 100), "couplets": (25, 100),
-           "alternans": (25, 150), "wide": (25, 250)}  # lowest and highest rate (1/min) at which all beats are to be found
+AXIS = np.array([.7, 1, .35, -.8, .2, .65, -.5, .3, .8, 1.2, 1, .7])  # a normal beat of 1 mV in twelve leads
+RHYTHMS = {"regular": (25, 300), "irregular": (25, 250), "bigeminy": (25, 100), "trigeminy": (25, 100),
+           "couplets": (25, 100), "alternans": (25, 150), "wide": (25, 250)}  # rates (1/min) with all beats found
+RATES = (25, 40, 80, 100, 150, 200, 250, 300)
 
 
 def bump(t, at, width):
     return np.exp(-0.5 * ((t - at) / width) ** 2)
 
 
-def beats_at(times, early=(), sizes=1., mv=1., ratio=2., p=.12, noise=.008, fs=500, seed=0, rr=1., seconds=10):
-    """A strip of twelve leads: normal beats (P, QRS, T) of mv * sizes, and premature ones, broad and without P, of mv * ratio."""
+def beats_at(times, early=(), sizes=1., mv=1., ratio=2., p=.12, noise=.008, fs=500, seed=0, rr=1.,
+             seconds=10):
+    """A strip of twelve leads: normal beats (P, QRS, T) of mv * sizes, and premature ones, broad and without P,
+    of mv * ratio."""
     t, rng = np.arange(seconds * fs) / fs, np.random.default_rng(seed)
     ecg, later = np.zeros((12, len(t))), .28 * min(1, rr) ** .5
     for at, broad, size in np.broadcast(times, early if len(early) else False, sizes):
@@ -80,17 +83,20 @@ def beats_at(times, early=(), sizes=1., mv=1., ratio=2., p=.12, noise=.008, fs=5
         if broad:
             ecg += mv * ratio * AXIS[::-1, None] * (qrs - .3 * bump(t, at + later, .06 * min(1, rr) ** .5))
         else:
-            waves = p * (rr > .4) * bump(t, at - .16, .022) + .25 * bump(t, at + later, .04 * min(1, rr) ** .5)
+            waves = p * (rr > .4) * bump(t, at - .16, .022)
+            waves += .25 * bump(t, at + later, .04 * min(1, rr) ** .5)
             ecg += mv * size * AXIS[:, None] * (qrs + waves)
     ecg = (ecg + noise * rng.standard_normal(ecg.shape)).astype(np.float32)
     times = np.asarray(times)
-    return Recording(ecg, fs, times[(times > .1) & (times < seconds - .1)] * fs, (.1 * fs, (seconds - .1) * fs))
+    inside = times[(times > .1) & (times < seconds - .1)]
+    return Recording(ecg, fs, inside * fs, (.1 * fs, (seconds - .1) * fs))
 
 
 def rhythm(kind, rate, mv, seed=0):
     """Ten seconds of a rhythm of RHYTHMS with beats of mv; noise 4 % of that, 8 uV at most."""
     rr, k = 60 / rate, np.arange(10 * rate // 60 + 3)  # of the beats
-    early = {"bigeminy": k % 2 == 1, "trigeminy": k % 3 == 2, "couplets": k % 5 >= 3, "wide": k >= 0}.get(kind, k < 0)
+    early = {"bigeminy": k % 2 == 1, "trigeminy": k % 3 == 2, "couplets": k % 5 >= 3,
+             "wide": k >= 0}.get(kind, k < 0)
     steps = np.full(len(k), rr)
     if kind == "irregular":
         steps *= np.clip(1 + .2 * np.random.default_rng(seed).standard_normal(len(k)), max(.6, .21 / rr), 1.6)
@@ -100,7 +106,8 @@ def rhythm(kind, rate, mv, seed=0):
         steps[:-1][early[:-1] & ~early[1:]] = 2 * rr - coupling
     times = .35 * min(1, rr) + np.r_[0, steps.cumsum()[:-1]]
     keep, sizes = times < 9.95, np.where((kind == "alternans") & (k % 2 == 1), .5, 1)
-    return beats_at(times[keep], early[keep], sizes[keep], mv, 1 if kind == "wide" else 2, noise=min(.008, .04 * mv), seed=seed, rr=rr)
+    return beats_at(times[keep], early[keep], sizes[keep], mv, 1 if kind == "wide" else 2,
+                    noise=min(.008, .04 * mv), seed=seed, rr=rr)
 
 
 def coloured(kind, shape, fs, rng):
@@ -109,7 +116,8 @@ def coloured(kind, shape, fs, rng):
     if kind == "white":
         return white
     if kind == "mains":
-        return 2 ** .5 * np.sin(2 * np.pi * 50 * np.arange(shape[-1]) / fs + rng.uniform(0, 6, (*shape[:-1], 1))) + .02 * white
+        phase = rng.uniform(0, 6, (*shape[:-1], 1))
+        return 2 ** .5 * np.sin(2 * np.pi * 50 * np.arange(shape[-1]) / fs + phase) + .02 * white
     f = np.fft.rfftfreq(shape[-1], 1 / fs)
     gain = f.clip(.3) ** -.5 if kind == "pink" else (f > 20) & (f < 45)  # or muscle
     noise = np.fft.irfft(np.fft.rfft(white) * gain, shape[-1])
@@ -136,19 +144,22 @@ def early_beats(kind, normal, ectopic, coupling, seed=0):
 def hard_cases():
     """{name: recordings}"""
     colours, seeds = ("white", "pink", "muscle", "mains"), range(3)
-    alone = lambda uv, kind, seed: Recording((uv / 1000 * coloured(kind, (12, 5000), 500, np.random.default_rng((uv, seed)))
-                                              ).astype(np.float32), 500, np.zeros(0), (0, 4999))
-    parts = {"at the start": [(0, 3), (0, 5), (0, 7)], "in the middle": [(3, 6), (2.5, 7.5)], "at the end": [(5, 10), (3, 10)]}
+    noise = lambda uv, kind, seed: coloured(kind, (12, 5000), 500, np.random.default_rng((uv, seed)))
+    alone = lambda uv, *how: Recording((uv / 1000 * noise(uv, *how)).astype(np.float32), 500, np.zeros(0), (0, 4999))
+    parts = {"at the start": [(0, 3), (0, 5), (0, 7)], "in the middle": [(3, 6), (2.5, 7.5)],
+             "at the end": [(5, 10), (3, 10)]}
     few = ([.4, 1.2], [5.], [2., 8.], [.5, 1.4, 2.3])
     return {
-        **{f"noise of 1 and 3 mV {name}": [noisy_part(a, b, mv, seed=s) for a, b in spans for mv in (1, 3) for s in seeds]
-           for name, spans in parts.items()},
-        "noise of 1 to 50 uV alone": [alone(uv, kind, s) for uv in (1, 5, 20, 50) for kind in colours for s in seeds],
-        "one to three beats, then none": [beats_at(np.array(t), mv=mv, seed=s) for t in few for mv in (.5, 1, 2) for s in seeds],
+        **{f"noise of 1 and 3 mV {name}": [noisy_part(a, b, mv, seed=s) for a, b in spans for mv in (1, 3)
+                                           for s in seeds] for name, spans in parts.items()},
+        "noise of 1 to 50 uV alone": [alone(uv, c, s) for uv in (1, 5, 20, 50) for c in colours for s in seeds],
+        "one to three beats, then none": [beats_at(np.array(t), mv=mv, seed=s) for t in few
+                                          for mv in (.5, 1, 2) for s in seeds],
         **{f"{kind}, {n} and {e} mV": [early_beats(kind, n, e, c, s) for c in (.42, .5, .58) for s in seeds]
            for kind in ("bigeminy", "trigeminy") for n, e in ((.3, 1.), (.5, 1.5), (.7, 2.5))},
-        **{f"{kind}, {0.3 if kind == 'wide' else 0.05} to 5 mV": [rhythm(kind, rate, mv) for rate in (25, 40, 80, 100, 150, 200, 250, 300) if a <= rate <= b
-                                     for mv in (.05, .3, 1, 5) if kind != "wide" or mv >= .3] for kind, (a, b) in RHYTHMS.items()},
+        **{f"{kind}, {0.3 if kind == 'wide' else 0.05} to 5 mV": [
+            rhythm(kind, rate, mv) for rate in RATES if a <= rate <= b for mv in (.05, .3, 1, 5)
+            if kind != "wide" or mv >= .3] for kind, (a, b) in RHYTHMS.items()},
     }
 
 
@@ -183,7 +194,8 @@ def score(records, detect, tolerance=0.15):
             r.span[0] <= peak <= r.span[1] and not r.unsure[0] < peak < r.unsure[1] for peak in others)
         distances += [abs(d) / r.fs * 1000 for d in differences]
     hits = len(distances)
-    return Score(beats, false, beats - hits, float(np.median(distances or [0])), 2 * hits / max(1, hits + false + beats))
+    f1 = 2 * hits / max(1, hits + false + beats)
+    return Score(beats, false, beats - hits, float(np.median(distances or [0])), f1)
 
 
 def ours(ecg, fs):
@@ -238,7 +250,8 @@ def accuracy(folder, others):
 
 
 def hard(others):
-    """The hard cases: beats, and of each detector the false and the missed. A peak in the noise of a part is not counted for anybody."""
+    """The hard cases: beats, and of each detector the false and the missed. A peak in the noise of a part is not
+    counted for anybody."""
     detectors, rows = {"segment_beats": ours, **{name: quiet(detect) for name, detect in others.items()}}, []
     for name, records in hard_cases().items():
         results = [score(records, detect, .1) for detect in detectors.values()]
