@@ -273,7 +273,6 @@ static INLINE void there_and_back(uint16_t* __restrict blocks, const Plan& p, Sc
     uint16_t *__restrict even = s.even.data(), *__restrict odd = s.odd.data();
     uint16_t *__restrict first = s.first_step.data(), *__restrict both = s.steps.data();
     for (int i = 0; i < ticks + pairs + 1; i += LANES, x += 2 * LANES) {
-        ahead.lines(2);
         uint16_t smooth[2 * LANES];  // a loop a mean: compilers know an instruction for it
         for (int j = 0; j < 2 * LANES; j++) smooth[j] = mean_of(x[j - 1], x[j + 1]);
         for (int j = 0; j < 2 * LANES; j++) smooth[j] = mean_of(smooth[j], x[j]);
@@ -292,7 +291,7 @@ static INLINE void there_and_back(uint16_t* __restrict blocks, const Plan& p, Sc
     }
     const uint16_t *last_step = p.window % 2 ? first + pairs : nullptr, *last = (p.window % 2 ? odd : even) + pairs;
     for (int i = 0; i < ticks; i += LANES) {
-        ahead.lines(2);
+        ahead.lines(1);
         Vector path = last_step ? load<Vector>(last_step + i) : Vector{};
         path += load<Vector>(both + i) + load<Vector>(both + i + 1) + load<Vector>(both + i + 2);
         for (int j = 3; j < pairs; j++) path += load<Vector>(both + i + j);
@@ -485,6 +484,7 @@ static INLINE Candidates find_candidates(const Plan& p, int leads, Scratch& s, R
             int corner = 0;
             bool can_be = comes_and_goes(height, votes[at], s.noise[chunk]);
             if (can_be) {
+                ahead.lines(16);
                 corner = corner_near(at, p, leads, gains, s);
                 can_be = is_no_p_wave(corner, size_near(at, p, leads, gains, s), s.noise[chunk]);
             }
@@ -599,9 +599,13 @@ template <class T> static INLINE int find_beats(const T* ecg, const Plan& p, int
     }
     const auto gains_at = [&](int k) { return s.gains.data() + size_t(p.chunk_of(c.at[s.chosen[k]])) * leads; };
     const auto bases_at = [&](int k) { return s.bases.data() + size_t(k) * leads; };
-    for (int k = 0; k < m; k++) s.best[k] = locate_block(2 * c.at[s.chosen[k]], p, leads, gains_at(k), s, bases_at(k));
+    for (int k = 0; k < m; k++) {
+        ahead.lines(16);
+        s.best[k] = locate_block(2 * c.at[s.chosen[k]], p, leads, gains_at(k), s, bases_at(k));
+    }
     sharp = false;
     for (int k = 0; k < m; k++) {
+        ahead.lines(16);
         const Deflection peak = locate_sample(ecg, s.best[k], p, leads, gains_at(k), s, bases_at(k));
         s.best[k] = peak.place, sharp |= peak.sharp;
         s.chosen[k] = c.height[s.chosen[k]];
