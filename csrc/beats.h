@@ -368,11 +368,15 @@ HD int base_of(const uint16_t* blocks, int middle, const Plan& p) {
 
 // The largest of n deflections, and whether it is sharp, as a pacing spike is: 0.7 of it gained or lost in 4 ms.
 struct Deflection { int place; bool sharp; };
-HD Deflection largest_of(const int* moved, int n, const Plan& p) {
-    int best = 0, step = 0;
-    for (int i = 1; i < n; i++) if (moved[i] > moved[best]) best = i;
+HD bool is_sharp(const int* moved, int n, int best, const Plan& p) {
+    int step = 0;
     for (int i = p.brief; i < n; i++) step = most(step, magnitude(moved[i] - moved[i - p.brief]));
-    return {best, 10 * int64_t(step) > 7 * int64_t(moved[best])};
+    return 10 * int64_t(step) > 7 * int64_t(moved[best]);
+}
+HD Deflection largest_of(const int* moved, int n, const Plan& p) {
+    int best = 0;
+    for (int i = 1; i < n; i++) if (moved[i] > moved[best]) best = i;
+    return {best, is_sharp(moved, n, best, p)};
 }
 
 // Keep peaks inside the record and apart, in place; returns how many. peaks ascend by candidate, height: theirs.
