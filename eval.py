@@ -52,8 +52,7 @@ def read_config(run):
     made_by = found.pop("made_by", {})
     try:
         config = models.configure(**found)
-        wanted = models.settings_of(config).keys() | {"made_by"}
-        if lacking := sorted(wanted - found.keys() - ({"made_by"} if made_by else set())):
+        if lacking := sorted(models.settings_of(config).keys() - found.keys()):
             raise models.ModelError(f"there is no {lacking[0]!r}")
         data.check(made_by, dict.fromkeys(("program", "torch", "csrc", "store"), str), "made_by")
     except (models.ModelError, data.DataError) as error:
@@ -176,6 +175,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
         fault = " ".join(str(error).split())[:300]
         raise data.DataError(f"{weights}: not of {run / 'config.json'}: {fault}") from error
     return method.to(device).eval(), config
+
 
 @torch.no_grad()
 def embed_records(method, store, rows, device, what="encoding ECGs", batch=256):

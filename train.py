@@ -768,8 +768,8 @@ class Updates(NamedTuple):
 
 
 def to_device(batch, device):
-    moved = (x.to(device, non_blocking=True) for x in (batch.ecg, batch.peaks))
-    return batch._replace(**dict(zip(("ecg", "peaks"), moved)))
+    ecg, peaks = (x.to(device, non_blocking=True) for x in (batch.ecg, batch.peaks))
+    return batch._replace(ecg=ecg, peaks=peaks)
 
 
 def train_stage(name, parallel, optimiser, batches, updates, config, run, device, log, stop, watch):
