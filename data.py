@@ -2,7 +2,8 @@
 
 Every data set becomes the same thing once, a store (class Store): a folder with
     ecg.i16      records x 12 leads x samples, int16 microvolts, little endian, memory-mapped
-    records.csv  id, patient, split, fold, statements, report, codes, source, leads, features, peaks (R peaks, samples)
+    records.csv  id, patient, split, fold, statements, report, codes, source, leads, features, peaks (R peaks,
+                 samples), age (years), sex (F or M)
     store.json   format version, rate, settings, what was dropped and why, sizes and checksums
 In the program signals are float32 millivolts with leads in the order of LEADS, rates in Hz, positions in samples.
 """
@@ -474,7 +475,7 @@ def microvolts(signal, samples):
     return ecg, int((abs(signal) > 32767).sum())
 
 
-def load_record(path, rate, crop="first"):
+def load_record(path, rate, crop="first", read=read_record):
     """A record as a store keeps it: microvolts (12, SECONDS * rate) int16, usable (12,) bool, notes {text: amount}."""
     def part(samples, fs):
         seconds, middle = CROPS[crop]
@@ -482,7 +483,7 @@ def load_record(path, rate, crop="first"):
         start = max(0, (samples - length) // 2) if middle else 0
         return start, min(samples, start + length)
 
-    record = read_record(path, part=part)
+    record = read(path, part=part)
     try:
         signal, present = to_twelve(record)
         signal, usable, zeroed = repair(signal, present, record.fs)
@@ -500,9 +501,10 @@ def load_record(path, rate, crop="first"):
 
 # ---- the store ------------------------------------------------------------------------------------------------------
 
-FORMAT = ["ecg-language store", 3]  # name and version
+FORMAT = ["ecg-language store", 4]  # name and version
 CHUNK = 256  # records of a task: what is written at once, and what the simulator draws at once
-COLUMNS = ("id", "patient", "split", "fold", "statements", "report", "codes", "source", "leads", "features", "peaks")
+COLUMNS = ("id", "patient", "split", "fold", "statements", "report", "codes", "source", "leads", "features", "peaks",
+           "age", "sex")  # years and F or M, "" where unknown
 JSON_COLUMNS = ("statements", "codes", "features", "peaks")
 AGAIN = "delete it and prepare the data set again"
 STRANGE = "label codes that prompts.json does not know, so that no label set counts them"
@@ -769,7 +771,8 @@ def work(settings, rows):
         try:
             if "skip" in row:
                 raise DataError(f"{row['id']}: {row['skip']}", row["skip"])
-            ecg, usable, warnings = (load_simulated(settings, row) if settings["source"] == "simulated" else
+            load = LOADERS.get(settings["source"])
+            ecg, usable, warnings = (load(settings, row) if load else
                                      load_record(row["path"], settings["rate"], settings["crop"]))
             if "statements" not in row:
                 row["statements"] = translate(row["report"])
@@ -782,10 +785,10 @@ def work(settings, rows):
             text = " ".join(f"{row.get('path', row['id'])}: {type(error).__name__}: {error}".split())
             notes.append(("dropped", f"not readable ({type(error).__name__})", 1, text))
             continue
-        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable)) | row)
+        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable), age="", sex="") | row)
         signals.append(ecg)
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
-        if strange := [code for code in row["codes"] if code not in knowledge()["findings"]]:
+        if strange := [code for code in row["codes"] if not finding_of(code, row["source"])]:
             notes.append(("warnings", STRANGE, len(strange), f"{row['id']}: {', '.join(strange)[:200]}"))
     unknown = [i for i, row in enumerate(kept) if "peaks" not in row]  # the simulator knows them
     for i, peaks in zip(unknown, r_peaks([signals[i] for i in unknown], settings["rate"])):
@@ -865,6 +868,17 @@ def split_by(key, train, val):
     return "train" if share < train else "val" if share < train + val else "test"
 
 
+SEXES = {"f": "F", "female": "F", "m": "M", "male": "M", "unknown": ""}
+
+
+def years(text):
+    """Age as the text of a number of years, "" where it is none."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 120:
+            return f"{float(text):g}"
+    return ""
+
+
 def once(source):
     """A source whose ids and paths count only the first time: one recording must not get into two splits."""
     @wraps(source)
@@ -895,7 +909,9 @@ def ptbxl_rows(settings):
         try:
             row |= dict(id=str(int(without_zero(line["ecg_id"]))), fold=int(without_zero(line["strat_fold"])),
                         patient=str(int(without_zero(line["patient_id"]))),
-                        codes=check(ast.literal_eval(line["scp_codes"]), {str: float}, "scp_codes"))
+                        codes=check(ast.literal_eval(line["scp_codes"]), {str: float}, "scp_codes"),
+                        age=years("90" if without_zero(line.get("age", "")) == "300" else line.get("age", "")),
+                        sex={"0": "M", "1": "F"}.get(without_zero(line.get("sex", "")), ""))  # age 300: over 89
             if not 1 <= row["fold"] <= 10:
                 raise ValueError("strat_fold is not 1 to 10")
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
@@ -936,22 +952,170 @@ def mimic_rows(settings):
 
 
 def own_rows(settings):
-    """A csv of one's own: record (a WFDB record, relative to the csv), report, and optionally patient, split and labels
-    (codes separated by ; or a JSON list or {code: likelihood}). Without split, patients go 80/10/10 % by hash."""
+    """A csv of one's own: record (a WFDB record, relative to the csv), report, and optionally patient, split, age
+    (years), sex (F or M) and labels (codes separated by ; or a JSON list or {code: likelihood}). Without split,
+    patients go 80/10/10 % by hash."""
     src, seen = settings["src"], set()
     for line in read_csv(src, ("record", "report")):
         record, labels = line["record"].strip().removesuffix(".hea"), line.get("labels", "").strip()
         path = os.path.join(os.path.dirname(src), record)
         patient = without_zero(line.get("patient", "")) or record
         split = line.get("split", "").strip() or split_by(patient, 0.8, 0.1)
-        fault = ("has no name" if not record else "occurs twice" if os.path.normpath(path) in seen else None
-                 if split in ("train", "val", "test") else f"has split {split!r}, not train, val or test")
+        age, sex = line.get("age", "").strip(), line.get("sex", "").strip()
+        fault = ("has no name" if not record else "occurs twice" if os.path.normpath(path) in seen else
+                 f"has split {split!r}, not train, val or test" if split not in ("train", "val", "test") else
+                 f"has age {age!r}, which is no number of years" if age and not years(age) else
+                 f"has sex {sex!r}, not F or M" if sex and sex.lower() not in SEXES else None)
         if fault:
             raise DataError(f"{src}: record {record} {fault}")
         seen.add(os.path.normpath(path))
         codes = labels_of(labels, f"{src}: labels of record {record}")
         yield dict(id=record, patient=patient, split=split, fold="", source="csv", codes=codes, report=line["report"],
-                   statements=split_statements(line["report"]), path=path)
+                   statements=split_statements(line["report"]), path=path, age=years(age),
+                   sex=SEXES.get(sex.lower(), ""))
+
+
+COMMENT = re.compile(r"(?:^|[\r\n])\s*#\s*(Dx|Age|Sex)\s*:([^\r\n]*)", re.I)
+REFERENCE = "Normal", "AF", "I-AVB", "LBBB", "RBBB", "PAC", "PVC", "STD", "STE"  # CPSC2018's labels 1 to 9
+LETTERS = {"t": "train", "v": "val", "x": "test", ".": "unused"}
+
+
+def worded(codes, source):
+    """What a record says whose source gives codes and no report: the names of their findings."""
+    keys = dict.fromkeys(finding_of(code, source) for code in codes)
+    names = [knowledge()["findings"][key]["name"] for key in keys if key]
+    return dict(codes=dict.fromkeys(codes, 100.0), statements=names, report=". ".join(names), source=source)
+
+
+@once
+def header_rows(settings):
+    """A folder of WFDB records, at any depth, with `#Dx:` in their headers (SNOMED numbers or acronyms), `#Age:`
+    and `#Sex:`: CPSC2018 and CSN with their published splits, others by hash of the record, 70/10/20 %.
+
+    Where a header has no #Dx, labels are those of a REFERENCE.csv (CPSC2018) in a folder above it. Acronyms in a
+    ConditionNames_SNOMED-CT.csv (CSN) become its numbers."""
+    root, source = Path(settings["src"]), settings["source"]
+    files, listed, numbers = sorted(root.rglob("*.*")), {}, {}
+    for path in files:
+        if path.name == "REFERENCE.csv":
+            columns = "Recording", "First_label", "Second_label", "Third_label"
+            listed[path.parent] = {line[columns[0]].strip(): [line[c] for c in columns[1:]]
+                                   for line in read_csv(path, columns)}
+        elif path.name.startswith("ConditionNames"):
+            for line in read_csv(path, ("Snomed_CT",)):
+                numbers[(line.get("AcronymName") or line.get("Acronym Name") or "").strip()] = line["Snomed_CT"].strip()
+    headers = [path for path in files if path.suffix == ".hea"]
+    if not headers:
+        raise DataError(f"{root}: holds no WFDB header (*.hea); is the data set there?")
+    for path in headers:
+        try:
+            with open_file(path) as file:
+                head = file.read(MOST["header"]).decode("utf-8", "replace")
+        except OSError:
+            head = ""  # what is wrong with it is said when the record is read
+        said = {key.lower(): value.strip() for key, value in COMMENT.findall(head)}
+        codes = [code for part in said.get("dx", "").split(",") if (code := part.strip())]
+        tables = [listed[folder] for folder in path.parents if folder in listed]
+        if not codes and tables:
+            codes = [reference_label(label, path) for label in tables[0].get(path.stem, ()) if label]
+        name = path.stem if source != "wfdb" else path.relative_to(root).with_suffix("").as_posix()
+        yield dict(id=name, patient=name, split=split_of(source, name), fold="", path=str(path.with_suffix("")),
+                   age=years(said.get("age", "")), sex=SEXES.get(said.get("sex", "").lower(), ""),
+                   **worded([numbers.get(code, code) for code in codes], source))
+
+
+def reference_label(label, path):
+    """Acronym of a label 1 to 9 in CPSC2018's REFERENCE.csv. Errors: DataError."""
+    if without_zero(label) not in "123456789":
+        raise DataError(f"REFERENCE.csv: the label {label!r} of {path.stem} is not 1 to 9")
+    return REFERENCE[int(without_zero(label)) - 1]
+
+
+@lru_cache
+def published_splits():
+    """splits.json: a letter (see LETTERS) for each record number of a data set."""
+    return read_json(os.path.join(HERE, "splits.json"), {str: str})
+
+
+def split_of(source, name):
+    """train, val, test of a record, or unused: in no published split of its set."""
+    letters = published_splits().get(source)
+    if not letters:
+        return split_by(name, 0.7, 0.1)
+    number = re.fullmatch(r"(?:A|JS)(\d{4,5})", name)
+    return LETTERS[letters[int(number[1]) - 1] if number and 0 < int(number[1]) <= len(letters) else "."]
+
+
+TRACINGS = "ecg_tracings.hdf5"  # of CODE-test (Ribeiro et al. 2020): (records, 4096, 12) at 400 Hz
+TRACING_LEADS = "DI", "DII", "DIII", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6"
+TRACING_UNITS = {"mV": 1.0, "1e-4 V": 0.1, "V": 1000.0}  # its authors' README names two of them
+
+
+def read_tracings(src, rows):
+    """Number of tracings of CODE-test, and those of `rows` (..., samples, 12). Errors: DataError."""
+    name = os.path.join(src, TRACINGS)
+    try:
+        import h5py
+    except ImportError as error:
+        raise DataError(f"{name}: reading HDF5 needs h5py; pip install h5py") from error
+    try:
+        open_file(name).close()  # a pipe would hang
+        with h5py.File(name, "r") as file:
+            tracings = file.get("tracings")
+            if getattr(tracings, "shape", ())[2:] != (12,) or tracings.dtype.kind != "f":
+                raise DataError(f"{name}: has no 'tracings' of numbers (records, samples, 12)")
+            return len(tracings), tracings[rows].astype(np.float32)
+    except OSError as error:
+        raise DataError(f"{name}: not readable ({error.strerror or error})") from error
+
+
+def code_annotations(src):
+    """The tables of CODE-test: {name of the file without .csv: (N, 6) bool}, classes as in label set code_test."""
+    found, classes = {}, list(label_set("code_test"))
+    for path in sorted(Path(src, "annotations").glob("*.csv")):
+        rows = [[line[c].strip() for c in classes] for line in read_csv(path, classes)]
+        if strange := {field for row in rows for field in row} - {"0", "1", "0.0", "1.0"}:
+            raise DataError(f"{path}: {min(strange)!r} is neither 0 nor 1")
+        found[path.stem] = np.array([[field[0] == "1" for field in row] for row in rows]).reshape(-1, 6)
+    return found
+
+
+def code_rows(settings):
+    """CODE-test, all test. The unit of its tracings is the one that makes the median QRS 0.5 to 3 mV high."""
+    src, classes = settings["src"], list(label_set("code_test"))
+    name = os.path.join(src, TRACINGS)
+    count, some = read_tracings(src, slice(None, None, 8))
+    heights = np.ptp(np.nan_to_num(some), axis=1)
+    height = np.median(heights[heights > 0]) if heights.any() else 0
+    unit = next((unit for unit, factor in TRACING_UNITS.items() if 0.5 <= height * factor <= 3), None)
+    if not unit:
+        raise DataError(f"{name}: a median QRS of {height:g} is 0.5 to 3 mV high in no unit ({', '.join(TRACING_UNITS)})")
+    gold = code_annotations(src).get("gold_standard", ())
+    attributes = os.path.join(src, "attributes.csv")
+    people = list(read_csv(attributes, ("age", "sex"))) if os.path.exists(attributes) else [{}] * count
+    if not len(gold) == len(people) == count:
+        raise DataError(f"{name}: {count} tracings, but annotations/gold_standard.csv has {len(gold)} rows and "
+                        f"attributes.csv {len(people)}")
+    for i, (row, person) in enumerate(zip(gold, people)):
+        yield dict(id=str(i), patient=str(i), split="test", fold="", path=f"{name}#{i}", number=i, unit=unit,
+                   changed=os.stat(name).st_mtime_ns, age=years(person.get("age", "")),
+                   sex=SEXES.get(person.get("sex", "").strip().lower(), ""),
+                   **worded([c for c, on in zip(classes, row) if on], "code"))
+
+
+def load_tracing(settings, row):
+    """load_record of a tracing of CODE-test."""
+    def read(path, part):
+        _, tracing = read_tracings(settings["src"], row["number"])
+        inside = np.flatnonzero(tracing.any(1))  # zeros at both ends are padding
+        if not len(inside):
+            refuse(path, "every lead is flat")
+        tracing = tracing[inside[0]:inside[-1] + 1]
+        start, stop = part(len(tracing), 400)
+        return Record(tracing[start:stop].T * TRACING_UNITS[row["unit"]], TRACING_LEADS, 400, True)
+
+    ecg, usable, notes = load_record(row["path"], settings["rate"], settings["crop"], read)
+    return ecg, usable, notes | {f"samples taken to be in {row['unit']}, by the height of the QRS": 1}
 
 
 def labels_of(text, where):
@@ -983,23 +1147,29 @@ def load_simulated(settings, row):
     return ecg, [True] * 12, {"samples clipped at 32.767 mV": clipped} if clipped else {}
 
 
-SOURCES = {"ptbxl": ptbxl_rows, "mimic": mimic_rows, "csv": own_rows, "simulated": simulated_rows}
+HEADERS = "cpsc2018", "csn", "georgia", "wfdb"
+SOURCES = {"ptbxl": ptbxl_rows, "mimic": mimic_rows, "csv": own_rows, "simulated": simulated_rows,
+           **dict.fromkeys(HEADERS, header_rows), "code": code_rows}
+LOADERS = {"simulated": load_simulated, "code": load_tracing}  # of sources without WFDB records
 SPEC = "|".join([*SOURCES, "store"])
 
 
 # ---- label sets: always by name, never by position ------------------------------------------------------------------
 
-# label set -> column of scp_statements.csv with the class of a code, or with a flag for a code that is its own class
-LABEL_SETS = {"ptbxl_super": "diagnostic_class", "ptbxl_sub": "diagnostic_subclass", "ptbxl_form": "form",
-              "ptbxl_rhythm": "rhythm", "ptbxl_diag": "diagnostic", "ptbxl_all": None, "simulated": None}
+# label sets of PTB-XL -> column of scp_statements.csv with the class of a code, or a flag for a code that is its own
+PTBXL_SETS = {"ptbxl_super": "diagnostic_class", "ptbxl_sub": "diagnostic_subclass", "ptbxl_form": "form",
+              "ptbxl_rhythm": "rhythm", "ptbxl_diag": "diagnostic", "ptbxl_all": None}
+OCCURRING = "simulated", "own"  # label sets of the findings that occur in the records
+LABEL_SETS = (*PTBXL_SETS, "cpsc2018", "csn", "csn_published", "georgia", "cinc2021", "code_test", *OCCURRING)
 
-
-WORDING = {"name": str, "also": [str], "features": [str]}
-FINDING = {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool,
-           "diagnostic_class": (str, type(None)), "diagnostic_subclass": (str, type(None))}
+CLASS = {"name": str, "prompts": [str]}
+SCP = {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool,
+       "diagnostic_class": (str, type(None)), "diagnostic_subclass": (str, type(None))}
 KNOWLEDGE = {  # the shape of prompts.json
-    "findings": {str: WORDING | FINDING}, "more_findings": {str: WORDING},
-    "label_sets": {name: (dict, list) for name in LABEL_SETS if name != "simulated"},
+    "findings": {str: {"name": str, "also": [str], "snomed": [str], "features": [str]}},
+    "codes": {str: {str: str}},
+    "label_sets": {name: (dict, list) for name in LABEL_SETS if name not in ("csn_published", *OCCURRING)},
+    "transfer": {str: {str: {str: [str]}}},
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
                   "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str}},
     "lexicon": {"rewrite": [[str]], "sites": {str: str}, "negations": [str], "statements": {str: str},
@@ -1008,73 +1178,170 @@ KNOWLEDGE = {  # the shape of prompts.json
 
 @lru_cache
 def knowledge():
-    """prompts.json: findings by SCP code, label sets with their prompts, lexicon, the simulator's tables."""
+    """prompts.json: findings (by SCP code, or by name), codes that the sources write (-> SNOMED number or finding),
+    label sets with their prompts, what joins classes of two sets, lexicon, the simulator's tables."""
     return read_knowledge(os.path.join(HERE, "prompts.json"))
 
 
 def read_knowledge(path):
-    """A file in the form of prompts.json, checked: people edit it. Errors: DataError, which entry."""
+    """A file in the form of prompts.json, checked: people edit it. Every class gets "findings": which of them it
+    counts; a class with "snomed" counts of SNOMED numbers only these. Errors: DataError, which entry."""
     table = read_json(path, KNOWLEDGE, "git checkout prompts.json brings the published one back")
-    findings, entries = table["findings"], {key: table[key] for key in ("findings", "more_findings")}
-    for name, classes in table["label_sets"].items():
+    findings, sets, numbers = table["findings"], table["label_sets"], {}
+    scp = check({code: f for code, f in findings.items() if "prompts" in f}, {str: SCP}, f"{path}, findings")
+    entries = [(f"findings, {key}", entry) for key, entry in findings.items()]
+    for key, finding in findings.items():
+        for number in finding["snomed"]:
+            if numbers.setdefault(number, key) != key:
+                raise DataError(f"{path}, findings, {key}: {number} is also of {numbers[number]}")
+    for name, classes in sets.items():
         where = f"{path}, label_sets, {name}"
-        if name not in LABEL_SETS:
+        if name not in KNOWLEDGE["label_sets"]:
             raise DataError(f"{where}: no such label set; known are {', '.join(LABEL_SETS)}")
-        known = {class_in(name, code, finding) for code, finding in findings.items()} - {None}
-        check(classes, {str: {"name": str, "prompts": [str]}} if isinstance(classes, dict) else [str], where)
-        for code in known.symmetric_difference(classes):
-            fault = "has no" if code in known else "has more than the classes of findings:"
-            raise DataError(f"{where}: {fault} {code!r}")
-        if isinstance(classes, dict):
-            entries[f"label_sets, {name}"] = classes
-    for where, part in entries.items():
-        for key, entry in part.items():
-            texts = [entry["name"], *entry.get("also", ()), *(entry.get("prompts", ["x"]) or [""])]
-            if not all(map(WORD.search, texts)):
-                raise DataError(f"{path}, {where}, {key}: a name or wording without a word, or no prompts")
+        check(classes, {str: CLASS} if isinstance(classes, dict) else [str], where)
+        members = {}
+        if name in PTBXL_SETS:
+            for code, finding in scp.items():
+                members.setdefault(class_in(name, code, finding), []).append(code)
+            for code in set(members) - {None} ^ set(classes):
+                fault = "has no" if code in members else "has more than the classes of findings:"
+                raise DataError(f"{where}: {fault} {code!r}")
+        if isinstance(classes, list):
+            classes = {code: {"name": findings[code]["name"], "prompts": findings[code]["prompts"]} for code in classes}
+        sets[name] = {c: entry | {"findings": members.get(c, []) + entry.get("findings", [])}
+                      for c, entry in classes.items()}
+        for c, entry in sets[name].items():
+            check({"snomed": []} | entry, {"findings": [str], "snomed": [str]}, f"{where}, {c}")
+            if not entry["findings"] or set(entry["findings"]) - findings.keys():
+                raise DataError(f"{where}, {c}: findings: {entry['findings']} are not all keys of findings")
+            entries.append((f"label_sets, {name}, {c}", entry))
+    for name, words in table["codes"].items():
+        for word, code in words.items():
+            if code not in findings and code not in numbers:
+                raise DataError(f"{path}, codes, {name}, {word}: {code!r} is of no finding")
+    for where, entry in entries:
+        texts = [entry["name"], *entry.get("also", ()), *(entry.get("prompts", ["x"]) or [""])]
+        if not all(map(WORD.search, texts)):
+            raise DataError(f"{path}, {where}: a name or wording without a word, or no prompts")
     return table
 
 
-def label_set(name):
-    """{class: {"name", "prompts"}} of a label set."""
-    if name not in LABEL_SETS:
-        raise DataError(f"unknown label set {name!r}; known are {', '.join(LABEL_SETS)}")
+@lru_cache
+def code_words():
+    """Code in lower case -> finding: SNOMED numbers, SCP codes, what the sources write, names and other wordings. Of a
+    word with two meanings the first counts, so AF is atrial fibrillation (CSN's is flutter, see finding_of)."""
+    findings, words = knowledge()["findings"], {}
+    for key, finding in findings.items():
+        words |= dict.fromkeys(finding["snomed"], key)
+    words |= {key.lower(): key for key in findings}
+    for codes in knowledge()["codes"].values():
+        for word, code in codes.items():
+            words.setdefault(word.lower(), words.get(code, code))
+    for key, finding in findings.items():
+        for wording in (finding["name"], *finding["also"]):
+            words.setdefault(wording.lower(), key)
+    return words
+
+
+@lru_cache(None)
+def resolve(code, source=None):
+    """A code as a source writes it -> its SNOMED number, or None; the key of its finding, or None."""
+    code = " ".join(code.lower().split())
+    own = {word.lower(): meaning.lower() for word, meaning in knowledge()["codes"].get(source, {}).items()}
+    meaning = own.get(code, code)
+    return next((c for c in (meaning, code) if c.isdigit()), None), code_words().get(meaning)
+
+
+def finding_of(code, source=None):
+    """Key in knowledge()["findings"] of an SCP code, SNOMED number, acronym, name or other wording, or None.
+
+    source: where the code is from, as in a store: some write what elsewhere has another meaning."""
+    return resolve(code, source)[1]
+
+
+def label_set(name, records=None):
+    """{class: {"name", "prompts", "findings"}} of a label set: a name in LABEL_SETS, or of a file of one's own ending in
+    .json, {code: {"name", "prompts"}}. records: with codes, for "own" and "simulated". Errors: DataError."""
     findings = knowledge()["findings"]
-    if name == "simulated":  # any code, in the words that the simulator writes
-        return {code: {"name": f["name"], "prompts": [f["name"], *f["also"][:2]]} for code, f in findings.items()}
-    classes = knowledge()["label_sets"][name]
-    return classes if isinstance(classes, dict) else {code: findings[code] for code in classes}
+    if name.endswith(".json"):
+        classes = read_json(name, {str: CLASS})
+        for code, entry in classes.items():
+            if not entry["prompts"] or not all(map(WORD.search, [entry["name"], *entry["prompts"]])):
+                raise DataError(f"{name}, {code}: a name or prompt without a word, or no prompts")
+        return {code: entry | {"code": code, "findings": [key] if (key := finding_of(code)) else []}
+                for code, entry in classes.items()}
+    if name not in LABEL_SETS:
+        raise DataError(f"unknown label set {name!r}; known are {', '.join(LABEL_SETS)}, or a file NAME.json")
+    if name not in OCCURRING:
+        return knowledge()["label_sets"][name.removesuffix("_published")]
+    keys = findings if records is None else sorted({
+        key for source, codes in sourced(records) for code in codes if (key := finding_of(code, source))})
+    return {key: {"name": findings[key]["name"], "prompts": [findings[key]["name"], *findings[key]["also"][:2]],
+                  "findings": [key]} for key in keys}
 
 
-def class_in(name, code, finding):
-    """Class of an SCP code in a label set, or None. finding: its row of scp_statements.csv or of prompts.json."""
-    column = LABEL_SETS[name]
-    if column in ("diagnostic_class", "diagnostic_subclass"):
-        return finding[column] or None
-    return code if column is None or finding[column] else None
+def sourced(records):
+    """(source, codes) of each record."""
+    return zip(records["source"] if "source" in records else [None] * len(records), records["codes"])
 
 
 def label_matrix(records, name):
-    """Records (DataFrame with codes) and a label set -> class names (C), labels (R, C) bool, keep (R,) bool.
+    """Records (DataFrame with codes, source) and a label set -> class names (C), labels (R, C) bool, keep (R,) bool.
 
-    Every listed code counts whatever its likelihood, as in the published counts. keep: rows with a label of the set.
-    "simulated" has the classes that occur in the records.
-    """
-    classes = list(label_set(name))
-    class_of = {code: class_in(name, code, finding) for code, finding in knowledge()["findings"].items()}
-    listed = [{class_of.get(code) for code in codes} - {None} for codes in records["codes"]]
-    names = sorted(set().union(*listed)) if name == "simulated" else classes
-    labels = np.array([[c in row for c in names] for row in listed], bool).reshape(len(listed), len(names))
-    return names, labels, labels.any(1)
+    Every listed code counts whatever its likelihood, as in the published counts. keep: rows with a label of the set
+    (of code_test all: most of its records have none of the six, and all are published as negatives).
+    "csn_published" has MERL's rule, class in "AFIB,TWC", so that AFIB is AF as well (13 % more labels)."""
+    classes, unknown = label_set(name, records), Counter()
+    acronyms = {number: word for word, number in reversed(knowledge()["codes"]["csn"].items())}  # the first of each
+
+    @lru_cache(None)
+    def classes_of(code, source):
+        number, finding = resolve(code, source)
+        return [c for c, entry in classes.items() if code == entry.get("code") or (
+            number in entry["snomed"] if number and "snomed" in entry else finding in entry["findings"])]
+
+    listed = []
+    for source, codes in sourced(records):
+        found = [classes_of(code, source) for code in codes]
+        if name == "csn_published":
+            joined = ",".join(acronyms.get(resolve(code, source)[0]) or ",".join(own) for code, own in zip(codes, found))
+            found = [[c for c in classes if c in joined]]
+        listed.append(set().union(*found))
+        unknown.update(code for code in codes if name in OCCURRING and not finding_of(code, source))
+    if unknown:
+        print(f"{name}: codes that prompts.json does not know are left out: "
+              + ", ".join(f"{code} ({count})" for code, count in unknown.most_common(20)), file=sys.stderr)
+    labels = np.array([[c in row for c in classes] for row in listed], bool).reshape(len(listed), len(classes))
+    return list(classes), labels, labels.any(1) | (name == "code_test")
+
+
+def join_classes(source_set, target_set):
+    """{class of target_set: [classes of source_set]} that share a finding, or are joined in prompts.json, "transfer"."""
+    source, target = label_set(source_set), label_set(target_set)
+    source_set, target_set = (name.removesuffix("_published") for name in (source_set, target_set))
+    given = knowledge()["transfer"]
+    pairs = {(s, t) for s in source for t in target if set(source[s]["findings"]) & set(target[t]["findings"])}
+    pairs |= {(s, t) for s, joined in given.get(source_set, {}).get(target_set, {}).items() for t in joined}
+    pairs |= {(s, t) for t, joined in given.get(target_set, {}).get(source_set, {}).items() for s in joined}
+    joined = {t: [s for s in source if (s, t) in pairs] for t in target}
+    return {t: found for t, found in joined.items() if found}
+
+
+def class_in(name, code, row):
+    """Class of an SCP code in a label set of PTB-XL, or None. row: of scp_statements.csv, or a finding."""
+    column = PTBXL_SETS[name]
+    if column in ("diagnostic_class", "diagnostic_subclass"):
+        return row[column] or None
+    return code if column is None or row[column] else None
 
 
 def check_classes(name):
     """The classes in prompts.json must be those of the scp_statements.csv at hand."""
     columns = ("", "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
     published, ours = {line[""]: line for line in read_csv(name, columns)}, knowledge()["findings"]
-    for code in sorted(published.keys() | ours.keys()):
+    for code in sorted(published.keys() | knowledge()["label_sets"]["ptbxl_all"].keys()):
         if code not in published or code not in ours or any(
-                class_in(s, code, published[code]) != class_in(s, code, ours[code]) for s in LABEL_SETS):
+                class_in(s, code, published[code]) != class_in(s, code, ours[code]) for s in PTBXL_SETS):
             raise DataError(f"{name}: classes of {code} are not those in prompts.json; take the file of PTB-XL 1.0.1")
 
 
@@ -1251,8 +1518,8 @@ class Translator:
 
 def wordings(text):
     """(wording, text of its finding) of all findings; text(code, finding)."""
-    table = {**knowledge()["findings"], **knowledge()["more_findings"]}
-    return [(wording, text(code, f)) for code, f in table.items() for wording in (f["name"], *f["also"])]
+    return [(wording, text(code, f)) for code, f in knowledge()["findings"].items()
+            for wording in (f["name"], *f["also"])]
 
 
 @lru_cache
@@ -1265,11 +1532,17 @@ def translate(report):
     return translator()(report)
 
 
+LANGUAGES = "english", "original", "translated"
+
+
 def report_tags(store, language="english"):
-    """Statements of every record of a store, a list of strings each; language english or original (as written)."""
-    if language not in ("english", "original"):
-        raise DataError(f"unknown report language {language!r}: use english or original")
-    return list(store.records["statements"] if language == "english" else map(split_statements, store.records["report"]))
+    """Statements of every record of a store, a list of strings each. language: english (of PTB-XL translated),
+    original (as written), or translated (whatever the source)."""
+    if language not in LANGUAGES:
+        raise DataError(f"unknown report language {language!r}: use {', '.join(LANGUAGES)}")
+    if language == "english":
+        return list(store.records["statements"])
+    return list(map(translate if language == "translated" else split_statements, store.records["report"]))
 
 
 def split_specs(text):
@@ -1293,10 +1566,12 @@ def corpus(specs, language="english"):
     texts = []
     for spec in split_specs(specs):
         source, colon, src = spec.partition(":")
-        if source in ("ptbxl", "mimic", "csv"):
+        if source in SOURCES and source != "simulated":
             for row in SOURCES[source](settings_of(source, os.path.expanduser(src), 100)):
-                texts.append(". ".join(split_statements(row["report"]) if language == "original" else
-                                       row["statements"] if "statements" in row else translate(row["report"])))
+                texts.append(". ".join(
+                    split_statements(row["report"]) if language == "original" else
+                    row["statements"] if "statements" in row and language == "english" else
+                    translate(row["report"])))
         elif source in ("simulated", "store"):
             texts += map(". ".join, report_tags(open_data(spec, None), language))
         else:
@@ -1313,8 +1588,7 @@ class Findings(Translator):
     Findings are recognised by their name and other wordings, longest first, unless they are negated."""
 
     def __init__(self):
-        table = {**knowledge()["findings"], **knowledge()["more_findings"]}
-        self.features = {code: finding["features"] for code, finding in table.items()}
+        self.features = {code: finding["features"] for code, finding in knowledge()["findings"].items()}
         lexicon = knowledge()["lexicon"]
         denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
         parts = {kind: {phrase: text for phrase, text in lexicon[kind].items() if denied(phrase, text)}
@@ -1581,7 +1855,7 @@ def _label(c, p, m):
     odd = {"QWAVE": np.any(list(q.values()), 0), "LVOLT": low_limbs | low_chest, "INVT": narrow & some(t < -.1, six),
            "LOWT": narrow & (abs(t[:, [0, 1, 9, 10, 11]]) < .12).all(1), "STD_": narrow & some(st < -.05, six + [4, 5])}
     odd["ABQRS"] = odd["QWAVE"] | poor_r
-    code = {k: c[k] for k in knowledge()["findings"].keys() if k in c} | odd | {
+    code = {k: c[k] for k in knowledge()["label_sets"]["ptbxl_all"] if k in c} | odd | {
         "SR": sinus & ~slow & ~fast & ~c["SARRH"], "SBRAD": slow, "STACH": fast, "1AVB": first, "LPR": first,
         "VCLVH": plain & ~c["RVH"] & ((sokolow > 3.5) | (r[:, 4] > 1.1)), "HVOLT": plain & ((r + s)[:, 6:] > 4).any(1),
         "STE_": plain & ~c["mi"] & ((st[:, 7:9] > .2).any(1) | some(st > .1, [1, 5, 10, 11]))}
@@ -1768,8 +2042,12 @@ READS = (open_file, read_record, read_header, parse_lead, beside, files_of, meas
          read_csv, without_zero, split_by, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP,
          MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING, NEGATED_LIST, WORD,
          SENTENCE_END, COMMA)
-MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
-          "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
+MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, years, TOKEN, LATE, lead_names, attach, negates, Translator),
+          "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of, years, SEXES),
+          **dict.fromkeys(HEADERS, (*READS, once, header_rows, worded, reference_label, split_of, years, SEXES, COMMENT,
+                                    REFERENCE, LETTERS)),
+          "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, worded, years, SEXES, TRACINGS,
+                   TRACING_LEADS, TRACING_UNITS),
           "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
                         _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS)}
@@ -1782,11 +2060,13 @@ def maker(source):
     for part in MAKERS[source]:
         parts.append(inspect.getsource(part) if callable(part) else getattr(part, "pattern", repr(part)))
     if source == "simulated":
-        parts.append(json.dumps([table["findings"], table["more_findings"], table["simulator"]]))
+        parts.append(json.dumps([table["findings"], table["simulator"]]))
     else:
         parts.append(read_text(os.path.join(HERE, "csrc", "reference.py")))
     if source == "ptbxl":
         parts.append(json.dumps([table["lexicon"], wordings(lambda code, finding: finding["name"])]))
+    if source in (*HEADERS, "code"):
+        parts.append(json.dumps([table["findings"], table["codes"]]))
     return zlib.crc32("\n".join(parts).encode())
 
 

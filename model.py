@@ -1327,7 +1327,7 @@ class Config:
     text_mask: bool = True  # False: padding is attended to (D-BETA's published code)
     mlm_steps: CountOr0 = 150  # masked-language-model updates of the small BERT
     text_unit: Literal["report", "subset", "tag", "tags"] = "report"  # said of a record; tags: fgclep's, all
-    report_language: Literal["english", "original"] = "english"  # original: as the reports are written
+    report_language: Literal["english", "original", "translated"] = "english"  # original: as written
   # loss
     temperature: Annotated[float, 1e-3, 1e3] = 0.07  # fixed softmax temperature
     uma_dropout: Part = 0.1  # dropout of the two ECG views

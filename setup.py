@@ -9,7 +9,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-BESIDE = ["prompts.json", "weights.json"]  # files that the modules look for beside themselves
+BESIDE = ["prompts.json", "splits.json", "weights.json"]  # files that the modules look for beside themselves
 sys.path.insert(0, str(ROOT / "csrc"))
 
 
@@ -77,7 +77,7 @@ setup(
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildModules, **cmdclass},
     install_requires=[
-        "torch>=2.10", "numpy>=1.26", "scipy>=1.11", "pandas>=2.0", "wfdb>=4.1", "scikit-learn>=1.3",
+        "torch>=2.10", "numpy>=1.26", "scipy>=1.11", "pandas>=2.0", "wfdb>=4.1", "h5py>=3.8", "scikit-learn>=1.3",
         "matplotlib>=3.7", "tqdm>=4.65", "transformers>=4.56", "tokenizers>=0.20", "safetensors>=0.4",
         "ninja>=1.11", "setuptools",
     ],

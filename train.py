@@ -442,7 +442,7 @@ def plausible(feature):
 def vocabulary():
     """English words on ECGs: of the findings in prompts.json, their features, the statements that it translates to; and FURTHER."""
     table = data.knowledge()
-    findings = [*table["findings"].values(), *table["more_findings"].values()]
+    findings = table["findings"].values()
     texts = [text for finding in findings for text in (finding["name"], *finding["also"], *finding["features"])]
     texts += [FURTHER, *table["lexicon"]["statements"].values(), *data.LEADS]
     return set(re.findall("[a-z]+", " ".join(texts).lower())) - NEUTRAL

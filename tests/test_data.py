@@ -785,18 +785,18 @@ def test_labels(tmp_path, labels, codes):
 
 def test_codes_that_nobody_knows_are_told(tmp_path, capsys):
     source = csv_source(tmp_path / "src", 2)
-    table(source, [dict(record="r0", report="x", labels="AFIB;164889003;afib"), dict(record="r1", report="x", labels="SR")])
+    table(source, [dict(record="r0", report="x", labels="AFIB;251238007;my own"), dict(record="r1", report="x", labels="SR")])
     store = data.prepare("csv", source, tmp_path / "dst")
     entry = store.meta["warnings"][data.STRANGE]
-    assert (entry["records"], entry["amount"], entry["examples"]) == (1, 2, ["r0: 164889003, afib"])
+    assert (entry["records"], entry["amount"], entry["examples"]) == (1, 2, ["r0: 251238007, my own"])
     data.describe(store)
-    assert "164889003" in capsys.readouterr().out
+    assert "251238007" in capsys.readouterr().out
 
 
 def ptbxl_copy(folder, change=lambda row: row, count=10):
     """A copy of PTB-XL with synthetic records."""
     folder.mkdir()
-    findings = data.knowledge()["findings"]
+    findings = {code: data.knowledge()["findings"][code] for code in data.label_set("ptbxl_all")}
     table(folder / "scp_statements.csv", [{"": code} | {key: value if isinstance(value, str) else "1.0" if value else "" for key in (
         "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass") for value in [f[key]]} for code, f in findings.items()])
     for i in range(1, count + 1):
@@ -877,16 +877,16 @@ def test_a_changed_source_is_no_longer_the_store(tmp_path, monkeypatch):
 
 
 def test_what_makes_a_store_is_named(monkeypatch):
-    """In the key: the words of both tables of findings, and the definition of R peaks; not: plot() and main()."""
-    keys = lambda: [data.maker.__wrapped__(source) for source in data.SOURCES]
+    """In the key: the words of the findings, and the definition of R peaks; not: plot() and main()."""
+    keys = lambda: [data.maker.__wrapped__(source) for source in ("ptbxl", "mimic", "csv", "simulated", "csn", "code")]
     before, table = keys(), json.loads(json.dumps(data.knowledge()))
-    table["more_findings"]["normal axis"]["also"].append("straight axis")
+    table["findings"]["normal axis"]["also"].append("straight axis")
     monkeypatch.setattr(data, "knowledge", lambda: table)
-    assert [a != b for a, b in zip(before, keys())] == [True, False, False, True]
+    assert [a != b for a, b in zip(before, keys())] == [True, False, False, True, True, True]
     monkeypatch.undo()
     read = data.read_text
     monkeypatch.setattr(data, "read_text", lambda path: read(path) + "# other peaks")
-    assert [a != b for a, b in zip(before, keys())] == [True, True, True, False]
+    assert [a != b for a, b in zip(before, keys())] == [True, True, True, False, True, True]
     monkeypatch.undo()
     monkeypatch.setattr(data, "plot", None)
     assert keys() == before
@@ -914,8 +914,8 @@ def test_damage_is_noticed_when_asked(many, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "empty"), (b"{", "Expecting"), (b"[]", "must be an object"), (b"{}", "not of a store of version"), (b"\xff", "not readable"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b'{"format": ["ecg-language store", 2]}', "not of a store of version 3"),
-    (b'{"format": ["ecg-language store", 3], "rate": "x"}', "damaged"), (b'{"a": 1, "a": 2}', "occurs twice"), (None, "a folder, not a file")])
+    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b'{"format": ["ecg-language store", 3]}', "not of a store of version 4"),
+    (b'{"format": ["ecg-language store", 4], "rate": "x"}', "damaged"), (b'{"a": 1, "a": 2}', "occurs twice"), (None, "a folder, not a file")])
 def test_what_is_no_store_is_said(tmp_path, content, message):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "store.json").mkdir() if content is None else (tmp_path / "dst" / "store.json").write_bytes(content)

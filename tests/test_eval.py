@@ -140,10 +140,11 @@ def test_a_prompts_file_that_is_none_is_explained(tmp_path, content, words):
         evaluation.class_prompts("ptbxl_rhythm", ["SR"], str(path))
 
 
-@pytest.mark.parametrize("name", [name for name in data.LABEL_SETS if name not in ("simulated", "csv")])
+@pytest.mark.parametrize("name", [name for name in data.LABEL_SETS if name not in data.OCCURRING])
 def test_every_class_of_every_set_has_prompts(name):
     classes = list(data.label_set(name))
-    assert len(classes) == {"ptbxl_super": 5, "ptbxl_sub": 23, "ptbxl_form": 19, "ptbxl_rhythm": 12, "ptbxl_diag": 44, "ptbxl_all": 71}[name]
+    assert len(classes) == {"ptbxl_super": 5, "ptbxl_sub": 23, "ptbxl_form": 19, "ptbxl_rhythm": 12, "ptbxl_diag": 44, "ptbxl_all": 71,
+                            "cpsc2018": 9, "csn": 38, "csn_published": 38, "georgia": 20, "cinc2021": 26, "code_test": 6}[name]
     for style in ("plain", "descriptive"):
         for texts in evaluation.class_prompts(name, classes, style):
             assert texts and all(t == t.lower().strip() and t for t in texts)

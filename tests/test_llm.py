@@ -80,7 +80,7 @@ def test_only_a_list_is_read_and_only_english_features_of_it(answer, features):
 
 def test_the_knowledge_table_is_plausible():
     table = data.knowledge()
-    for finding in (*table["findings"].values(), *table["more_findings"].values()):
+    for finding in table["findings"].values():
         assert train.parse_features(json.dumps(finding["features"])) == finding["features"]
 
 

@@ -84,9 +84,9 @@ def test_shapes_are_what_the_codes_say(records):
 
 def test_truth_and_reports(records):
     _, _, codes, features, statements = records
-    findings, more = data.knowledge()["findings"], data.knowledge()["more_findings"]
-    vocabulary = {f for table in (findings, more) for finding in table.values() for f in finding["features"]}
-    assert all(set(c) <= findings.keys() for c in codes) and all(codes)
+    findings, scp = data.knowledge()["findings"], data.knowledge()["label_sets"]["ptbxl_all"]
+    vocabulary = {f for finding in findings.values() for f in finding["features"]}
+    assert all(set(c) <= scp.keys() for c in codes) and all(codes)
     assert {f for row in features for f in row} <= vocabulary
     assert all(statements), "every record has a report"
     told = [bool(set(row) & vocabulary) for row in statements]
