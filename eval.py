@@ -1,14 +1,14 @@
 """Evaluation: python eval.py --zeroshot ptbxl   (newest run; or --run runs/NAME, or --ckpt FILE)
 
-    --zeroshot SET...  classes told apart by their texts alone     --retrieve SET...  ECG -> report, report -> ECG
-    --probe SET...     a linear classifier on the vectors          --identify SET...  whose second record is it?
-    --transfer         probe and texts from one set to another     --generate         reports written (melp)
-    --finetune SET...  encoder and classifier trained with labels  --embed SET...     just the vectors (npz)
-    --compare RUN...   any of these over runs and seeds, one table --look RECORD TEXT...  where a text is seen
+    --zeroshot SET...  classes told apart by their texts     --retrieve SET...  ECG -> report, report -> ECG
+    --probe SET...     a linear classifier on the vectors    --identify SET...  whose second record is it?
+    --transfer         both from one set to another          --generate         reports written (melp)
+    --finetune SET...  encoder trained with labels, too      --embed SET...     just the vectors (npz)
+    --compare RUN...   any of these over runs, one table     --look RECORD TEXT...  where a text is seen
 
-Tables are printed, and written with pictures into the run: results.json has an entry for each task, set and options.
-Test rows are the official test split (PTB-XL: fold 10) unless --folds or --split says otherwise; nothing is ever
-chosen on them. A task is one function and a line in TASKS.
+Tables are printed, and written with pictures into the run: results.json has an entry for each task, set and
+options. Test rows are the official test split (PTB-XL: fold 10) unless --folds or --split says otherwise;
+nothing is ever chosen on them. A task is one function, and a line in TASKS.
 """
 import argparse
 import contextlib
@@ -31,11 +31,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import average_precision_score, log_loss, precision_recall_curve, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
@@ -43,17 +44,23 @@ import data
 import model as models
 from csrc import beat_of_token, segment_beats
 
-GROUPS = {"ptbxl": ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm")}  # names for several label sets
+GROUPS = {"ptbxl": ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm"), "csv": ("own",)}
+TRANSFER = ("ptbxl_super", "cpsc2018", "csn")
 RESAMPLES = 1000  # of the bootstrap, and of the permutations
 ENOUGH = 10       # positives a class needs for an interval and for the second mean (fewer: a lottery)
 FACTS = {"records_per_second": float, "parameters": float, "warnings": [str]}  # what is read of training.json
 NO_MATTER = ("name", "seed", "threads", "workers", "save_every", "compile")  # in which repetitions may differ
 DEFAULTS = dict(data=(), prompts="descriptive", scales=None, folds=None, split="test", leads=None,
-                derive_leads=False, noise=None, control=None, ratios=(0.01, 0.1, 1.0), shots=None, protocol="grid",
-                epochs=10, beams=1, checkpoint=None, text_model="", device="cpu")
+                derive_leads=False, noise=None, control=None, ratios=(0.01, 0.1, 1.0), shots=None,
+                protocol="grid", epochs=10, beams=1, checkpoint=None, text_model="", device="cpu")
 
 
-# ---- runs and their weights ----------------------------------------------------------------------------------
+def asking(**options):
+    """What is asked, besides the task and the set: DEFAULTS and the options of the command line."""
+    return SimpleNamespace(**DEFAULTS | options)
+
+
+# ---- runs and their weights --------------------------------------------------------------------------------
 
 def newest_run(folder="runs"):
     """The finished run of `folder` that was written last. Errors: DataError where there is none."""
@@ -201,7 +208,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
     return method.to(device).eval(), config
 
 
-# ---- published checkpoints -----------------------------------------------------------------------------------
+# ---- published checkpoints ---------------------------------------------------------------------------------
 # --ckpt merl:FILE, melp:FILE, dbeta:FILE. weights.json: names in the authors' state dictionaries -> ours; *
 # stands for anything, the same on both sides in order. A name with +0, +1, +2 is a part (query, key, value)
 # of a larger tensor of ours; "-" is what neither training nor zero-shot here has a use for. "optional": what
@@ -293,7 +300,7 @@ def open_published(kind, file, text_model="", device="cpu"):
     return method.to(device).eval(), config
 
 
-# ---- what is asked: a run, records, signals, vectors ---------------------------------------------------------
+# ---- a run, records, signals, vectors ----------------------------------------------------------------------
 
 class Run(NamedTuple):
     """A trained model. crc: a checksum of its weights."""
@@ -315,59 +322,57 @@ def open_store(spec, rate):
 
 
 def source_of(store):
-    return str(store.records["source"].iloc[0]) if len(store) else ""
+    return str(store.records["source"].iloc[0])
 
 
 def find_store(name, config, specs=()):
     """The store that answers a label set: of several data specs the one of the set's source, a single one
     whatever it holds; else the run's own data, if they are of that source; else, for PTB-XL, what is in
     $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is none."""
-    source = name.split("_")[0]
-    kind = lambda spec: (source_of(open_store(spec, config.rate)) if spec.startswith("store:") else
-                         spec.partition(":")[0])
-    if specs:
-        fitting = [spec for spec in specs if kind(spec) == source] or list(specs) * (len(specs) == 1)
-        if len(fitting) != 1:
-            raise data.DataError(f"{len(fitting)} of the data named with --data are of {name}: "
-                                 f"{', '.join(specs)}; name one")
-        return open_store(fitting[0], config.rate)
+    source, rate = name.split("_")[0], config.rate
     anything = source in ("own", "age", "sex") or name.endswith(".json")
+    kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
+    if specs:
+        fitting = list(specs) if len(specs) == 1 else [spec for spec in specs if kind(spec) == source]
+        if len(fitting) != 1:
+            fault = "none" if not fitting else "more than one"
+            raise data.DataError(f"{fault} of {', '.join(specs)} is of {name}; name its data alone with --data")
+        return open_store(fitting[0], rate)
     if config.data and (anything or config.data.partition(":")[0] in ("store", source)):
-        store = open_store(config.data, config.rate)
-        if anything or source_of(store) == source:
-            return store
+        if anything or kind(config.data) == source:
+            return open_store(config.data, rate)
     if source == "simulated":
-        return open_store("simulated", config.rate)
-    if source not in ("ptbxl", "age", "sex"):
-        raise data.DataError(f"{name}: where are its records? Say it with --data SOURCE:PATH")
+        return open_store("simulated", rate)
+    if source != "ptbxl" and not anything:
+        raise data.DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
     place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
     if not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
         raise data.DataError(f"PTB-XL is not in {place}: download it from https://physionet.org/content/ptb-xl/ "
                              "(3 GB, free, CC BY 4.0) and say where it is with --data ptbxl:PATH")
-    return open_store(f"ptbxl:{place}", config.rate)
+    return open_store(f"ptbxl:{place}", rate)
 
 
 def sets_of(store):
-    """Label sets that a store's test records can answer: those named as its source, or all codes that occur;
+    """Label sets that a store's test records can answer: those named as its source, or the codes that occur;
     none where no test record has a label."""
     source, records = source_of(store), store.records[store.records["split"] == "test"]
-    names = GROUPS.get(source) or [name for name in data.LABEL_SETS if name in (source, source + "_test")] or ["own"]
+    named = [name for name in data.LABEL_SETS if name in (source, source + "_test")]
+    names = GROUPS["ptbxl"] if source == "ptbxl" else named or ["own"]
     return [name for name in names if len(records) and data.label_matrix(records, name)[2].any()]
 
 
-def test_rows(store, ask=SimpleNamespace(**DEFAULTS)):
-    """Row numbers of a store's test records, or of the folds or the split that is asked for. Errors: DataError
-    where there are none."""
+def test_rows(store, ask):
+    """Row numbers of a store's test records, or of the folds or the split asked for. Errors: DataError where
+    there are none."""
     records, folds = store.records, ask.folds
     if folds and not records["fold"].any():
         raise data.DataError(f"{store.path}: these records have no folds: leave out --folds")
-    where = records["fold"].isin(folds) if folds else (records["split"] == ask.split) | (ask.split == "all")
-    rows = np.flatnonzero(where)
-    if not len(rows):
+    chosen = records["fold"].isin(folds) if folds else (records["split"] == ask.split) | (ask.split == "all")
+    if not chosen.any():
         wanted = f"fold {', '.join(map(str, folds))}" if folds else f"the {ask.split} split"
         raise data.DataError(f"{store.path}: holds no record of {wanted}; name folds with --folds, another "
                              "--split, or other records with --data")
-    return rows
+    return np.flatnonzero(chosen)
 
 
 class Labelled(NamedTuple):
@@ -375,6 +380,9 @@ class Labelled(NamedTuple):
     rows: np.ndarray      # (R,) row numbers in the store
     labels: np.ndarray    # (R, C) bool; age: years
     patients: np.ndarray  # (R,)
+
+    def at(self, places):
+        return Labelled(*(part[places] for part in self))
 
 
 class Question(NamedTuple):
@@ -389,42 +397,39 @@ class Question(NamedTuple):
 def labels_of(records, name):
     """Class names (C), labels (R, C), keep (R,): data.label_matrix, and two sets that are no diagnoses."""
     if name == "sex":
-        return ["female"], (records["sex"] == "F").to_numpy()[:, None], records["sex"].isin(["F", "M"]).to_numpy()
+        known = records["sex"].isin(["F", "M"]).to_numpy()
+        return ["female"], (records["sex"] == "F").to_numpy()[:, None], known
     if name == "age":
-        age = pd.to_numeric(records["age"], errors="coerce").to_numpy(float)
-        return ["age"], age[:, None], np.isfinite(age)
+        years = pd.to_numeric(records["age"], errors="coerce").to_numpy(float)
+        return ["age"], years[:, None], np.isfinite(years)
     return data.label_matrix(records, name)
 
 
 def ask_set(name, config, ask):
     """Question of a label set. Validation rows are the val split; where that is tested, an eighth of the
-    training patients by a hash. Errors: DataError where no test record has a label."""
+    training patients by a hash. Errors: DataError where no record to test has a label."""
     store = find_store(name, config, ask.data)
     classes, labels, keep = labels_of(store.records, name)
-    patients, split = store.records["patient"].to_numpy(), store.records["split"].to_numpy().copy()
+    patients, split = (store.records[column].to_numpy(object) for column in ("patient", "split"))
     tested = np.isin(np.arange(len(store)), test_rows(store, ask))
     if not (keep & ~tested & (split == "val")).any():
         held = [data.split_by(str(patient), 7 / 8, 1 / 8) == "val" for patient in patients]
-        split[(split == "train") & np.array(held, bool)] = "val"
-    parts = [np.flatnonzero(keep & where) for where in
-             (~tested & (split == "train"), ~tested & (split == "val"), tested)]
-    if not len(parts[2]):
+        split = np.where((split == "train") & held, "val", split)
+    everything = Labelled(np.arange(len(store)), labels, patients)
+    train, val = (everything.at(keep & ~tested & (split == part)) for part in ("train", "val"))
+    if not (keep & tested).any():
         raise data.DataError(f"{store.path}: no record to evaluate has a label of {name}")
-    return Question(store, classes, *(Labelled(rows, labels[rows], patients[rows]) for rows in parts))
+    return Question(store, classes, train, val, everything.at(keep & tested))
 
 
 def signals(store, rows, ask):
     """ECGs of rows (B, 12, N) float32 mV: as stored, or with noise, fewer leads, or a control in their place."""
-    if ask.control == "other":  # another record of the same store, the same one whenever it is asked
-        order = np.random.default_rng(0).permutation(len(store))
-        rows, drawn = np.roll(order, 1)[np.argsort(order)][rows], rows
-    else:
-        drawn = rows
-    ecg = store.ecg(rows)
+    other = np.random.default_rng(0).permutation(len(store))  # of each record another one, always the same
+    ecg = store.ecg(np.roll(other, 1)[np.argsort(other)][rows] if ask.control == "other" else rows)
     if ask.control == "zero":
         ecg[:] = 0
     if ask.noise is not None:
-        for x, row in zip(ecg, drawn):
+        for x, row in zip(ecg, rows):
             x += noise_like(x, store.rate, ask.noise, np.random.default_rng((0, row)))
     if ask.leads:
         kept = [data.lead_index(lead) for lead in ask.leads]
@@ -436,38 +441,38 @@ def signals(store, rows, ask):
 
 
 def noise_like(ecg, rate, decibel, rng):
-    """Baseline wander (0.05 to 0.5 Hz), mains (50 Hz, where the rate can show it) and white noise, of equal power,
-    this much below the signal's: ecg (12, N) mV -> noise (12, N) mV; none in leads that are flat."""
-    time, shape = np.arange(ecg.shape[1]) / rate, (len(ecg), 1)
-    phase = lambda: rng.uniform(0, 2 * np.pi, shape)
-    parts = [sum(np.sin(2 * np.pi * rng.uniform(0.05, 0.5, shape) * time + phase()) for _ in range(3)),
-             rng.standard_normal(ecg.shape)]
-    if rate > 100:
-        parts.append(np.sin(2 * np.pi * 50 * time + phase()))
-    noise = sum(part / part.std(1, keepdims=True) for part in parts) / np.sqrt(len(parts))
+    """Baseline wander (0.05 to 0.5 Hz), white noise and mains (50 Hz, where the rate can show it), of equal
+    power, together this much below the signal's: ecg (12, N) mV -> (12, N) mV; none in a flat lead."""
+    time, uniform = np.arange(ecg.shape[1]) / rate, lambda *bounds: rng.uniform(*bounds, (len(ecg), 1))
+    wave = lambda hertz: np.sin(2 * np.pi * (hertz * time + uniform(0, 1)))
+    parts = [sum(wave(uniform(0.05, 0.5)) for _ in range(3)), rng.standard_normal(ecg.shape)]
+    parts += [wave(50)] if rate > 100 else []
+    noise = sum(part / part.std(1, keepdims=True) for part in parts) / math.sqrt(len(parts))
     return noise * ecg.std(1, keepdims=True) * 10 ** (-decibel / 20)
 
 
-CHANGES = ("leads", "derive_leads", "noise", "control")  # options that change the signals
+def pool(tokens):
+    """Mean and maximum over time: (B, T, D) -> (B, 2 D)."""
+    return torch.cat([tokens.mean(1), tokens.amax(1)], 1)
 
 
 @torch.no_grad()
-def embed_records(method, store, rows, device, what="encoding ECGs", ask=SimpleNamespace(**DEFAULTS), batch=256):
-    """Vectors of rows of a store, float32 numpy: "rhythm" (R, dim), L2-normalised, in the space shared with
-    text; "features" (R, 2 D), mean and maximum of the encoder's tokens, before any projection."""
+def embed_records(method, store, rows, device, what="encoding ECGs", ask=asking(), batch=256):
+    """Vectors of rows of a store, float32: "rhythm" (R, dim), L2-normalised, in the space shared with text;
+    "features" (R, 2 D), mean and maximum of the encoder's tokens before any projection."""
     out = {"rhythm": [], "features": []}
     for start in tqdm(range(0, len(rows), batch), desc=what, leave=False):
         ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(device)
         tokens = method.encode_tokens(ecg)
         out["rhythm"].append(method.views(tokens, ecg).rhythm.float().cpu())
-        out["features"].append(torch.cat([tokens.mean(1), tokens.amax(1)], 1).float().cpu())
+        out["features"].append(pool(tokens).float().cpu())
     return {name: torch.cat(parts).numpy() for name, parts in out.items()}
 
 
 def vectors(run, store, rows, ask):
     """embed_records of rows, encoded once: they stay in the run, embeddings/SOURCE.npz, with ids and splits,
     as long as weights, store and signals are these."""
-    changed = {name: getattr(ask, name) for name in CHANGES if getattr(ask, name) != DEFAULTS[name]}
+    changed = {k: getattr(ask, k) for k in ("leads", "derive_leads", "noise", "control")}
     path = run.folder / "embeddings" / f"{file_name(entry(source_of(store), changed))}.npz"
     key, known = f"{run.crc} {store.meta['plan']} {changed}", {}
     if path.exists():
@@ -479,20 +484,15 @@ def vectors(run, store, rows, ask):
     missing = np.setdiff1d(rows, known.get("rows", []))
     if len(missing):
         new = {"rows": missing} | embed_records(run.method, store, missing, run.device, ask=ask)
-        known = {name: np.concatenate([known[name], new[name]]) if known else new[name] for name in new}
+        known = {k: np.concatenate([known[k], new[k]]) if known else new[k] for k in new}
         order = np.argsort(known["rows"])
-        known = {name: values[order] for name, values in known.items()}
-        told = {name: store.records[column].to_numpy(str)[known["rows"]]
-                for name, column in (("ids", "id"), ("split", "split"))}
-        path.parent.mkdir(exist_ok=True)
-        data.write_atomic(path, lambda new: save_arrays(new, key=key, **told, **known))
+        known = {k: values[order] for k, values in known.items()}
+        facts = store.records.iloc[known["rows"]]
+        known |= {"key": key, "ids": facts["id"].to_numpy(str), "split": facts["split"].to_numpy(str)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_atomic(path, lambda new: save_arrays(new, known))
     place = np.searchsorted(known["rows"], rows)
-    return {name: known[name][place] for name in ("rhythm", "features")}
-
-
-def save_arrays(path, **arrays):
-    with open(path, "wb") as file:  # savez adds .npz to a name
-        np.savez(file, **arrays)
+    return {k: known[k][place] for k in ("rhythm", "features")}
 
 
 @torch.no_grad()
@@ -507,28 +507,33 @@ def embed_texts(tower, texts, batch=256):
     return torch.cat(out)
 
 
+def save_arrays(path, arrays):
+    with open(path, "wb") as file:  # given a name, savez would add .npz
+        np.savez(file, **arrays)
+
+
 @torch.no_grad()
 def score_records(run, store, rows, prompts, ask, batch=256):
-    """Zero-shot scores of rows of a store: prompts are C lists of texts, the score of a class is the mean over its
-    texts of the similarity with the ECG -> (R, C) float32."""
-    method, scales = run.method, ask.scales or run.method.scales
-    texts, parts = [text.rstrip(". ") for row in prompts for text in row], []  # worded as statements are
-    text = method.encode_text(texts)
-    if list(scales) == ["rhythm"]:  # vectors say it all
-        parts = [torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T]
+    """Zero-shot scores of rows of a store: prompts are C lists of texts, the score of a class is the mean over
+    its texts of the similarity with the ECG -> (R, C) float32."""
+    method, scales = run.method, list(ask.scales or run.method.scales)
+    text = method.encode_text([text.rstrip(". ") for row in prompts for text in row])  # worded as statements
+    if scales == ["rhythm"]:  # the vectors say it all
+        like = torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
     else:
+        parts = []
         for start in tqdm(range(0, len(rows), batch), desc="encoding ECGs", leave=False):
             ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(run.device)
             parts.append(method.similarity(method.encode_ecg(ecg), text, scales).float().cpu())
-    like = torch.cat(parts).split([len(row) for row in prompts], 1)  # C of (R, texts)
-    return torch.stack([part.mean(1) for part in like], 1).numpy()
+        like = torch.cat(parts)                                                    # (R, texts)
+    return torch.stack([part.mean(1) for part in like.split([len(row) for row in prompts], 1)], 1).numpy()
 
 
-# ---- metrics -------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------
 
 def auroc_of_resamples(score, positive, weights):
-    """AUROC of one class in many bootstrap resamples at once. score (R,), positive (R,) bool, weights (K, R): how
-    often each row was drawn. Returns (K,), NaN where a resample lacks positives or negatives. Ties count half."""
+    """AUROC of one class in many bootstrap resamples at once. score (R,), positive (R,) bool, weights (K, R):
+    how often each row was drawn -> (K,), NaN where a resample lacks positives or negatives. Ties count half."""
     order = np.argsort(score, kind="stable")
     score, positive, weights = score[order], positive[order], weights[:, order]
     pos, neg = weights * positive, weights * ~positive
@@ -537,6 +542,12 @@ def auroc_of_resamples(score, positive, weights):
     wins = (pos * (below[:, left] + below[:, right])).sum(1) / 2
     pairs = pos.sum(1) * neg.sum(1)
     return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+
+
+def mean_auroc(scores, labels):
+    """Macro AUROC over the classes that have positives and negatives; 0.5 where none has."""
+    used = labels.any(0) & ~labels.all(0)
+    return roc_auc_score(labels[:, used], scores[:, used]) if used.any() else 0.5
 
 
 def best_f1(score, positive):
@@ -551,10 +562,10 @@ def interval(samples):
     return [float(v) for v in np.percentile(found, [2.5, 97.5])] if 10 * len(found) >= len(samples) else None
 
 
-def resamples(patients, seed=0):
+def resamples(patients):
     """Bootstrap over patients with all their records: (R,) -> (RESAMPLES, R), how often each row is drawn."""
     unique, place = np.unique(patients, return_inverse=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return rng.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), RESAMPLES)[:, place]
 
 
@@ -563,38 +574,52 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
     "macro_enough" and "classes". untrained: classes of which a classifier saw no positive.
 
     A class without positives, or without negatives, is listed and left out of the means; the second mean
-    leaves out classes with fewer than ENOUGH positives and the untrained. Intervals: of a class with at least ENOUGH
-    positives; of a mean over the resamples in which every one of its classes has both kinds (none where these
-    are fewer than a tenth)."""
+    leaves out classes with fewer than ENOUGH positives and the untrained. Intervals: of a class with at least
+    ENOUGH positives; of a mean over the resamples in which every one of its classes has both kinds (none where
+    these are fewer than a tenth)."""
     patients = np.arange(len(scores)) if patients is None else patients
     weights, classes, samples = resamples(patients), {}, {}
-    for c, name in enumerate(names):
-        count = int(positives[:, c].sum())
+    for name, score, positive in zip(names, scores.T, positives.T):
+        count = int(positive.sum())
         classes[name] = {"positives": count}
         if 0 < count < len(scores):
-            samples[name] = auroc_of_resamples(scores[:, c], positives[:, c], weights)
-            classes[name] |= {"auroc": float(roc_auc_score(positives[:, c], scores[:, c])),
+            samples[name] = auroc_of_resamples(score, positive, weights)
+            classes[name] |= {"auroc": float(roc_auc_score(positive, score)),
                               "interval": interval(samples[name]) if count >= ENOUGH else None,
-                              "auprc": float(average_precision_score(positives[:, c], scores[:, c])),
-                              "f1": best_f1(scores[:, c], positives[:, c])}
+                              "auprc": float(average_precision_score(positive, score)),
+                              "f1": best_f1(score, positive)}
     means = {}
     for title, least, without in (("macro", 1, ()), ("macro_enough", ENOUGH, untrained)):
         used = [n for n in samples if classes[n]["positives"] >= least and n not in without]
         if used:
             means[title] = {m: float(np.mean([classes[n][m] for n in used])) for m in ("auroc", "auprc", "f1")}
             means[title] |= {"classes": len(used), "interval": interval(np.mean([samples[n] for n in used], 0))}
-    found = {"records": len(scores), "patients": len(np.unique(patients)), **means, "classes": classes}
-    return found | ({"untrained": list(untrained)} if untrained else {})
+    return {"records": len(scores), "patients": len(np.unique(patients)), **means, "classes": classes,
+            "untrained": list(untrained), "scores": scores, "labels": positives}  # arrays stay out of files
 
 
-def share(hits, patients):
-    """Mean of (R,) numbers with its bootstrap interval."""
+def share(hits, patients, name):
+    """Mean of (R,) numbers with its bootstrap interval; name: what it is."""
     weights = resamples(patients)
-    return {"value": float(hits.mean()), "interval": interval(weights @ hits / weights.sum(1))}
+    return {"what": name, "value": float(hits.mean()), "interval": interval(weights @ hits / weights.sum(1))}
 
 
-# ---- tasks ---------------------------------------------------------------------------------------------------
-# task(run, set, ask) -> {row: {column: metrics}}; row "" is the run itself. metrics: of score_classes, or with "value".
+def permutation_p(ours, others, labels):
+    """Paired permutation test of two groups' macro AUROC: lists of scores (R, C), as ranks, mean over the runs
+    of a group; record by record the two are exchanged -> p, two-sided."""
+    used = labels.any(0) & ~labels.all(0)
+    a, b = (np.mean([rankdata(scores[:, used], axis=0) for scores in group], 0) for group in (ours, others))
+    rng, positive = np.random.default_rng(0), labels[:, used]
+    pairs = positive.sum(0) * (~positive).sum(0)
+    macro = lambda scores: ((rankdata(scores, axis=0) * positive).sum(0) / pairs).mean()  # AUROC and a constant
+    swaps = [np.zeros((len(a), 1), bool), *(rng.random((RESAMPLES, len(a), 1)) < 0.5)]
+    gaps = [abs(macro(np.where(swap, b, a)) - macro(np.where(swap, a, b))) for swap in swaps]
+    return float(np.mean(np.array(gaps) >= gaps[0] - 1e-12))  # the first one is as it was
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------
+# task(run, set, ask) -> {row: {column: metrics}}; row "" is the run itself. metrics: those of score_classes, or
+# a dictionary with "what", "value", "interval" and further facts.
 
 def class_prompts(name, classes, style, records=None):
     """One list of texts a class. style: descriptive (prompts.json), plain (class names), or a JSON file
@@ -616,60 +641,53 @@ def class_prompts(name, classes, style, records=None):
     return [[t.lower() for t in row] for row in texts]
 
 
-def texts_scores(run, question, name, ask):
-    """Zero-shot scores (R, C) of the test rows."""
-    records = question.store.records
-    prompts = class_prompts(name, question.classes, ask.prompts, records)
+def text_scores(run, question, name, ask):
+    """Zero-shot scores (R, C) of the records that are tested."""
+    prompts = class_prompts(name, question.classes, ask.prompts, question.store.records)
     return score_records(run, question.store, question.test.rows, prompts, ask)
 
 
 def zeroshot(run, name, ask):
-    """Classes told apart by their texts: no label is used."""
+    """Classes told apart by the similarity of the ECG with their texts; no label is used."""
     question = ask_set(name, run.config, ask)
-    found = score_classes(question.classes, scores := texts_scores(run, question, name, ask), question.test.labels,
-                          question.test.patients)
-    return {"": {"zero-shot": found | {"scores": scores, "labels": question.test.labels}}}
+    scores, (_, labels, patients) = text_scores(run, question, name, ask), question.test
+    return {"": {"zero-shot": score_classes(question.classes, scores, labels, patients)}}
 
 
-GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "balanced") for c in (0.01, 0.1, 1, 10)]
-FEW = (True, "balanced", 0.1)  # with a few labels there are none to choose a setting by
+GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "balanced")
+        for c in (0.01, 0.1, 1, 10)]  # the protocol of ecg-fix (zackeberger/ecg-fix)
+FEW = (True, "balanced", 0.1)         # with a few labels there are none to choose a setting by
 
 
 def fit_classes(x, labels, setting):
-    """A logistic regression a class: x (R, D), labels (R, C) -> function x -> log-odds (R, C). A class whose rows
-    are all of one kind has that kind's log-odds, by Laplace's rule."""
+    """A logistic regression a class: x (R, D), labels (R, C) -> function x -> log-odds (R, C). A class whose
+    rows are all of one kind has a constant, by Laplace's rule. setting: one of GRID."""
     scale, balance, c = setting
-    scaler, heads = StandardScaler().fit(x) if scale else None, []
-    ready = lambda x: scaler.transform(x) if scale else x
+    center, spread = (x.mean(0), x.std(0) + 1e-8) if scale else (0, 1)
+    ready, heads = lambda x: ((x - center) / spread).astype(np.float64), []  # the solver needs the digits
     for y in labels.T:
         if y.any() and not y.all():
-            head = LogisticRegression(C=c, class_weight=balance, max_iter=500).fit(ready(x), y)
+            head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(ready(x), y)
             heads.append((head.coef_[0], head.intercept_[0]))
         else:
             heads.append((np.zeros(x.shape[1]), math.log((y.sum() + 1) / ((~y).sum() + 1))))
-    weights, biases = (np.stack(parts) for parts in zip(*heads))
+    weights, biases = map(np.stack, zip(*heads))
     return lambda x: ready(x) @ weights.T + biases
 
 
 def choose_classes(x, labels, x_val, val):
-    """fit_classes with the setting of GRID that has the lowest log-loss on validation rows, mean over classes."""
-    best = (math.inf, None)
-    for setting in GRID:
-        predict = fit_classes(x, labels, setting)
-        odds = predict(x_val)
-        loss = np.logaddexp(0, np.where(val, -odds, odds)).mean()
-        best = min(best, (loss, setting, predict), key=lambda found: found[0])
-    return best[2]
+    """fit_classes with the setting of GRID that has the lowest log-loss on validation rows."""
+    fits = [fit_classes(x, labels, setting) for setting in GRID]
+    return min(fits, key=lambda predict: np.logaddexp(0, predict(x_val) * np.where(val, -1, 1)).mean())
 
 
 def subset(labelled, ratio):
-    """This share of training rows, drawn with seed 42 as published; two at least."""
-    count = max(2, round(ratio * len(labelled.rows)))
-    drawn = np.sort(np.random.default_rng(42).permutation(len(labelled.rows))[:count])
-    return Labelled(*(part[drawn] for part in labelled))
+    """This share of training rows, drawn with seed 42; two at least."""
+    drawn = np.random.default_rng(42).permutation(len(labelled.rows))[:max(2, round(ratio * len(labelled.rows)))]
+    return np.sort(drawn)
 
 
-def untrained(run):
+def random_weights(run):
     """The same encoder with random weights."""
     torch.manual_seed(run.config.seed)
     method, c = copy.deepcopy(run.method), run.config
@@ -682,303 +700,261 @@ def percent(ratio):
 
 
 def probe(run, name, ask):
-    """A linear classifier on frozen vectors (ask.ratios of the training rows), beside the same encoder with random
-    weights and the same one trained with labels."""
+    """A linear classifier on frozen vectors, by shares of the training rows (--ratios) or by positives a class
+    (--shots); beside it the same encoder with random weights, and trained with labels."""
     question = ask_set(name, run.config, ask)
-    if ask.shots:
-        return few_labels(run, name, question, ask)
     if not len(question.train.rows) or not len(question.val.rows):
         raise data.DataError(f"{question.store.path}: no training rows with a label of {name} to learn from")
+    features = lambda one: [vectors(one, question.store, part.rows, ask)["features"] for part in question[2:]]
     if name == "age":
-        return {"": {"age": age_probe(run, question, ask)}}
+        return {"": {"age": age_probe(*features(run), question)}}
+    if ask.shots:
+        return {"": few_labels(*features(run), question, ask) | zeroshot(run, name, ask)[""]}
     rows = {}
-    for title, one in (("", run), ("random weights", untrained(run))):
-        part = lambda labelled: vectors(one, question.store, labelled.rows, ask)["features"]
-        x, x_val, x_test = part(question.train), part(question.val), part(question.test)
-        place, rows[title] = {row: i for i, row in enumerate(question.train.rows)}, {}
+    for title, one in (("", run), ("random weights", random_weights(run))):
+        x, x_val, x_test = features(one)
+        rows[title] = {}
         for ratio in ask.ratios:
-            train = subset(question.train, ratio)
-            x_train = x[[place[row] for row in train.rows]]
-            if ask.protocol == "grid":
-                scores = choose_classes(x_train, train.labels, x_val, question.val.labels)(x_test)
-            else:
-                scores = published_head(x_train, train.labels, x_val, question.val.labels, x_test,
-                                        question.test.labels, ask.protocol)
-            rows[title][percent(ratio)] = probe_metrics(question, train, scores)
-    if ask.protocol == "grid":
-        rows["trained with labels"] = {percent(ratio): with_labels(run, question, ratio, ask, fresh=True)
-                                       for ratio in ask.ratios}
-    return rows
+            drawn = subset(question.train, ratio)
+            known = x[drawn], question.train.labels[drawn], x_val, question.val.labels
+            scores = (choose_classes(*known)(x_test) if ask.protocol == "grid" else
+                      published_head(*known, x_test, question.test.labels, ask.protocol))
+            rows[title][percent(ratio)] = supervised_metrics(question, drawn, scores)
+    return rows | {"trained with labels": {percent(ratio): with_labels(run, question, ratio, ask, fresh=True)
+                                           for ratio in ask.ratios}}
 
 
-def probe_metrics(question, train, scores):
-    lacking = [c for c, some in zip(question.classes, train.labels.any(0)) if not some]
-    return score_classes(question.classes, scores, question.test.labels, question.test.patients, lacking) | {
-        "training records": len(train.rows), "scores": scores, "labels": question.test.labels}
+def supervised_metrics(question, drawn, scores):
+    seen = question.train.labels[drawn].any(0)
+    lacking = [c for c, some in zip(question.classes, seen) if not some]
+    return {"training records": len(drawn)} | score_classes(
+        question.classes, scores, question.test.labels, question.test.patients, lacking)
 
 
-def age_probe(run, question, ask):
+def age_probe(x, x_val, x_test, question):
     """Ridge regression of the age in years, its penalty chosen on validation rows."""
-    x, x_val, x_test = (vectors(run, question.store, part.rows, ask)["features"]
-                        for part in (question.train, question.val, question.test))
-    scaler = StandardScaler().fit(x)
-    fits = [Ridge(alpha).fit(scaler.transform(x), question.train.labels[:, 0]) for alpha in 10.0 ** np.arange(-1, 6)]
-    error = lambda fit, x, part: abs(fit.predict(scaler.transform(x)) - part.labels[:, 0])
-    best = min(fits, key=lambda fit: error(fit, x_val, question.val).mean())
-    found = share(error(best, x_test, question.test), question.test.patients)
-    guess = abs(np.median(question.train.labels) - question.test.labels).mean()
-    fit = np.corrcoef(best.predict(scaler.transform(x_test)), question.test.labels[:, 0])[0, 1]
-    return found | {"unit": "years, mean error", "guessing the median": float(guess), "correlation": float(fit),
-                    "records": len(question.test.rows)}
+    scaler, (train, val, test) = StandardScaler().fit(x), (part.labels[:, 0] for part in question[2:])
+    fits = [Ridge(alpha).fit(scaler.transform(x), train) for alpha in 10.0 ** np.arange(-1, 6)]
+    best = min(fits, key=lambda fit: abs(fit.predict(scaler.transform(x_val)) - val).mean())
+    found = best.predict(scaler.transform(x_test))
+    return share(abs(found - test), question.test.patients, "error, years") | {
+        "error of the median age": float(abs(np.median(train) - test).mean()),
+        "correlation": float(np.corrcoef(found, test)[0, 1]), "records": len(test)}
 
 
-def few_labels(run, name, question, ask):
-    """k positives of every class (all where there are fewer), ten draws: mean and spread of macro AUROC."""
-    train, test = question.train, question.test
-    x, x_test = (vectors(run, question.store, part.rows, ask)["features"] for part in (train, test))
-    columns = {}
+def few_labels(x, _, x_test, question, ask):
+    """k positives of every class (all where there are fewer), ten draws: mean and range of macro AUROC."""
+    columns, labels = {}, question.train.labels
     for k in ask.shots:
-        found = []
-        for draw in range(10):
-            rng = np.random.default_rng((draw, k))
-            drawn = np.unique(np.concatenate([rng.permutation(np.flatnonzero(y))[:k] for y in train.labels.T]))
-            scores = fit_classes(x[drawn], train.labels[drawn], FEW)(x_test)
-            used = test.labels.any(0) & ~test.labels.all(0)
-            found.append((roc_auc_score(test.labels[:, used], scores[:, used]), len(drawn)))
-        values, counts = zip(*found)
-        columns[f"{k} a class"] = {"value": float(np.mean(values)), "interval": [min(values), max(values)],
-                                   "deviation": float(np.std(values)), "training records": float(np.mean(counts)),
-                                   "records": len(test.rows)}
-    texts = zeroshot(run, name, ask)[""]["zero-shot"]
-    return {"": columns | {"zero-shot": {"value": texts["macro"]["auroc"], "interval": texts["macro"]["interval"],
-                                         "records": len(test.rows)}}}
+        draws = [np.random.default_rng((draw, k)) for draw in range(10)]
+        drawn = [np.unique(np.concatenate([rng.permutation(np.flatnonzero(y))[:k] for y in labels.T]))
+                 for rng in draws]
+        found = [mean_auroc(fit_classes(x[some], labels[some], FEW)(x_test), question.test.labels)
+                 for some in drawn]
+        columns[f"{k} a class"] = {
+            "what": "AUROC", "value": float(np.mean(found)), "interval": [min(found), max(found)],
+            "deviation": float(np.std(found)), "training records": float(np.mean([len(some) for some in drawn])),
+            "records": len(x_test)}
+    return columns
 
 
 def published_head(x, labels, x_val, val, x_test, test, protocol):
-    """Test scores of a linear head trained as published on the mean over tokens. merl (finetune/main_single.py):
-    Adam, the rate falls after 40 batches, and the BEST TEST EPOCH counts. melp: AdamW, cosine, early stopping by
-    validation AUROC, softmax over the classes."""
+    """Test scores of a linear head on the mean token, trained as published. merl: Adam, the rate falls after 40
+    batches, and the BEST TEST EPOCH counts. melp: AdamW, cosine, stops after 5 epochs without a better AUROC on
+    validation rows, softmax over the classes."""
     torch.manual_seed(42)
     x, x_val, x_test = (torch.from_numpy(part[:, :part.shape[1] // 2]) for part in (x, x_val, x_test))
-    labels, head, best, waited = torch.from_numpy(labels).float(), torch.nn.Linear(x.shape[1], labels.shape[1]), None, 0
-    if protocol == "merl":
-        optimiser, size = torch.optim.Adam(head.parameters(), 1e-3), 16
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [40], 0.1)
-    else:
-        optimiser, size = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=1e-4), 128
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 100, 1e-5)
+    head, merl, best, waited = torch.nn.Linear(x.shape[1], labels.shape[1]), protocol == "merl", (-1, None), 0
+    optimiser = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0 if merl else 1e-4)
+    falling = torch.optim.lr_scheduler.MultiStepLR(optimiser, [40], 0.1) if merl else \
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 100, 1e-5)
     for _ in range(100):
-        for rows in torch.randperm(len(x)).split(size):
+        for rows in torch.randperm(len(x)).split(16 if merl else 128):
             optimiser.zero_grad()
-            torch.nn.functional.binary_cross_entropy_with_logits(head(x[rows]), labels[rows]).backward()
+            F.binary_cross_entropy_with_logits(head(x[rows]), torch.from_numpy(labels[rows]).float()).backward()
             optimiser.step()
-            if protocol == "merl":
-                schedule.step()
-        schedule.step()
+            if merl:
+                falling.step()
+        falling.step()
         with torch.no_grad():
-            shown, scores = head(x_val).softmax(1).numpy(), head(x_test)
-        scores = (scores if protocol == "merl" else scores.softmax(1)).numpy()
-        quality = mean_auroc(scores, test) if protocol == "merl" else mean_auroc(shown, val)
-        best, waited = ((quality, scores), 0) if best is None or quality > best[0] else (best, waited + 1)
-        if protocol == "melp" and waited == 5:
+            scores, shown = (head(part) if merl else head(part).softmax(1) for part in (x_test, x_val))
+        quality = mean_auroc(scores.numpy(), test) if merl else mean_auroc(shown.numpy(), val)
+        waited += 1
+        if quality > best[0]:
+            best, waited = (quality, scores.numpy()), 0
+        if waited == 5 and not merl:
             break
     return best[1]
 
 
-def mean_auroc(scores, labels):
-    """Macro AUROC over the classes that have positives and negatives; 0.5 where none has."""
-    used = labels.any(0) & ~labels.all(0)
-    return roc_auc_score(labels[:, used], scores[:, used]) if used.any() else 0.5
-
-
 def with_labels(run, question, ratio, ask, fresh=False, batch=32):
-    """Encoder and linear head trained with labels (AdamW, head 1e-3, encoder 1e-4, or 1e-3 from random weights;
-    warm-up, cosine; leads dropped and records shifted as in the run's training); the epoch with the best validation
-    AUROC is tested. ask.epochs, more where they are short: 200 updates at least."""
-    train, (method, c) = subset(question.train, ratio), (untrained(run) if fresh else run)[1:3]
-    method = method if fresh else copy.deepcopy(method)
+    """Encoder and linear head trained with labels: AdamW, head 1e-3, encoder 1e-4, or 1e-3 from random weights;
+    warm-up, cosine; leads dropped and records shifted as in the run's training. The epoch with the best
+    AUROC on validation rows is tested. ask.epochs, or as many as 200 updates need."""
+    drawn, device = subset(question.train, ratio), run.device
+    method, c = random_weights(run).method if fresh else copy.deepcopy(run.method), run.config
     torch.manual_seed(c.seed)
-    head = torch.nn.Linear(2 * method.ecg.dim, len(question.classes)).to(run.device)
-    per_epoch = math.ceil(len(train.rows) / batch)
-    epochs = max(ask.epochs, math.ceil(200 / per_epoch))
-    groups = [{"params": head.parameters(), "lr": 1e-3}, {"params": method.ecg.parameters(), "lr": 1e-3 if fresh else 1e-4}]
-    optimiser = torch.optim.AdamW(groups)
-    rise = max(1, epochs * per_epoch // 10)
-    rate = lambda n: min(n / rise, 0.5 + 0.5 * math.cos(math.pi * n / (epochs * per_epoch)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: rate(n + 1))
-    best = (-1, None)
-
-    def odds(ecg):
-        tokens = method.encode_tokens(ecg)
-        return head(torch.cat([tokens.mean(1), tokens.amax(1)], 1))
+    head, per_epoch = torch.nn.Linear(2 * method.ecg.dim, len(question.classes)).to(device), -(-len(drawn) // batch)
+    epochs, limit = max(ask.epochs, -(-200 // per_epoch)), int(c.shift * c.rate)
+    optimiser = torch.optim.AdamW([{"params": head.parameters(), "lr": 1e-3},
+                                   {"params": method.ecg.parameters(), "lr": 1e-3 if fresh else 1e-4}])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [1e-3, 1e-3 if fresh else 1e-4],
+                                                   epochs * per_epoch, pct_start=0.1, cycle_momentum=False)
+    best, odds = (-1, None), lambda ecg: head(pool(method.encode_tokens(ecg.to(device))))
+    read = lambda rows: torch.from_numpy(signals(question.store, rows, ask))
 
     @torch.no_grad()
     def predict(rows):
         method.eval()
-        parts = [torch.from_numpy(signals(question.store, some, ask)) for some in np.array_split(rows, len(rows) // 256 + 1)]
-        return torch.cat([odds(part.to(run.device)).cpu() for part in parts]).numpy()
+        return torch.cat([odds(read(some)).cpu() for some in np.array_split(rows, len(rows) // 256 + 1)]).numpy()
 
     for epoch in tqdm(range(epochs), desc=f"training with labels, {percent(ratio)}", leave=False):
         method.train()
-        for some in torch.randperm(len(train.rows)).split(batch):
-            ecg = torch.from_numpy(signals(question.store, train.rows[some.numpy()], ask))
-            step = int(torch.randint(-int(c.shift * c.rate), int(c.shift * c.rate) + 1, ()))
-            ecg = torch.roll(ecg, step, 2) * (torch.rand(len(ecg), 12, 1) >= c.lead_drop)
+        for some in torch.randperm(len(drawn)).split(batch):
+            rows, step = drawn[some.numpy()], int(torch.randint(-limit, limit + 1, ()))
+            ecg = torch.roll(read(question.train.rows[rows]), step, 2)
             ecg[:, :, slice(0, step) if step >= 0 else slice(step, None)] = 0
-            wanted = torch.from_numpy(train.labels[some.numpy()]).float().to(run.device)
-            torch.nn.functional.binary_cross_entropy_with_logits(odds(ecg.to(run.device)), wanted).backward()
+            ecg *= torch.rand(len(ecg), 12, 1) >= c.lead_drop
+            labels = torch.from_numpy(question.train.labels[rows]).float().to(device)
+            F.binary_cross_entropy_with_logits(odds(ecg), labels).backward()
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
         if (epoch + 1) % max(1, epochs // ask.epochs) == 0 or epoch == epochs - 1:
-            quality = mean_auroc(predict(question.val.rows), question.val.labels) if len(question.val.rows) else epoch
+            quality = mean_auroc(predict(question.val.rows), question.val.labels)
             if quality > best[0]:
-                best = (quality, copy.deepcopy((method.ecg.state_dict(), head.state_dict())))
+                best = quality, copy.deepcopy((method.ecg.state_dict(), head.state_dict()))
     method.ecg.load_state_dict(best[1][0])
     head.load_state_dict(best[1][1])
-    return probe_metrics(question, train, predict(question.test.rows))
+    return supervised_metrics(question, drawn, predict(question.test.rows))
 
 
 def finetune(run, name, ask):
-    """Encoder and head trained with labels, from the run's weights and from random ones."""
+    """Encoder and classifier trained with labels, from the run's weights and from random ones."""
     question = ask_set(name, run.config, ask)
-    if name == "age" or not len(question.train.rows):
-        raise data.DataError(f"{question.store.path}: nothing to train a classifier of {name} on")
+    if not len(question.train.rows) or not len(question.val.rows):
+        raise data.DataError(f"{question.store.path}: no training rows with a label of {name} to learn from")
     return {row: {percent(ratio): with_labels(run, question, ratio, ask, fresh) for ratio in ask.ratios}
             for row, fresh in (("", False), ("trained with labels", True))}
 
 
-TRANSFER = ("ptbxl_super", "cpsc2018", "csn")
-
-
 def transfer(run, name, ask):
-    """A probe learned on another set, and zero-shot, over the classes that both sets have (data.join_classes): the
-    score of a class is the highest of the source's classes that are joined to it."""
+    """Zero-shot, and a probe learned on another set, over the classes that both have (data.join_classes): a class
+    scores the highest of the source's classes that are joined to it."""
     question, columns = ask_set(name, run.config, ask), {}
-    texts = texts_scores(run, question, name, ask)
-    for source in TRANSFER:
-        if source == name:
-            continue
+    texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
+    for source in (source for source in TRANSFER if source != name):
         try:
-            learned = ask_set(source, run.config, ask)
+            known = ask_set(source, run.config, ask)
         except data.DataError as error:
-            print(f"transfer from {source}: {error}")
+            print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
-        x, x_val, x_test = (vectors(run, q.store, part.rows, ask)["features"] for q, part in (
-            (learned, learned.train), (learned, learned.val), (question, question.test)))
-        scores = choose_classes(x, learned.train.labels, x_val, learned.val.labels)(x_test)
-        joined = {c: from_ for c, from_ in data.join_classes(source, name).items() if c in question.classes}
+        x, x_val = (vectors(run, known.store, part.rows, ask)["features"] for part in (known.train, known.val))
+        predict = choose_classes(x, known.train.labels, x_val, known.val.labels)
+        scores = predict(vectors(run, question.store, rows, ask)["features"])
+        joined = {c: those for c, those in data.join_classes(source, name).items() if c in question.classes}
         own = [question.classes.index(c) for c in joined]
-        mapped = np.stack([scores[:, [learned.classes.index(s) for s in from_]].max(1) for from_ in joined.values()], 1)
-        facts = {"joined": joined, "left out": [c for c in question.classes if c not in joined]}
-        for how, found in (("probe", mapped), ("zero-shot", texts[:, own])):
-            columns[f"from {source}, {how}"] = facts | score_classes(
-                list(joined), found, question.test.labels[:, own], question.test.patients)
-        print(f"{source} -> {name}: joined " + "; ".join(f"{c} = {', '.join(f)}" for c, f in joined.items())
-              + f"; left out {', '.join(facts['left out']) or 'none'}")
+        learned = np.stack([scores[:, [known.classes.index(c) for c in those]].max(1) for those in joined.values()], 1)
+        without = [c for c in question.classes if c not in joined]
+        for how, found in (("probe", learned), ("zero-shot", texts[:, own])):
+            columns[f"from {source}, {how}"] = {"joined": joined, "left out": without} | score_classes(
+                list(joined), found, labels[:, own], patients)
+        print(f"{source} -> {name}: " + "; ".join(f"{c} = {', '.join(those)}" for c, those in joined.items())
+              + f"; left out: {', '.join(without) or 'none'}")
     if not columns:
         raise data.DataError(f"no other set of {', '.join(TRANSFER)} to transfer from")
     return {"": columns}
 
 
 def ranks(like, right):
-    """Rank of the best right candidate among the wrong ones, a tie counts half: like (Q, K), right (Q, K) -> (Q,)"""
-    best = np.where(right, like, -np.inf).max(1, keepdims=True)
-    wrong = np.where(right, -np.inf, like)
+    """Rank of the best right candidate among the wrong ones, a tie counts half: like, right (Q, K) -> (Q,)"""
+    best, wrong = np.where(right, like, -np.inf).max(1, keepdims=True), np.where(right, -np.inf, like)
     return 1 + (wrong > best).sum(1) + (wrong == best).sum(1) / 2
 
 
 def recall(like, right, patients):
-    """R@k of queries (Q, K) with their interval; chance: R@1 of a random order."""
+    """R@k of queries among candidates, like and right (Q, K); chance: R@1 of a random order."""
     rank = ranks(like, right)
-    found = share((rank <= 1).astype(float), patients)
-    return found | {f"R@{k}": float((rank <= k).mean()) for k in (5, 10)} | {
-        "median rank": float(np.median(rank)), "chance": float(right.mean()), "queries": len(like),
-        "candidates": like.shape[1]}
+    return share((rank <= 1).astype(float), patients, "R@1") | {
+        "R@5": float((rank <= 5).mean()), "R@10": float((rank <= 10).mean()), "chance": float(right.mean()),
+        "median rank": float(np.median(rank)), "queries": len(like), "candidates": like.shape[1]}
 
 
 def both_ways(ecg, text, texts, findings, patients):
-    """Retrieval among R records: ecg (R, dim) and text (T, dim) vectors of the T distinct texts, texts (R,) which of
-    them is a record's, findings (T,) what each says. Equal texts are one candidate; of a text, the best-ranked of
+    """Retrieval among R records: ecg (R, dim), text (T, dim) vectors of distinct texts, texts (R,) which of them
+    is a record's, findings (T,) what each says. Equal texts are one candidate; of a text, the best-ranked of
     its records counts."""
     present, texts = np.unique(texts, return_inverse=True)
-    like, same = ecg @ text[present].T, findings[present][:, None] == findings[present]  # (R, T), (T, T)
-    own = texts[:, None] == np.arange(len(present))
-    first = np.array([patients[np.argmax(column)] for column in own.T])
-    found = {}
-    for title, right in (("", own), (", same findings", same[texts])):
+    like, said = ecg @ text[present].T, findings[present]                                  # (R, T), (T,)
+    own, same, found = texts[:, None] == np.arange(len(present)), said[texts][:, None] == said, {}
+    first = patients[own.argmax(0)]
+    for title, right in (("", own), (", same findings", same)):
         found[f"ECG -> report{title}"] = recall(like, right, patients)
         found[f"report -> ECG{title}"] = recall(like.T, right.T, first)
     return found
 
 
+@torch.no_grad()
 def retrieve(run, name, ask):
-    """Which report belongs to this ECG, which ECG to this report?"""
+    """Which report belongs to this ECG, and which ECG to this report? Of more than 1,000 records also in pools of
+    1,000, mean of ten draws."""
     store = find_store(name, run.config, ask.data)
     tags = data.report_tags(store, run.config.report_language)
     rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
     if len(rows) < 2:
         raise data.DataError(f"{store.path}: fewer than two of the records asked for have a report")
-    distinct, texts = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
-    first, read = {text: row for text, row in zip(texts[::-1], rows[::-1])}, data.Findings()
-    said = [" ".join(sorted(read.named(tags[first[i]]))) or f"nothing {i}" for i in range(len(distinct))]
-    with torch.no_grad():
-        parts = [run.method.encode_text(list(distinct[i:i + 256])).report.float().cpu() for i in range(0, len(distinct), 256)]
-    about = vectors(run, store, rows, ask)["rhythm"], torch.cat(parts).numpy(), texts, np.array(said)
-    patients, columns = store.records["patient"].to_numpy()[rows], {}
-    columns = both_ways(*about, patients)
+    distinct, first, texts = np.unique([models.join(tags[row]) for row in rows], return_index=True, return_inverse=True)
+    read, parts = data.Findings(), np.array_split(distinct, len(distinct) // 256 + 1)
+    findings = [" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first]
+    text = torch.cat([run.method.encode_text(part.tolist()).report.float().cpu() for part in parts]).numpy()
+    ecg, patients = vectors(run, store, rows, ask)["rhythm"], store.records["patient"].to_numpy()[rows]
+    among = lambda some: both_ways(ecg[some], text, texts[some], np.array(findings), patients[some])
+    columns = among(np.arange(len(rows)))
     if len(rows) > 1000:
-        pools = []
-        for draw in range(10):
-            some = np.random.default_rng(draw).permutation(len(rows))[:1000]
-            pools.append(both_ways(about[0][some], about[1], texts[some], about[3], patients[some]))
-        for title in pools[0]:
-            numbers = [k for k, v in pools[0][title].items() if isinstance(v, (int, float))]
-            columns[f"{title}, of 1,000"] = {k: float(np.mean([pool[title][k] for pool in pools])) for k in numbers}
+        pools = [among(np.random.default_rng(draw).permutation(len(rows))[:1000]) for draw in range(10)]
+        for title, m in pools[0].items():
+            columns[f"{title}, of 1,000"] = m | {k: float(np.mean([pool[title][k] for pool in pools]))
+                                                 for k in ("value", "R@5", "R@10", "chance", "median rank")}
     return {"": columns}
 
 
 def identify(run, name, ask):
-    """Patients with two records or more: is the second record nearest to the same patient's first? By the cosine of
-    unprojected vectors; nothing is trained."""
+    """Is a patient's second record nearest to the same patient's first? By the cosine of unprojected vectors, among
+    patients with two records or more; nothing is trained."""
     store = find_store(name, run.config, ask.data)
-    rows = test_rows(store, ask)
-    pairs = [group[:2] for _, group in pd.Series(rows).groupby(store.records["patient"].to_numpy()[rows]) if len(group) > 1]
+    rows, patients = test_rows(store, ask), store.records["patient"].to_numpy()
+    pairs = [rows[:2] for _, rows in pd.Series(rows).groupby(patients[rows]) if len(rows) > 1]
     if len(pairs) < 2:
         raise data.DataError(f"{store.path}: fewer than two patients with two records among those asked for")
-    first, second = np.array(pairs).T
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    a, b = (unit(vectors(run, store, part, ask)["features"]) for part in (first, second))
-    return {"": {"identification": recall(b @ a.T, np.eye(len(a), dtype=bool), store.records["patient"].to_numpy()[first])}}
+    x = [vectors(run, store, part, ask)["features"] for part in np.array(pairs).T]
+    first, second = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in x)
+    right = np.eye(len(pairs), dtype=bool)
+    return {"": {"second record": recall(second @ first.T, right, patients[np.array(pairs)[:, 0]])}}
 
 
 def embed(run, name, ask):
-    """Just the vectors of every record: no result, a file."""
+    """Just the vectors of every record: a file in the run's embeddings/, and no table."""
     store = find_store(name, run.config, ask.data)
-    found = vectors(run, store, np.arange(len(store)), ask)
-    shapes = ", ".join(f"{name} {values.shape}" for name, values in found.items())
-    print(f"{run.folder / 'embeddings'}: {source_of(store)}.npz with ids, split, {shapes}")
+    shapes = {k: values.shape for k, values in vectors(run, store, np.arange(len(store)), ask).items()}
+    print(f"{run.folder / 'embeddings'}: vectors of {source_of(store)}, with ids and split: {shapes}")
     return {}
 
 
 def overlap(written, truth):
-    """Micro precision, recall and F1 of sets: both lists of R sets."""
+    """Micro F1, precision and recall of sets: both lists of R sets."""
     hits, said, true = sum(len(a & b) for a, b in zip(written, truth)), sum(map(len, written)), sum(map(len, truth))
-    return {"precision": hits / max(1, said), "recall": hits / max(1, true), "value": 2 * hits / max(1, said + true)}
+    return {"what": "F1", "value": 2 * hits / max(1, said + true), "precision": hits / max(1, said),
+            "recall": hits / max(1, true)}
 
 
 def bleu(written, truth):
-    """BLEU-4 of a corpus (Papineni et al. 2002): lists of R lists of words, one reference each."""
-    logs = []
+    """BLEU-4 of a corpus (Papineni et al. 2002): two lists of R lists of words, one reference each."""
+    logs, grams = [], lambda words, n: Counter(zip(*(words[i:] for i in range(n))))
     for n in range(1, 5):
-        grams = lambda words: Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
-        pairs = [(grams(w), grams(t)) for w, t in zip(written, truth)]
+        pairs = [(grams(w, n), grams(t, n)) for w, t in zip(written, truth)]
         hits, total = sum((w & t).total() for w, t in pairs), sum(w.total() for w, _ in pairs)
-        if not hits:
-            return 0.0
-        logs.append(math.log(hits / total))
-    brevity = min(0, 1 - sum(map(len, truth)) / sum(map(len, written)))
-    return math.exp(brevity + sum(logs) / 4)
+        logs.append(math.log(hits / total) if hits else -math.inf)
+    return math.exp(min(0, 1 - sum(map(len, truth)) / max(1, sum(map(len, written)))) + sum(logs) / 4)
 
 
 def rouge_l(written, truth):
@@ -987,7 +963,7 @@ def rouge_l(written, truth):
     for w, t in zip(written, truth):
         row = [0] * (len(t) + 1)
         for word in w:
-            above = row[:]
+            above, row = row, row[:]
             for i, other in enumerate(t):
                 row[i + 1] = above[i] + 1 if word == other else max(above[i + 1], row[i])
         scores.append(2 * row[-1] / max(1, len(w) + len(t)))
@@ -995,32 +971,31 @@ def rouge_l(written, truth):
 
 
 def generate(run, name, ask, batch=64):
-    """Reports written from the ECG (reports.jsonl) against the doctors', as sets of statements and of findings (the codes
-    that data.Findings reads), and word by word; beside them the commonest training report."""
+    """Reports written from the ECG (reports.jsonl) against the doctors': as sets of findings (codes that
+    data.Findings reads) and of statements, and word by word; beside them the commonest training report."""
     if not hasattr(run.method, "generate"):
         raise models.ModelError(f"a {run.config.method} run writes no reports; --method melp does")
     store = find_store(name, run.config, ask.data)
     tags, read = data.report_tags(store, run.config.report_language), data.Findings()
-    rows = [row for row in test_rows(store, ask) if tags[row]]
+    rows, texts = [row for row in test_rows(store, ask) if tags[row]], []
     if not rows:
         raise data.DataError(f"{store.path}: none of the records asked for has a report")
-    texts = []
     for start in tqdm(range(0, len(rows), batch), desc="writing", leave=False):
         ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(run.device)
         texts += run.method.generate(ecg, ask.beams)
-    written, truth = [[s.strip(" .") for s in text.split(". ") if s.strip(" .")] for text in texts], [tags[r] for r in rows]
+    written = [[s.strip(" .") for s in text.split(". ") if s.strip(" .")] for text in texts]
+    truth, ids = [tags[row] for row in rows], store.records["id"].iloc[rows]
+    lines = [json.dumps({"id": str(i), "report": t, "written": w}) for i, t, w in zip(ids, truth, written)]
+    data.write_text(run.folder / "reports.jsonl", "\n".join(lines) + "\n")
     train = [tuple(tags[row]) for row in np.flatnonzero(store.records["split"] == "train") if tags[row]]
     common = list(Counter(train or map(tuple, truth)).most_common(1)[0][0])
-    data.write_text(run.folder / "reports.jsonl", "".join(
-        json.dumps({"id": str(store.records["id"].iloc[row]), "report": true, "written": said}) + "\n"
-        for row, true, said in zip(rows, truth, written)))
     words, found = lambda reports: [models.join(report).split() for report in reports], {}
     for title, said in (("", written), ("commonest report", [common] * len(rows))):
-        pair = [[set(read.named(report)) for report in reports] for reports in (said, truth)]
+        codes = [[set(read.named(report)) for report in reports] for reports in (said, truth)]
         facts = {"BLEU-4": bleu(words(said), words(truth)), "ROUGE-L": rouge_l(words(said), words(truth)),
                  "records": len(rows), "different": len(set(map(tuple, said)))}
-        found[title] = {"findings F1": overlap(*pair) | facts,
-                        "statements F1": overlap(list(map(set, said)), list(map(set, truth)))}
+        found[title] = {"findings": overlap(*codes) | facts,
+                        "statements": overlap(list(map(set, said)), list(map(set, truth)))}
     return found
 
 
@@ -1049,104 +1024,98 @@ TASKS = {"zeroshot": zeroshot, "probe": probe, "transfer": transfer, "retrieve":
          "identify": identify, "embed": embed, "generate": generate}
 
 
-# ---- where a model looks -------------------------------------------------------------------------------------
+# ---- where a model looks -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def attention_over_time(method, ecg, text):
-    """Where each text is seen: ecg (1, 12, N) mV, TextViews of C texts -> (C, N), each row sums to 1: the softmax over
-    tokens of every word's similarity, mean over words; or over beats, patches, as the method weighs them. Errors:
-    ModelError where a method has no scale below the whole record."""
+    """Where each text is seen: ecg (1, 12, N) mV, TextViews of C texts -> (C, N), rows sum to 1: the softmax over
+    tokens of each word's similarity, mean over words; or over beats or patches, as the method weighs them.
+    Errors: ModelError where a method has no scale below the whole record."""
     views, config, samples = method.encode_ecg(ecg), method.config, ecg.shape[2]
     if "token" in method.scales:
         words = [text.words[i, :n] for i, n in enumerate(text.word_count)]
-        weight = torch.stack([(w @ views.tokens[0].T * method.log_scale.exp()).softmax(1).mean(0) for w in words])
-    elif "beat" in method.scales and getattr(config, "beats", "") != "query" or config.method == "fgclep" and \
-            config.align == "tag":
-        scale = method.beat_options["beat_temperatures"][0]
+        like = [word @ views.tokens[0].T * method.learned_scale() for word in words]
+        weight = torch.stack([each.softmax(1).mean(0) for each in like])                       # (C, T)
+    elif "beat" in method.scales and getattr(config, "beats", "") != "query" or config.align == "tag":
         beats = views.beats[0] if views.beat_count is None else views.beats[0, :views.beat_count[0]]
-        weight = (text.sentences[:, 0] @ beats.T * scale).softmax(1)
+        weight = (text.sentences[:, 0] @ beats.T * method.beat_options["beat_temperatures"][0]).softmax(1)
     else:
-        raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep --align word "
-                                "or tag, and melp --beats rpeak, see them at a place")
-    if config.method == "melp":  # beats: from midpoint to midpoint
-        peaks, count = segment_beats(ecg, config.rate)
-        place = beat_of_token(peaks, count, samples, samples)[0].long()
-        length = torch.bincount(place, minlength=weight.shape[1])
-        return (weight / length.clamp(min=1))[:, place].cpu().numpy()
-    windows = samples // config.patch if "leadvit" in config.encoder else weight.shape[1]
-    weight = weight.unflatten(1, (-1, windows)).sum(1)  # patches of all leads at one time
-    place = torch.arange(samples) * windows // samples
-    return (weight[:, place.to(weight.device)] * windows / samples).cpu().numpy()
+        raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep --align "
+                                "word or tag, and melp --beats rpeak, see them at a place")
+    if config.method == "melp":  # beats, from midpoint to midpoint
+        place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
+    else:  # tokens of equal length; patches of all leads at one time together
+        windows = samples // config.patch if "leadvit" in config.encoder else weight.shape[1]
+        weight, place = weight.unflatten(1, (-1, windows)).sum(1), torch.arange(samples) * windows // samples
+    length = torch.bincount(place, minlength=weight.shape[1]).clamp(min=1)
+    return (weight.cpu() / length)[:, place].numpy()
 
 
 def open_record(record, rate):
-    """(ECG (1, 12, N) mV, title) of a WFDB record or of SPEC:ID. Errors: DataError."""
-    path = record.removesuffix(".hea")
+    """(ECG (12, N) mV, title) of a WFDB record, or of SPEC:ID. Errors: DataError."""
+    path, (spec, _, name) = record.removesuffix(".hea"), record.rpartition(":")
     if os.path.exists(path + ".hea"):
-        return data.load_record(path, rate)[0][None].astype(np.float32) / 1000, os.path.basename(path)
-    spec, _, name = record.rpartition(":")
+        return data.load_record(path, rate)[0].astype(np.float32) / 1000, os.path.basename(path)
     if not spec:
         raise data.DataError(f"{record}: no WFDB record (there is no {path}.hea), and not SOURCE:PATH:ID")
     store = open_store(spec, rate)
     rows = np.flatnonzero(store.records["id"] == name)
     if not len(rows):
         raise data.DataError(f"{store.path}: holds no record {name!r}")
-    return store.ecg(rows[:1]), f"{source_of(store)} {name}: {'; '.join(store.records['statements'].iloc[rows[0]])}"
+    said = "; ".join(store.records["statements"].iloc[rows[0]])
+    return store.ecg(rows[:1])[0], f"{source_of(store)} {name}: {said}"
 
 
 def look(run, record, texts, ask):
-    """Scores of texts on one record, with their quantile among the run's training records, and look_RECORD.png."""
-    texts = [text.lower().strip(" .") for text in texts]
+    """Scores of texts on one record, their quantile among the run's training records, and a picture."""
     ecg, title = open_record(record, run.config.rate)
-    ecg, text = torch.from_numpy(ecg).to(run.device), run.method.encode_text(texts)
+    texts, path = [t.lower().strip(" .") for t in texts], run.folder / f"look_{file_name(record)}.png"
+    text, signal = run.method.encode_text(texts), torch.from_numpy(ecg)[None].to(run.device)
     with torch.no_grad():
-        scores = run.method.similarity(run.method.encode_ecg(ecg), text, ask.scales)[0].tolist()
-    rows = {t: {"similarity": s} for t, s in zip(texts, scores)}
+        scores = run.method.similarity(run.method.encode_ecg(signal), text, ask.scales)[0].tolist()
+    rows = {t: {"similarity": score} for t, score in zip(texts, scores)}
     try:
         store = open_store(run.config.data, run.config.rate)
         known = np.flatnonzero(store.records["split"] == "train")
         known = np.sort(np.random.default_rng(0).permutation(known)[:1000])
-        others = score_records(run, store, known, [[t] for t in texts], SimpleNamespace(**DEFAULTS | {"scales": ask.scales}))
+        others = score_records(run, store, known, [[t] for t in texts], asking(scales=ask.scales))
         for row, score, column in zip(rows.values(), scores, others.T):
-            row[f"higher than, of {len(known)} training records"] = f"{100 * (column < score).mean():.0f} %"
+            row["higher than"] = f"{100 * (column < score).mean():.0f} % of {len(known)} training records"
     except data.DataError as error:
         print(f"no comparison with the training records: {error}")
-    print_rows(title, rows)
+    print_table(title, rows)
     try:
-        weight = attention_over_time(run.method, ecg, text)
+        weight = attention_over_time(run.method, signal, text)
     except models.ModelError as error:
         print(error)
-        weight = None
-    path = run.folder / f"look_{file_name(record)}.png"
-    plot_look(ecg[0].cpu().numpy(), run.config.rate, title, rows, weight, path)
+        weight = []
+    plot_look(ecg, run.config.rate, title, rows, weight, path)
     print(f"drawn in {path}")
 
 
 def plot_look(ecg, rate, title, rows, weight, path):
-    """The record on ECG paper; a strip for each text under it, as dark as the text is seen there, and a triangle over the
-    beats that carry more than one and a half times their share."""
+    """The record on ECG paper; below, a strip for each text, as dark as the text is seen there, with a triangle
+    over every beat that carries more than one and a half times its share."""
     from matplotlib.figure import Figure
-    count = 0 if weight is None else len(rows)
+    count, samples = len(weight), ecg.shape[1]
     figure = Figure(figsize=(12, 7 + 0.55 * count), layout="constrained")
     axes = figure.subplots(1 + count, 1, sharex=True, squeeze=False, height_ratios=[12] + [1] * count)[:, 0]
     data.draw_ecg(axes[0], ecg, rate, title)
-    peaks = data.r_peaks([data.microvolts(ecg, ecg.shape[1])[0]], rate)[0]
-    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), ecg.shape[1]]
-    for strip, (text, facts), w in zip(axes[1:], rows.items(), [] if weight is None else weight):
-        seconds = ecg.shape[1] / rate
-        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, seconds, 0, 1), vmin=0, vmax=w.max())
-        shares = [w[a:b].sum() * len(w) / (b - a) for a, b in zip(edges, edges[1:])]
-        strong = [peak / rate for peak, value in zip(peaks, shares) if value > 1.5]
+    peaks = segment_beats(torch.from_numpy(ecg)[None], rate)[0][0]
+    peaks = peaks[peaks >= 0].tolist()
+    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), samples]
+    for strip, (text, facts), w in zip(axes[1:], rows.items(), weight):
+        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, samples / rate, 0, 1), vmin=0)
+        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * samples > 1.5]
         strip.plot(strong, [1.25] * len(strong), "v", color="#c03030", ms=5, clip_on=False)
-        quantile = [value for name, value in facts.items() if name != "similarity"]
-        strip.set_title(f"{text}: {facts['similarity']:.3f}" + (f", higher than {quantile[0]}" if quantile else ""),
-                        loc="left", fontsize=9, parse_math=False)
-        strip.set(yticks=[], xlim=(0, seconds))
+        quantile = f", higher than {facts['higher than']}" if "higher than" in facts else ""
+        strip.set_title(f"{text}: {facts['similarity']:.3f}{quantile}", loc="left", fontsize=9, parse_math=False)
+        strip.set_yticks([])
     axes[-1].set_xlabel("s")
     figure.savefig(path, dpi=150)
 
 
-# ---- tables, pictures, results.json --------------------------------------------------------------------------
+# ---- tables, pictures, results.json ------------------------------------------------------------------------
 
 def headline(metrics, mean="macro"):
     """(value, interval) that a result is known by; (None, None) where there is none."""
@@ -1155,81 +1124,76 @@ def headline(metrics, mean="macro"):
 
 
 def summary(metrics):
-    """One line of a table."""
+    """A result as one line of a table."""
     if "classes" not in metrics:
-        return metrics
+        return {metrics["what"]: metrics["value"]} | {k: v for k, v in metrics.items() if k not in ("what", "value")}
     line = {"records": metrics["records"]}
-    for mean, name in (("macro", "AUROC"), ("macro_enough", f"AUROC, {ENOUGH} positives")):
-        if mean in metrics:
-            line |= {name: metrics[mean]["auroc"], f"interval{' ' * (mean != 'macro')}": metrics[mean]["interval"],
-                     f"classes{' ' * (mean != 'macro')}": metrics[mean]["classes"]}
-    return line | {"AUPRC": metrics.get("macro", {}).get("auprc"), "no training positive": len(metrics.get("untrained", ()))}
+    for mean, note in (("macro", ""), ("macro_enough", f", {ENOUGH} positives")):
+        value, ends = headline(metrics, mean)
+        line |= {f"AUROC{note}": value, f"95 %{note}": ends, f"classes{note}": metrics.get(mean, {}).get("classes")}
+    return line | {"AUPRC": metrics.get("macro", {}).get("auprc"), "untrained": len(metrics["untrained"])}
 
 
 def class_rows(metrics):
-    """The table of a label set's classes and their means."""
-    rows = {}
-    for name, r in metrics["classes"].items():
-        why = None if "auroc" in r else "no negatives" if r["positives"] else "no positives"
-        rows[name] = {"positives": r["positives"], "AUROC": r.get("auroc"), "95 % interval": why or r["interval"],
-                      "AUPRC": r.get("auprc"), "best F1": r.get("f1")}
-    for key, text in (("macro", "macro, classes with positives"), ("macro_enough", f"macro, at least {ENOUGH} positives")):
-        if m := metrics.get(key):
-            rows[f"{text} ({m['classes']})"] = {"positives": "", "AUROC": m["auroc"], "95 % interval": m["interval"],
-                                                "AUPRC": m["auprc"], "best F1": m["f1"]}
-    return rows
+    """A result as a table of classes, their means below."""
+    rows = {f"macro, {text} ({metrics[mean]['classes']})": {"positives": ""} | metrics[mean]
+            for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives"))
+            if mean in metrics}
+    names = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC", "f1": "best F1"}
+    missing = lambda r: {} if "auroc" in r else {"interval": "no negatives" if r["positives"] else "no positives"}
+    return {name: {names[k]: (r | missing(r)).get(k) for k in names} for name, r in (metrics["classes"] | rows).items()}
 
 
-def written(value):
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], float):
-        return "{:.3f} - {:.3f}".format(*value)
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def print_rows(title, rows):
-    """{row: {column: value}} as a table; nested values stay in results.json."""
+def print_table(title, rows):
+    """{row: {column: value}}; what is nested is for results.json alone."""
+    def written(value):
+        if isinstance(value, list) and len(value) == 2:
+            return "{:.3f} - {:.3f}".format(*value)
+        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
     plain = {row: {k: written(v) for k, v in values.items() if not isinstance(v, (dict, np.ndarray))}
              for row, values in rows.items()}
     print(f"\n{title}\n{pd.DataFrame.from_dict(plain, orient='index').fillna('-').to_string()}")
 
 
-def lines_of(rows):
-    """{row: {column: metrics}} -> {"row, column": metrics}"""
-    return {", ".join(filter(None, [row, column])): m for row, columns in rows.items() for column, m in columns.items()}
-
-
-def plot(title, points, path):
-    """{label: (value, interval or None, strong)} as dots with their intervals, best at the top."""
+def plot(title, panels, path):
+    """{panel: {label: (values, interval or None)}}: dots, their mean as a stroke, the interval as a bar."""
     from matplotlib.figure import Figure
-    points = sorted(((v, label, i, strong) for label, (v, i, strong) in points.items() if v is not None), key=lambda p: p[0])
-    if not points:
-        return
-    figure = Figure(figsize=(8, 1.4 + 0.24 * len(points)), layout="constrained")
-    axes = figure.subplots()
-    for y, (value, _, ends, strong) in enumerate(points):
-        if ends:
-            axes.plot(ends, [y, y], color="0.7", lw=3, solid_capstyle="butt", zorder=1)
-        axes.plot(value, y, "o", color="C0" if strong else "0.5", ms=5, zorder=2)
-    axes.axvline(0.5, color="0.8", lw=1, zorder=0)
-    axes.set_yticks(range(len(points)), [label for _, label, _, _ in points], fontsize=8)
-    axes.set(ylim=(-0.8, len(points) - 0.2), title=textwrap.fill(title, 80))
-    figure.savefig(path, dpi=120)
+    labels = list(dict.fromkeys(label for rows in panels.values() for label in rows))
+    columns = min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = max(7, 2.2 + 2.4 * columns), lines * (1.1 + 0.25 * len(labels))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for axes in grid[len(panels):]:
+        axes.set_visible(False)
+    for axes, (panel, rows) in zip(grid, panels.items()):
+        for label, (values, ends) in rows.items():
+            y = labels.index(label)
+            axes.plot(ends or [], [y, y] if ends else [], color="0.8", lw=5, solid_capstyle="butt", zorder=1)
+            axes.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C0", lw=1.5, zorder=2)
+            axes.plot(values, [y] * len(values), "o", color="C0" if ends else "0.5", mec="white", ms=5.5, zorder=3)
+        axes.set_yticks(range(len(labels)), [textwrap.fill(label, 40) for label in labels], fontsize=8)
+        axes.set(ylim=(len(labels) - 0.4, -0.6))
+        axes.set_title(panel, fontsize=9)
+        axes.grid(axis="x", color="0.92")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
+    figure.savefig(path, dpi=130)
 
 
 def plot_shots(title, columns, path):
-    """Macro AUROC over the number of positives a class, mean and range of ten draws, and the zero-shot line."""
+    """Macro AUROC over the number of positives a class: mean and range of ten draws, and the zero-shot line."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes, texts = figure.subplots(), columns["zero-shot"]["value"]
-    few = {int(name.split()[0]): m for name, m in columns.items() if name != "zero-shot"}
+    axes, few = figure.subplots(), {int(name.split()[0]): m for name, m in columns.items() if name != "zero-shot"}
     axes.plot(list(few), [m["value"] for m in few.values()], "o-", label="probe")
     axes.fill_between(list(few), *zip(*(m["interval"] for m in few.values())), alpha=0.2)
-    axes.axhline(texts, color="C1", ls="--", label="zero-shot")
+    axes.axhline(headline(columns["zero-shot"])[0], color="C1", ls="--", label="zero-shot")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(few), list(map(str, few)))
     axes.set(xlabel="positives a class", ylabel="macro AUROC", title=title)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=130)
 
 
 def entry(name, options):
@@ -1242,21 +1206,28 @@ def file_name(text):
     return re.sub("[^a-zA-Z0-9_.=,-]+", "_", text).strip("_.")[-150:]
 
 
-def save_results(folder, task, name, rows, ask):
-    """results.json and TASK_SET.png of a run: an entry for each task, set and options, none of which overwrites
-    another."""
+def show(folder, task, name, rows, ask):
+    """Print a result, draw it (TASK_SET.png), and put it into results.json: an entry for each task, set and
+    options, none of which overwrites another."""
     options = {k: v for k, v in vars(ask).items() if k not in ("device", "text_model")}
-    options["data"] = [spec for spec in ask.data]
-    title = entry(name, {k: v for k, v in options.items() if k != "data"})
-    path, lines = Path(folder) / f"{task}_{file_name(title)}.png", lines_of(rows)
-    if task == "probe" and ask.shots:
-        plot_shots(title, rows[""], path)
-    elif task == "zeroshot":
+    title, lines = entry(name, options), {", ".join(filter(None, (row, column))): m
+                                          for row, columns in rows.items() for column, m in columns.items()}
+    picture = Path(folder) / f"{task}_{file_name(title)}.png"
+    if task == "zeroshot":
         [metrics] = lines.values()
-        plot(f"zero-shot {title}: AUROC", {f"{n} ({r['positives']})": (r.get("auroc"), r.get("interval"), r["positives"] >= ENOUGH)
-                                           for n, r in metrics["classes"].items()}, path)
+        print_table(f"zero-shot {name}: {metrics['records']} records", class_rows(metrics))
+        known = {f"{c} ({r['positives']})": ([r["auroc"]], r["interval"])
+                 for c, r in sorted(metrics["classes"].items(), key=lambda c: -c[1].get("auroc", 0)) if "auroc" in r}
+        value = headline(metrics)[0]
+        if known:
+            plot(f"zero-shot {title}: macro AUROC {value:.3f}, {metrics['records']} records", {"AUROC": known}, picture)
     elif lines:
-        plot(f"{task} {title}", {label: (*headline(m), True) for label, m in lines.items()}, path)
+        print_table(f"{task} {name}", {label: summary(m) for label, m in lines.items()})
+        heads = {label: ([value], ends) for label, m in lines.items() for value, ends in [headline(m)] if value is not None}
+        if task == "probe" and ask.shots:
+            plot_shots(f"{task} {title}", rows[""], picture)
+        elif heads:
+            plot(f"{task} {title}", {next(iter(lines.values())).get("what", "macro AUROC"): heads}, picture)
     plain = {row: {column: {k: v for k, v in m.items() if not isinstance(v, np.ndarray)} for column, m in columns.items()}
              for row, columns in rows.items()}
     if rows:
@@ -1281,32 +1252,25 @@ def remember(run, key, found):
 
 
 def report(folder, wanted, **options):
-    """Do tasks on a run, {task: sets}: print the tables, write results.json and pictures -> {(task, set): rows}. What
-    cannot be done is said in a sentence, and the others go on. Errors: DataError, ModelError where nothing can."""
-    ask = SimpleNamespace(**DEFAULTS | options)
+    """Do tasks on a run, {task: sets}, and show each -> {(task, set): rows}. What cannot be done is said in a
+    sentence, and the others go on. Errors: DataError, ModelError where nothing can."""
+    ask, results, fault = asking(**options), {}, None
     for task in wanted:
         remember(folder, task, {})
-    run, results, fault = open_run(folder, ask), {}, None
-    for task, name in ((task, name) for task, names in wanted.items() for name in names):
+    run = open_run(folder, ask)
+    for task, name in [(task, name) for task, names in wanted.items() for name in names]:
         try:
-            rows = results[task, name] = TASKS[task](run, name, ask)
+            results[task, name] = TASKS[task](run, name, ask)
+            show(folder, task, name, results[task, name], ask)
         except (data.DataError, models.ModelError) as error:
             fault = error
             print(f"\n{task} {name}: not done: {error}", file=sys.stderr)
-            continue
-        lines = lines_of(rows)
-        if task == "zeroshot":
-            [metrics] = lines.values()
-            print_rows(f"zero-shot {name}: {metrics['records']} records", class_rows(metrics))
-        elif lines:
-            print_rows(f"{task} {name}", {label: summary(m) for label, m in lines.items()})
-        save_results(folder, task, name, rows, ask)
     if fault and not results:
         raise fault
     return results
 
 
-# ---- many runs -----------------------------------------------------------------------------------------------
+# ---- many runs ---------------------------------------------------------------------------------------------
 
 def group_runs(configs):
     """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order of appearance. A
@@ -1324,34 +1288,12 @@ def group_runs(configs):
     return titled
 
 
-def over_runs(found, mean):
+def over_runs(found, mean="macro"):
     """A figure over runs: metrics of each -> dict; mean: "macro" or "macro_enough". None where no run has it."""
     heads = [head for head in (headline(m, mean) for m in found) if head[0] is not None]
-    if not heads:
-        return None
     values, known = [value for value, _ in heads], [ends for _, ends in heads if ends]
     return {"values": values, "mean": float(np.mean(values)), "lowest": min(values), "highest": max(values),
-            "interval": np.mean(known, 0).tolist() if len(known) == len(heads) else None}
-
-
-def permutation_p(ours, others, labels):
-    """Paired permutation test of two groups' macro AUROC: lists of scores (R, C), as ranks, mean over the runs of
-    a group; record by record the two are exchanged -> p, two-sided."""
-    a, b = (np.mean([rankdata(scores, axis=0) for scores in group], 0) for group in (ours, others))
-    rng, gap = np.random.default_rng(0), abs(mean_auroc(a, labels) - mean_auroc(b, labels))
-    used = labels.any(0) & ~labels.all(0)
-    positive, a, b = labels[:, used], a[:, used], b[:, used]
-    count = positive.sum(0)
-
-    def macro(scores):  # Mann-Whitney
-        wins = (rankdata(scores, axis=0) * positive).sum(0) - count * (count + 1) / 2
-        return (wins / (count * (len(scores) - count))).mean()
-
-    more = 0
-    for _ in range(RESAMPLES):
-        swap = rng.random((len(a), 1)) < 0.5
-        more += abs(macro(np.where(swap, b, a)) - macro(np.where(swap, a, b))) >= gap - 1e-12
-    return (more + 1) / (RESAMPLES + 1)
+            "interval": np.mean(known, 0).tolist() if len(known) == len(heads) else None} if heads else None
 
 
 def figure_text(s):
@@ -1366,206 +1308,156 @@ def figure_text(s):
 def markdown(groups, mean="macro"):
     """{title: {"runs", "macro": {column: figure}, ...}} -> a table."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group[mean]))
-    lines = ["| method | runs | " + " | ".join(n.removeprefix("ptbxl_") for n in names) + " | records/s | parameters |",
-             "|---" * (len(names) + 4) + "|"]
+    rows = [["method", "runs", *(n.removeprefix("ptbxl_") for n in names), "records/s", "parameters"]]
+    rows.append(["---"] * len(rows[0]))
     for title, group in groups.items():
-        cost = [f"{group['records_per_second']:.0f}", f"{group['parameters'] / 1e6:.2f} M"] if group["parameters"] else ["-", "-"]
-        figures = [figure_text(group[mean].get(name)) for name in names]
-        lines.append("| " + " | ".join([title, str(len(group["runs"])), *figures, *cost]) + " |")
-    return "\n".join(lines)
+        speed, size = group["records_per_second"], group["parameters"]
+        rows.append([title, str(len(group["runs"])), *(figure_text(group[mean].get(name)) for name in names),
+                     f"{speed:.0f}" if speed else "-", f"{size / 1e6:.2f} M" if size else "-"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def plot_comparison(groups, path):
-    """A panel for each column, a line for each group: a dot for each run, the mean as a stroke, the interval as a bar."""
-    from matplotlib.figure import Figure
-    names = list(dict.fromkeys(name for group in groups.values() for name in group["macro"]))
-    labels = [textwrap.fill(title, 32) for title in groups]
-    columns = min(4, len(names))
-    shape = math.ceil(len(names) / columns), columns
-    height = sum(0.3 + 0.14 * label.count("\n") for label in labels)
-    figure = Figure(figsize=(2.2 + 2.4 * columns, (1.0 + height) * shape[0]), layout="constrained")
-    panels = figure.subplots(*shape, sharey=True, squeeze=False).flat
-    for axes, name in itertools.zip_longest(panels, names):
-        for y, group in enumerate(groups.values()):
-            if name and (s := group["macro"].get(name)):
-                if s["interval"]:
-                    axes.plot(s["interval"], [y, y], c=f"C{y % 10}", alpha=.25, lw=8, solid_capstyle="butt", zorder=1)
-                axes.plot([s["mean"]] * 2, [y - 0.3, y + 0.3], color=f"C{y % 10}", lw=1.5, zorder=2)
-                axes.plot(s["values"], [y] * len(s["values"]), "o", color=f"C{y % 10}", mec="white", ms=5.5, zorder=3)
-        axes.set_title(name or "", fontsize=9)
-        axes.set_yticks(range(len(labels)), labels, fontsize=8)
-        axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.locator_params(axis="x", nbins=5)
-        axes.tick_params(labelsize=8)
-        axes.grid(axis="x", color="0.92")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.set_visible(bool(name))
-    figure.supxlabel("each run, their mean, and the 95 % bootstrap interval", fontsize=8)
-    figure.savefig(path, dpi=150)
+def summarise(found, folders, configs):
+    """A group of runs: {column: metrics of each} -> figures over runs; speed and parameters are means."""
+    paths = [Path(folder) / "training.json" for folder in folders]
+    training = [data.read_json(path, FACTS) if path.exists() else None for path in paths]
+    costs = {k: [facts[k] for facts in training if facts] for k in ("records_per_second", "parameters")}
+    return {"runs": list(map(str, folders)), "seeds": [config["seed"] for config in configs],
+            "config": {k: v for k, v in configs[0].items() if k not in NO_MATTER}, "training": training,
+            **{mean: {c: over_runs(m, mean) for c, m in found.items()} for mean in ("macro", "macro_enough")},
+            **{k: float(np.mean(known)) if known else None for k, known in costs.items()}}
 
 
 def compare(folders, wanted, **options):
-    """Do tasks on finished runs, put repetitions together (group_runs), print one table, write it to
-    comparison.json and comparison.png in the parent folder of the first run. Plain files among `folders` are passed
-    over, so that runs/* will do. Errors: DataError for a folder that is not a finished run, and where runs were
-    asked about different records."""
+    """Do tasks on finished runs, put repetitions together (group_runs), print one table, write comparison.json and
+    comparison.png beside the first run. Plain files among `folders` are passed over, so that runs/* will do. Errors:
+    DataError for a folder that is not a finished run, and where runs were asked about different records."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
     if not folders:
         raise data.DataError("no run folder to compare")
     configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     for folder in folders:  # before hours of evaluation
         if not (folder / "model.safetensors").exists():
-            raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume {folder}, "
-                                 "or leave it out")
-    rows, titles = {}, {place: title for title, places in group_runs(configs).items() for place in places}
-    for place, (folder, config) in enumerate(zip(tqdm(folders, desc="runs"), configs)):
-        for (task, name), result in report(folder, wanted, **options).items():
-            for row, columns in result.items():
-                title = f"{row} ({config['encoder']})" if row else titles[place]
-                group = rows.setdefault(title, {"places": [], "columns": {}})
-                if place not in group["places"]:
-                    group["places"].append(place)
-                for column, metrics in columns.items():
-                    label = name if column == task or task == "zeroshot" else f"{name} {task} {column}"
-                    group["columns"].setdefault(label, []).append(metrics)
-    records = {}
-    for title, group in rows.items():
-        for label, found in group["columns"].items():
-            for metrics, place in zip(found, group["places"]):
-                known = records.setdefault(label, (metrics.get("records"), folders[place]))
-                if known[0] != metrics.get("records"):
-                    raise data.DataError(f"{label} has {metrics['records']} records for {folders[place]}, but {known[0]} for "
-                                         f"{known[1]}: name the same for all with --data")
-    first, groups = next(iter(rows.values()))["columns"], {}
-    for title, group in rows.items():
-        groups[title] = summarise(group, [folders[p] for p in group["places"]], [configs[p] for p in group["places"]])
-        for label, found in group["columns"].items():
-            if len(groups) > 1 and "scores" in found[0] and label in first and groups[title]["macro"][label]:
-                groups[title]["macro"][label]["p"] = permutation_p(
-                    *([m["scores"] for m in some] for some in (found, first[label])), found[0]["labels"])
-    print("macro AUROC or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap interval, mean of its "
-          f"ends]; p: against {next(iter(groups))}, paired permutation\n")
-    print(markdown(groups))
-    print(f"\nthe same over classes with at least {ENOUGH} positives\n")
-    print(markdown(groups, "macro_enough"))
-    for group in groups.values():
-        for folder, facts in zip(group["runs"], group["training"]):
-            if warnings := (facts or {}).get("warnings"):
-                print(f"\nwarnings in training of {folder}: {len(warnings)}, the last at {warnings[-1]}")
+            raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "
+                                 f"{folder}, or leave it out")
+    titles = {place: title for title, places in group_runs(configs).items() for place in places}
+    places, columns, records = {}, {}, {}  # of each group
+    for place, folder in enumerate(tqdm(folders, desc="runs")):
+        for (task, name), rows in report(folder, wanted, **options).items():
+            for row, column, m in [(row, column, m) for row, found in rows.items() for column, m in found.items()]:
+                title = f"{row} ({configs[place]['encoder']})" if row else titles[place]
+                label = name if task == "zeroshot" else f"{name} {task}, {column}"
+                places.setdefault(title, {})[place] = None
+                columns.setdefault(title, {}).setdefault(label, []).append(m)
+                number, other = records.setdefault(label, (m.get("records"), folder))
+                if number != m.get("records"):
+                    raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for {other}: "
+                                         "name the same for all with --data")
+    groups = {title: summarise(columns[title], [folders[i] for i in those], [configs[i] for i in those])
+              for title, those in places.items()}
+    first = next(iter(groups))
+    for title, label in [(title, label) for title in columns for label in columns[title] if title != first]:
+        those = [[m["scores"] for m in columns[t].get(label, ()) if "scores" in m] for t in (title, first)]
+        if all(those) and groups[title]["macro"][label]:
+            groups[title]["macro"][label]["p"] = permutation_p(*those, columns[title][label][0]["labels"])
+    print(f"\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap interval, mean of its "
+          f"ends over runs], p against {first}\n\n{markdown(groups)}")
+    print(f"\nthe same over classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
+    for run, facts in [pair for group in groups.values() for pair in zip(group["runs"], group["training"])]:
+        if warnings := (facts or {}).get("warnings"):
+            print(f"\nwarnings in training of {run}: {len(warnings)}, the last at {warnings[-1]}")
     path = folders[0].parent / "comparison.json"
-    asked = {k: str(v) for k, v in options.items()}
-    data.write_text(path, json.dumps({"options": asked, "groups": groups}, indent=1))
-    plot_comparison(groups, path.with_suffix(".png"))
+    data.write_text(path, json.dumps({"options": {k: str(v) for k, v in options.items()}, "groups": groups}, indent=1))
+    panels = {label: {title: (group["macro"][label]["values"], group["macro"][label]["interval"])
+                      for title, group in groups.items() if group["macro"].get(label)} for label in records}
+    plot("each run, their mean, and the 95 % bootstrap interval", panels, path.with_suffix(".png"))
     print(f"\nwritten to {path} and {path.with_suffix('.png')}")
     return groups
 
 
-def summarise(group, folders, configs):
-    """{"columns": {label: metrics of each run}} -> figures over runs; speed and parameters are means."""
-    paths = [Path(folder) / "training.json" for folder in folders]
-    training = [data.read_json(path, FACTS) if path.exists() else None for path in paths]
-    known = [facts for facts in training if facts]
-    figures = {mean: {label: over_runs(found, mean) for label, found in group["columns"].items()}
-               for mean in ("macro", "macro_enough")}
-    costs = {k: float(np.mean([facts[k] for facts in known])) if known else None
-             for k in ("records_per_second", "parameters")}
-    return {"runs": list(map(str, folders)), "seeds": [config["seed"] for config in configs],
-            "config": {k: v for k, v in configs[0].items() if k not in NO_MATTER}, **figures, **costs, "training": training}
-
-
-# ---- command line --------------------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------------------
 
 def sets_for(task, names):
     """Label sets of a task: "ptbxl" is four where classes are asked about, and a data set elsewhere."""
-    if task == "transfer":
-        return names or list(TRANSFER)
-    if task in ("zeroshot", "probe", "finetune"):
-        names = [name for given in names for name in GROUPS.get(given, (given,))]
-        names = ["own" if name.rstrip(":") == "csv" else name for name in names]
-        known = (*data.LABEL_SETS, *(("age", "sex") if task == "probe" else ()))
-        for name in names:
-            if name not in known and not name.endswith(".json"):
-                raise data.DataError(f"unknown label set {name!r}; known are {', '.join(known)}, csv (the codes of your own), or "
-                                     "a file NAME.json")
-    return names
+    if task not in ("zeroshot", "probe", "finetune", "transfer"):
+        return names
+    names = [name for given in names for name in GROUPS.get(given.rstrip(":"), (given,))]
+    known = [*data.LABEL_SETS, *(("age", "sex") if task == "probe" else ())]
+    for name in names:
+        if name not in known and not name.endswith(".json"):
+            raise data.DataError(f"unknown label set {name!r}; known are {', '.join(known)}, csv (the codes of your "
+                                 "own data), or a file NAME.json")
+    return names or list(TRANSFER)
 
 
-def arguments(argv):
-    """Command line -> namespace with "wanted", {task: sets}."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lists = lambda kind: lambda text: [kind(part) for part in text.split(",")]
-    several = f"ptbxl (four sets), csv, a JSON file of classes, or {', '.join(data.LABEL_SETS)}"
+def parse(argv):
+    """Command line -> (parser, arguments that were given)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    add, several = parser.add_argument, lambda kind: lambda text: [kind(part) for part in text.split(",")]
     for task, function in TASKS.items():
-        note = function.__doc__.split("\n\n")[0].split(". ")[0].replace("\n", " ").replace("%", "%%")
-        parser.add_argument(f"--{task}", nargs="*" if task in ("transfer", "generate") else "+", metavar="SET",
-                            help=f"{' '.join(note.split())}{'; SET: ' + several if task == 'zeroshot' else ''}")
-    parser.add_argument("--look", nargs="+", metavar=("RECORD", "TEXT"), help="where texts are seen in a WFDB record or SPEC:ID")
-    parser.add_argument("--run", help="run folder [the newest in runs/]")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="finished run folders: one table over all")
-    parser.add_argument("--ckpt", dest="checkpoint", help="a .safetensors file, with config and tokenizer from --run or from "
-                        "beside it; or merl:FILE, melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
-    parser.add_argument("--text-model", help="of a published checkpoint: folder with its tokenizer [the published name]")
-    parser.add_argument("--data", nargs="+", metavar="SOURCE:PATH", help="where the records are, one for each source")
-    parser.add_argument("--split", choices=("test", "val", "train", "all"), help="records that are tested [test]")
-    parser.add_argument("--folds", type=lists(int), help="PTB-XL folds in place of the split, e.g. 9,10")
-    parser.add_argument("--prompts", help="descriptive | plain | a JSON file {code: text or [texts]} [descriptive]")
-    parser.add_argument("--scales", type=lists(str), help="rhythm,beat,token or some of them [the method's own]")
-    parser.add_argument("--leads", type=lists(str), help="the others are zero, e.g. I,II,V2")
-    parser.add_argument("--derive-leads", action="store_true", help="with I and II given: III, aVR, aVL, aVF from them")
-    parser.add_argument("--noise", type=float, metavar="DB", help="signal-to-noise ratio of added wander, mains, white noise")
-    parser.add_argument("--control", choices=("zero", "other"), help="no signal, or another record's: figures must fall to 0.5")
-    parser.add_argument("--ratios", type=lists(float), help="shares of the training rows [0.01,0.1,1]")
-    parser.add_argument("--shots", type=lists(int), help="of --probe: so many positives a class, e.g. 1,2,4,8,16")
-    parser.add_argument("--probe-protocol", dest="protocol", choices=("grid", "merl", "melp"), help="[grid]")
-    parser.add_argument("--epochs", type=int, help="of training with labels [10]")
-    parser.add_argument("--beams", type=int, help="of --generate; 1: greedy")
-    args = parser.parse_args(argv, SimpleNamespace())
-    return parser, args
+        note = " ".join(function.__doc__.split("\n\n")[0].split()).replace("%", "%%")
+        add(f"--{task}", nargs="*" if task in ("transfer", "generate") else "+", metavar="SET", help=note)
+    add("--look", nargs="+", metavar=("RECORD", "TEXT"), help="where texts are seen in a WFDB record or SPEC:ID")
+    add("--run", help="run folder [the newest in runs/]")
+    add("--compare", nargs="+", metavar="RUN", help="finished run folders: one table over all")
+    add("--ckpt", dest="checkpoint", help="a .safetensors file, with config and tokenizer from --run or from beside "
+        "it; or merl:FILE, melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
+    add("--text-model", help="of a published checkpoint: folder with its tokenizer [the published name]")
+    add("--data", nargs="+", metavar="SOURCE:PATH", help="where the records are: one for each source")
+    add("--split", choices=("test", "val", "train", "all"), help="which records are tested [test]")
+    add("--folds", type=several(int), help="PTB-XL folds in place of the split, e.g. 9,10")
+    add("--prompts", help="descriptive | plain | a JSON file {code: text or [texts]} [descriptive]")
+    add("--scales", type=several(str), help="rhythm,beat,token or some of them [the method's own]")
+    add("--leads", type=several(str), help="leads that are kept, e.g. I,II,V2; the others are zero")
+    add("--derive-leads", action="store_true", help="with I and II kept: III, aVR, aVL, aVF from them")
+    add("--noise", type=float, metavar="DB", help="add wander, mains and white noise at this signal-to-noise ratio")
+    add("--control", choices=("zero", "other"), help="no signal, or another record's: figures must fall to 0.5")
+    add("--ratios", type=several(float), help="shares of the training rows [0.01,0.1,1]")
+    add("--shots", type=several(int), help="of --probe: so many positives a class, e.g. 1,2,4,8,16")
+    add("--probe-protocol", dest="protocol", choices=("grid", "merl", "melp"), help="grid | as published [grid]")
+    add("--epochs", type=int, help="of training with labels [10]")
+    add("--beams", type=int, help="of --generate; 1: greedy")
+    given = vars(parser.parse_args(argv))
+    leads = {lead: data.lead_index(lead) for lead in given.get("leads", ())}
+    for wrong, sentence in (
+            (None in leads.values(), f"--leads {','.join(leads)}: leads are {', '.join(data.LEADS)}"),
+            ("derive_leads" in given and not {0, 1} <= set(leads.values()), "--derive-leads needs --leads with I and II"),
+            (any(not 0 < r <= 1 for r in given.get("ratios", ())), "--ratios are shares above 0, up to 1"),
+            (any(k < 1 for k in (*given.get("shots", ()), given.get("epochs", 1), given.get("beams", 1))),
+             "--shots, --epochs and --beams are numbers from 1"),
+            (not math.isfinite(given.get("noise", 0)), "--noise is a ratio in dB"),
+            (not {"look", *TASKS} & given.keys(), "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
+            ("compare" in given and {"run", "checkpoint", "look"} & given.keys(), "--compare names its own runs: drop --run, "
+             "--ckpt and --look"),
+            (len(given.get("look", "ok")) < 2, "--look RECORD TEXT...")):
+        if wrong:
+            parser.error(sentence)
+    return given
 
 
 def main(argv=None):
-    parser, args = arguments(argv)
-    given = {k: v for k, v in vars(args).items() if v not in (None, False)}
-    wanted = {task: sets_for(task, given.pop(task)) for task in TASKS if task in given}
-    options = {k: given[k] for k in DEFAULTS if k in given}
+    given = parse(argv)
+    wanted = {task: sets_for(task, given[task]) for task in TASKS if task in given}
+    options = {k: v for k, v in given.items() if k in DEFAULTS}
     options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    check_options(parser, options)
-    if not wanted and not args.look:
-        parser.error("say what to do: --zeroshot SET, --probe SET, ...; --compare needs one of them, too")
-    if args.compare:
-        if args.run or args.checkpoint or args.look:
-            parser.error("--compare names its own runs: drop --run, --ckpt and --look")
-        compare(args.compare, wanted, **options)
+    if "compare" in given:
+        compare(given["compare"], wanted, **options)
         return
-    if found := publication(args.checkpoint):  # its results go to a folder of their own beside the runs
+    checkpoint = given.get("checkpoint")
+    if found := publication(checkpoint):  # its results go to a folder of their own beside the runs
         run = Path("runs") / f"published-{found[0]}-{Path(found[1]).stem}"
         run.mkdir(parents=True, exist_ok=True)
     else:
-        run = args.run or (Path(args.checkpoint).parent if args.checkpoint else newest_run())
+        run = given.get("run") or (Path(checkpoint).parent if checkpoint else newest_run())
     print(f"run {run}")
-    if args.look:
-        ask = SimpleNamespace(**DEFAULTS | options)
-        look(open_run(run, ask), args.look[0], args.look[1:] or parser.error("--look RECORD TEXT..."), ask)
     if "generate" in wanted:
         wanted["generate"] = wanted["generate"] or [read_config(run)[0].data.partition(":")[0]]
     if wanted:
         report(run, wanted, **options)
-
-
-def check_options(parser, options):
-    """Errors: a sentence where an option makes no sense."""
-    leads = options.get("leads") or []
-    unknown = [lead for lead in leads if data.lead_index(lead) is None]
-    faults = {f"--leads {', '.join(unknown)}: no lead; there are {', '.join(data.LEADS)}": unknown,
-              "--derive-leads needs --leads with I and II": options.get("derive_leads") and not {0, 1} <= {
-                  data.lead_index(lead) for lead in leads},
-              "--ratios are shares above 0, up to 1": any(not 0 < r <= 1 for r in options.get("ratios", ())),
-              "--shots are positive numbers": any(k < 1 for k in options.get("shots", ())),
-              "--epochs and --beams are at least 1": min(options.get("epochs", 1), options.get("beams", 1)) < 1,
-              "--noise is a ratio in dB": not math.isfinite(options.get("noise", 0))}
-    for sentence, wrong in faults.items():
-        if wrong:
-            parser.error(sentence)
+    if "look" in given:
+        ask = asking(**options)
+        look(open_run(run, ask), given["look"][0], given["look"][1:], ask)
 
 
 if __name__ == "__main__":
