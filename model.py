@@ -64,8 +64,8 @@ def join(tags):
 
 
 # ---- several processes -----------------------------------------------------------------------------------
-# Every process gathers the features WITH gradient and computes the loss of the whole batch. all_gather's backward
-# pass sums over processes and DDP averages parameter gradients: the result is that of one process.
+# Every process gathers the features WITH gradient and computes the loss of the whole batch. all_gather sums
+# gradients over processes and DDP averages those of parameters: the result is that of one process.
 
 def world():
     """Number of processes that train together."""
@@ -73,33 +73,25 @@ def world():
 
 
 def gather(x):
-    """(B, ...) of this process -> (B * world, ...) of all, in order of rank, differentiable. (B, N, D): N may
-    differ between processes; padded with zeros to the longest."""
-    if world() == 1:
+    """What this process has -> what all have, in order of rank: a list, a tensor (B, ...), differentiable, or
+    views. The N of (B, N, D) may differ between processes: padded with zeros to the longest."""
+    if world() == 1 or x is None:
         return x
+    if isinstance(x, tuple):
+        return type(x)(*map(gather, x))
+    if isinstance(x, list):
+        parts = [None] * world()
+        dist.all_gather_object(parts, x)
+        return sum(parts, [])
     if x.dim() == 3:
         longest = torch.tensor(x.shape[1], device=x.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         x = F.pad(x, (0, 0, 0, int(longest) - x.shape[1]))
-    return torch.cat(all_gather(x.contiguous()), 0)
-
-
-def gather_views(views):
-    """EcgViews or TextViews of this process -> of all."""
-    return type(views)(*(x if x is None else gather(x) for x in views))
-
-
-def gather_texts(items):
-    """A list of this process -> the concatenated list of all, in order of rank."""
-    if world() == 1:
-        return items
-    parts = [None] * world()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    return torch.cat(all_gather(x.contiguous()))
 
 
 def mean_over_all(total, count):
-    """This process' sum (differentiable scalar) and number of items -> mean over all processes' items, 0 of none."""
+    """Sum (differentiable scalar) and number of this process' items -> mean of all processes', 0 of none."""
     count = count.to(total.dtype)
     if world() > 1:
         total, count = all_reduce(total), all_reduce(count)
@@ -115,7 +107,7 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         f, axes = x.float(), [0] if x.dim() == 2 else [0, 2]
         count = f.numel() / f.shape[1] * world()
-        mean = all_reduce(f.sum(axes, keepdim=True)) / count                        # (1, C) or (1, C, 1)
+        mean = all_reduce(f.sum(axes, keepdim=True)) / count                   # (1, C) or (1, C, 1)
         var = all_reduce((f - mean).square().sum(axes, keepdim=True)) / count  # two passes: no cancellation
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -130,8 +122,8 @@ class BatchNorm(nn.BatchNorm1d):
 def normalise(ecg, how):
     """Scale ECGs for an encoder. ecg (B, L, N) mV -> (B, L, N).
 
-    mv: clipped at 5 mV, so that amplitudes keep their meaning (hypertrophy, low voltage). record: min-max over
-    all leads to [0, 1] (MERL, MELP). lead: min-max of each to [-1, 1], a flat lead becomes 0 (FG-CLEP)."""
+    mv: clipped at 5 mV; amplitudes keep their meaning (hypertrophy, low voltage). record: min-max over all
+    leads to [0, 1] (MERL, MELP). lead: min-max of each to [-1, 1], a flat lead becomes 0 (FG-CLEP)."""
     if how == "mv":
         return ecg.clamp(-5, 5)
     axes = (1, 2) if how == "record" else (2,)
@@ -141,9 +133,8 @@ def normalise(ecg, how):
 
 
 class ResNet1d(nn.Module):
-    """1-D ResNet of MERL: stem convolution WITHOUT max-pooling, 16 samples a token, any leads and length.
-
-    depth 18/34 (basic blocks) or 50/101 (bottlenecks); width scales every channel count."""
+    """1-D ResNet of MERL: stem WITHOUT max-pooling, 16 samples a token. depth 18/34 (basic blocks) or 50/101
+    (bottlenecks); width scales every channel count."""
     BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
     def __init__(self, depth=18, leads=12, width=1.0):
@@ -176,7 +167,7 @@ class ResBlock(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(b) for _, b, _, _ in plan)
         self.shortcut = nn.Sequential()
         if stride != 1 or cin != self.out:
-            self.shortcut = nn.Sequential(nn.Conv1d(cin, self.out, 1, stride, bias=False), BatchNorm(self.out))
+            self.shortcut.extend([nn.Conv1d(cin, self.out, 1, stride, bias=False), BatchNorm(self.out)])
 
     def forward(self, x):
         h = x
@@ -186,7 +177,7 @@ class ResBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x (B, T, D) attends to itself or to a context (B, N, D); then a perceptron."""
+    """Pre-norm transformer block: x (B, T, D) attends to itself or to a context (B, N, D), then an MLP."""
 
     def __init__(self, dim, heads, hidden, cross=False, activation=nn.GELU):
         super().__init__()
@@ -216,7 +207,8 @@ def at_length(positions, n):
 
 class ViT1d(nn.Module):
     """1-D vision transformer of MERL: patches over all leads; a last incomplete patch is dropped."""
-    SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "middle": (512, 8, 2048), "base": (768, 12, 3072)}
+    SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "middle": (512, 8, 2048),
+             "base": (768, 12, 3072)}  # width, heads, hidden
 
     def __init__(self, size="tiny", leads=12, samples=5000, patch=50, depth=12):
         super().__init__()
@@ -236,8 +228,8 @@ class ViT1d(nn.Module):
 
 
 class LeadViT(nn.Module):
-    """Vision transformer over lead-time patches (FG-CLEP v2, its authors' later code): a patch is a window of one
-    lead, with learned embeddings of lead and time. Tokens (B, leads * windows, dim), lead by lead."""
+    """Vision transformer over lead-time patches (FG-CLEP v2): a patch is a window of one lead, with learned
+    embeddings of lead and time. Tokens (B, leads * windows, dim), lead by lead."""
 
     def __init__(self, size="tiny", leads=12, samples=1000, patch=100, depth=12):
         super().__init__()
@@ -256,8 +248,8 @@ class LeadViT(nn.Module):
 
 
 class ConvTransformer(nn.Module):
-    """wav2vec 2.0 tower of MELP and D-BETA: four convolutions of stride 2 (16 samples a frame), one that gives
-    positions, post-norm transformer layers. embed and encode are apart: frames can be dropped in between."""
+    """wav2vec 2.0 tower of MELP and D-BETA: convolutions (16 samples a frame), one more that gives positions,
+    post-norm transformer layers. embed and encode are apart, so that frames can be dropped in between."""
     SIZES = {"tiny": (64, 128, 4, 4, 31), "small": (128, 256, 6, 8, 63), "base": (256, 768, 8, 12, 128)}
 
     def __init__(self, size="base", leads=12, dropout=0.1):
@@ -308,7 +300,7 @@ def build_encoder(name, leads, samples, width=1.0, patch=50):
 class TextTower(nn.Module):
     """Any Hugging Face encoder as a text tower: list of B strings -> (B, dim). Equal texts are encoded once.
 
-    trainable_layers: -1 all, 0 frozen (no gradient, no dropout), n the last n layers (embeddings stay frozen).
+    trainable_layers: -1 all, 0 frozen (no gradient, no dropout), n the last n (embeddings stay frozen).
     pooling: mean (over words, without [CLS] and [SEP]), cls (the first piece), or pooler (the model's own).
     mask=False lets the padding be attended to, as D-BETA does."""
 
@@ -330,9 +322,6 @@ class TextTower(nn.Module):
     def train(self, mode=True):
         return super().train(mode and not self.frozen)
 
-    def tokenise(self, texts, **options):
-        return tokenise(self.tokenizer, texts, self.max_length, next(self.lm.parameters()).device, **options)
-
     def run(self, tokens, **inputs):
         """The language model's output for tokenise's tensors; inputs: others that it takes."""
         if self.mask:
@@ -343,7 +332,7 @@ class TextTower(nn.Module):
     def encode(self, texts):
         """B strings -> (states (B, W, D), which are words (B, W) bool, pooled (B, D))."""
         unique, rows = distinct(texts)
-        tokens = self.tokenise(unique)
+        tokens = tokenise(self, unique)
         out, words = self.run(tokens), tokens["words"]
         states = out.last_hidden_state
         if self.pooling == "mean":  # of a two-word statement, half would be special tokens, the same in all
@@ -356,10 +345,10 @@ class TextTower(nn.Module):
         return self.encode(texts)[2]
 
 
-def tokenise(tokenizer, texts, max_length, device, **options):
-    """B strings -> the tokenizer's tensors (B, W), padded to the longest; "words": not [CLS], [SEP], padding."""
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length,
-                       return_special_tokens_mask=True, return_tensors="pt", **options).to(device)
+def tokenise(tower, texts, **options):
+    """B strings -> the tensors (B, W) of a tower's tokenizer, with "words": not [CLS], [SEP] or padding."""
+    tokens = tower.tokenizer(texts, padding=True, truncation=True, max_length=tower.max_length, **options,
+                             return_special_tokens_mask=True, return_tensors="pt").to(tower.lm.device)
     tokens["words"] = tokens.pop("special_tokens_mask") == 0
     return tokens
 
@@ -376,11 +365,11 @@ def masked_mean(x, real):
 
 
 class CausalText(NamedTuple):
-    """What CausalTower gives: B texts of up to W pieces."""
+    """What CausalTower.encode gives: B texts of up to W pieces."""
     ids: torch.Tensor        # (B, W)
     mask: torch.Tensor       # (B, W) 1 where not padding
+    report: torch.Tensor     # (B, D) the whole text, what forward gives
     states: torch.Tensor     # (B, W, D), each of the text up to its piece
-    report: torch.Tensor     # (B, D) the whole text
     sentences: torch.Tensor  # (B, S, D) mean over the pieces of a sentence
     sentence_count: torch.Tensor  # (B,)
 
@@ -394,27 +383,24 @@ class CausalTower(TextTower):
 
     def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="cls", max_length=128, mask=True):
         super().__init__(lm, tokenizer, trainable_layers, "cls", max_length, mask)
-        self.max_length = min(self.max_length, getattr(lm.config, "max_position_embeddings", max_length + 1) - 1)
+        positions = getattr(lm.config, "max_position_embeddings", max_length + 1)
+        self.max_length = min(max_length, positions - 1)
         lm.config.is_decoder, lm.config.use_cache = True, False
         for module in lm.modules():
             if hasattr(module, "is_causal"):
                 module.is_causal = True
         probe = torch.tensor([[0, 1, 2, 0], [0, 1, 3, 0]], device=next(lm.parameters()).device)
-        unpadded = torch.tensor([[1, 1, 1, 0]] * 2, device=probe.device)  # some are causal only without padding
+        mask = torch.tensor([[1, 1, 1, 0]] * 2, device=probe.device)  # some are causal only without padding
         training = lm.training
         with torch.no_grad():
-            a, b = lm.eval()(input_ids=probe, attention_mask=unpadded).last_hidden_state
+            a, b = lm.eval()(input_ids=probe, attention_mask=mask).last_hidden_state
         lm.train(training)
         change = (b - a).norm(dim=1)  # of each state, by the third piece
         if change[:2].max() > 1e-5 * change[2]:
-            raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, as MELP "
-                             "needs: use a BERT")
-
-    @property
-    def first(self):
-        """The piece that a text begins with: [CLS], or the [BOS] that the authors' tokenizer has besides."""
-        tokenizer = self.tokenizer
-        return tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, as "
+                             "MELP needs: use a BERT")
+        # a text begins with [CLS], or with the [BOS] that the authors' tokenizer has besides
+        self.first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def run(self, tokens):
         """ids, mask (B, W) -> (states (B, W, D), report (B, D))."""
@@ -428,20 +414,17 @@ class CausalTower(TextTower):
     def encode(self, texts):
         """B strings -> CausalText."""
         unique, rows = distinct(texts)
-        tokens = self.tokenise(unique, return_offsets_mapping=True)
+        tokens = tokenise(self, unique, return_offsets_mapping=True)
         tokens["input_ids"][:, 0] = self.first
         states, report = self.run(tokens)
         sentence = sentence_of_piece(unique, tokens["offset_mapping"], tokens["words"])
-        return CausalText(tokens["input_ids"], tokens["attention_mask"], states, report,
+        return CausalText(tokens["input_ids"], tokens["attention_mask"], report, states,
                           *sentence_means(states, sentence)).at(rows)
-
-    def forward(self, texts):
-        return self.encode(texts)
 
 
 def sentence_of_piece(texts, offsets, words):
-    """Number of the sentence that a word piece is in (B, W), -1 for special ones. offsets (B, W, 2): its first and
-    last character. ". " ends a sentence, as join puts it: "0.5" is not split."""
+    """Number of each piece's sentence (B, W), -1 for special ones. ". " ends one, as join puts it; "0.5" does
+    not. offsets (B, W, 2): a piece's first and last character."""
     ends = [[m.end() for m in re.finditer(r"\. ", text)] for text in texts]
     rows = [np.searchsorted(end, start, "right") for end, start in zip(ends, offsets[:, :, 0].cpu().numpy())]
     return torch.where(words, torch.from_numpy(np.stack(rows)).to(words.device), -1)
@@ -450,22 +433,20 @@ def sentence_of_piece(texts, offsets, words):
 def sentence_means(states, sentence):
     """states (B, W, D), sentence (B, W), -1 for none -> mean state of each (B, S, D), their number (B,)."""
     count = sentence.amax(1) + 1
-    number = torch.arange(max(1, int(count.max())), device=sentence.device)[:, None]
-    member = sentence[:, None] == number  # (B, S, W)
+    index = torch.arange(max(1, int(count.max())), device=sentence.device)[:, None]
+    member = sentence[:, None] == index  # (B, S, W)
     return (member / member.sum(2, keepdim=True).clamp(min=1)).to(states.dtype) @ states, count
 
 
 def first_rows(x, real):
-    """Move the real rows of x (B, N, D) to the front: (B, longest, D), zeros behind, and their number (B,)."""
+    """x (B, N, D), real (B, N) -> its real rows in front (B, longest, D), zeros behind, their number (B,)."""
     count = real.sum(1)
-    order = (~real).int().argsort(dim=1, stable=True)[:, :int(count.max())]
-    kept = x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
-    return kept * real.gather(1, order)[:, :, None], count
+    return nn.utils.rnn.pad_sequence(x[real].split(count.tolist()), batch_first=True), count
 
 
 def mask_words(ids, words, tokenizer, share):
-    """Hide a share of the words as BERT does: 80 % of them behind the mask (of a T5 its first sentinel), 10 %
-    behind a random piece, 10 % left. ids, words (B, W) -> (masked ids, labels: -100 where nothing is hidden)."""
+    """Hide a share of the words as BERT does: 80 % behind the mask (T5: first sentinel), 10 % behind another
+    piece, 10 % left. ids, words (B, W) -> (masked ids, labels: -100 where nothing is hidden)."""
     mask = tokenizer.mask_token_id
     if mask is None:
         mask = tokenizer.convert_tokens_to_ids("<extra_id_0>")
@@ -479,8 +460,8 @@ def mask_words(ids, words, tokenizer, share):
 # ---- text models -----------------------------------------------------------------------------------------
 
 def load_text_model(name, head="AutoModel"):
-    """(encoder, tokenizer) of a Hugging Face name or folder, or of a run of --method cardiolm. head: the class of
-    transformers that loads it. Errors: ModelError where there is none, or it lacks words or layers."""
+    """(encoder, tokenizer) of a Hugging Face name or folder, or a cardiolm run. head: class of transformers.
+    Errors: ModelError where there is none, or it lacks words or layers."""
     name = text_model_name(name)
     try:
         if os.path.isdir(name) and not all(os.path.isfile(x) or os.path.isdir(x) for x in os.scandir(name)):
@@ -522,7 +503,7 @@ def architecture(name, head):
     """(transformers class, its config, tokenizer) of a text model; of a T5, the encoder half."""
     import transformers
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a saved half: not is_encoder_decoder
+    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a saved half is no pair
         head = "AutoModelForTextEncoding"
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return getattr(transformers, head), config, tokenizer
@@ -547,7 +528,7 @@ def first_line(error):
 
 
 def check_tokenizer(tokenizer, config, name):
-    """tokenizer, if it is the model's: no more pieces than that has, not every word unknown. Errors: ModelError."""
+    """tokenizer. Errors: ModelError where it is not the model's: too many pieces, or all unknown."""
     pieces, probe = len(tokenizer), tokenizer.tokenize("sinus rhythm with atrial fibrillation")
     if pieces > config.vocab_size or all(piece == tokenizer.unk_token for piece in probe):
         raise ModelError(f"text model {name!r} has no tokenizer of its own: the one found knows {pieces} "
@@ -558,8 +539,8 @@ def check_tokenizer(tokenizer, config, name):
 
 
 def word_tokenizer(texts, size=3000):
-    """WordPiece tokenizer with the words of `texts` as whole pieces, most frequent first (at least twice), and every
-    character for the rest. (The tokenizers library's trainers give another vocabulary on every call.)"""
+    """WordPiece tokenizer of the words of `texts`, most frequent first (twice at least), and of characters.
+    (The trainers of the tokenizers library give another vocabulary on every call.)"""
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
     split = BertWordPieceTokenizer(lowercase=True)
@@ -567,8 +548,8 @@ def word_tokenizer(texts, size=3000):
                     split.pre_tokenizer.pre_tokenize_str(split.normalizer.normalize_str(text)))
     letters = sorted({c for word in words for c in word} | set(string.ascii_lowercase + string.digits))
     common = sorted((w for w, n in words.items() if n > 1 and len(w) > 1), key=lambda w: (-words[w], w))
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters), *common][:size]
-    made = BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces)}, lowercase=True)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters), *common]
+    made = BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces[:size])}, lowercase=True)
     return BertTokenizerFast(tokenizer_object=made._tokenizer, model_max_length=256)
 
 
@@ -584,8 +565,8 @@ def new_bert(texts, seed=0, dim=128, layers=2):
 
 
 def small_text_model(texts, seed=0, steps=150, dim=128, layers=2, device="cpu", bar=iter):
-    """(encoder, tokenizer) of new_bert after some masked-language updates: MELP's cardiology language model at small
-    scale. texts: list of strings, equal ones count; bar shows the progress of an iterable."""
+    """(encoder, tokenizer) of new_bert after some masked-language updates: a small cardiology language model.
+    texts: strings, equal ones count; bar shows the progress of an iterable."""
     lm, tokenizer = new_bert(texts, seed, dim, layers)
     method = CardioLM(configure("cardiolm", text_max_length=64), (lm.to(device), tokenizer)).train()
     optimiser = torch.optim.AdamW(lm.parameters(), lr=1e-3, weight_decay=0.01)
@@ -612,10 +593,8 @@ def cosine(x, y):
 
 
 def info_nce(x, y, scale):
-    """Contrastive loss of a batch whose pairs stand on the diagonal (B = C), x and y L2-normalised, as in CLIP: mean
-    over both directions of -1/B sum_i log( exp(s x_i.y_i) / sum_j exp(s x_i.y_j) ). MERL's form is twice this.
-
-    scale s = 1 / temperature: a number (fixed) or a tensor (learned)."""
+    """Contrastive loss of L2-normalised pairs (B = C) as in CLIP: mean over both directions of
+    -1/B sum_i log( exp(s x_i.y_i) / sum_j exp(s x_i.y_j) ). s: 1 / temperature, fixed or learned."""
     return paired_cross_entropy(scale * cosine(x, y))
 
 
@@ -626,8 +605,8 @@ def paired_cross_entropy(logits):
 
 
 def masked_cross_entropy(logits, labels):
-    """Cross entropy of logits (..., V) with labels (...), -100 where there is none; mean over all processes."""
-    total = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=-100)
+    """Cross entropy of logits (..., V) with labels (...), -100 where there is none; of all processes."""
+    total = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum")
     return mean_over_all(total, (labels >= 0).sum())
 
 
@@ -657,7 +636,7 @@ def reconstruction_loss(rebuilt, target, hidden):
 # ---- methods ---------------------------------------------------------------------------------------------
 
 class Objective(nn.Module):
-    """What train.py trains, called as a module so that DDP sees every gradient: Batch -> {loss term: scalar}."""
+    """What train.py trains. Called as a module, so that DDP sees every gradient: Batch -> {term: scalar}."""
     settings = ()        # of Config, that belong to it and maybe to some others: the rest refuse them
     stages = ("train",)  # "fine", if there is one, has config.fine_epochs
     weights = {}         # of the loss terms, where not 1
@@ -675,26 +654,24 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def limit_scales(self):
-        """Learned scales stay at 100 or below, as in CLIP: after a step, since a clamp in the forward pass would
-        leave a scale that is once beyond without gradient for ever."""
+        """Learned scales stay at 100 or below, as in CLIP: after a step, since a clamp in the forward pass
+        would leave a scale that is once beyond without gradient for ever."""
         for name, p in self.named_parameters():
             if name in ("log_scale", "log_attention"):
                 p.clamp_(max=math.log(100))
 
 
 class CardioLM(Objective):
-    """Cardiology language model, MELP's first stage: a masked-language model on texts alone.
-
-    text: (masked-language model of transformers, tokenizer)."""
+    """MELP's first stage: a language model of texts alone. text: (masked-language model, tokenizer)."""
     settings = ("word_mask",)
 
     def __init__(self, config, text):
         super().__init__(config)
-        self.lm, self.tokenizer = text
+        (self.lm, self.tokenizer), self.max_length = text, config.text_max_length
 
     def guess(self, texts):
-        """Of the hidden words of this process: (sum of their cross entropies, their number, how many are right)."""
-        tokens = tokenise(self.tokenizer, texts, self.config.text_max_length, self.lm.device)
+        """Hide words of B strings -> (sum of their cross entropies, their number, how many are right)."""
+        tokens = tokenise(self, texts)
         ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.tokenizer, self.config.word_mask)
         logits = self.lm(input_ids=ids, attention_mask=tokens["attention_mask"]).logits.float()
         hidden = labels >= 0
@@ -713,9 +690,8 @@ def save_language_model(method, folder):
 
 
 class Method(Objective):
-    """Two towers. config (a Config) says which; text is a (language model, tokenizer) pair.
-
-    A method gives views, encode_text (here: of one projection, self.project_text) and loss."""
+    """Two towers, as config (a Config) says; text: (language model, tokenizer). A method gives views, loss,
+    project_text or another encode_text, and for a beat scale beat_options (of token_beat_rhythm)."""
     tower = TextTower
     contrast_sides = 1    # loss term "contrast" is this many times ln(batch size) when nothing is learned
     scales = ("rhythm",)  # at which its views can be compared: rhythm, beat, token
@@ -748,12 +724,8 @@ class Method(Objective):
         """exp of the learned log-scale, at most 100 (limit_scales)."""
         return self.log_scale.exp()
 
-    def beat_options(self):
-        """Of token_beat_rhythm, for the beat scale."""
-        return {}
-
     def similarity(self, ecg, text, scales=None):
-        """EcgViews of B, TextViews of C -> how well they suit (B, C): mean over scales (default: all it has)."""
+        """EcgViews of B, TextViews of C -> (B, C): mean over scales (default: all that it has)."""
         scales = scales or self.scales
         if missing := [scale for scale in scales if scale not in self.scales]:
             raise ModelError(f"this {self.config.method} run has no {' or '.join(missing)} scale, only "
@@ -770,9 +742,8 @@ class Method(Objective):
 
 
 class ETP(Method):
-    """ETP (Liu et al. 2023): CNN and a frozen language model, one linear projector each, one InfoNCE.
-
-    What has no public source (linear projectors, temperature 0.07) follows METHODS 1.1."""
+    """ETP (Liu et al. 2023): CNN and frozen language model, a linear projector each, one InfoNCE. (Projectors
+    and temperature have no public source: METHODS 1.1.)"""
     settings = ("temperature", "max_pool", "text_pooling")
 
     def __init__(self, config, text):
@@ -811,7 +782,7 @@ class MERL(Method):
         return self.ecg.states(ecg) if self.vit else self.ecg(ecg)
 
     def project(self, tokens):
-        """Encoder tokens -> tokens (B, T, D), their mean, of which UMA makes views (B, D), ECG vector (B, dim)."""
+        """Encoder tokens -> tokens (B, T, D), their mean (B, D), where UMA starts, ECG vector (B, dim)."""
         if self.vit:
             mean = self.ecg.norm(tokens.mean(1))
             return tokens, mean, F.normalize(self.project_ecg(mean), dim=1)
@@ -826,14 +797,14 @@ class MERL(Method):
         _, mean, rhythm = self.project(self.encode_tokens(batch.ecg))
         views = [F.normalize(F.dropout(view(mean), self.config.uma_dropout, self.training), dim=1)
                  for view in (self.view1, self.view2)]
-        e, t, scale = gather(rhythm), gather(self.encode_text(batch.texts).report), 1 / self.config.temperature
+        e, t = gather(rhythm), gather(self.encode_text(batch.texts).report)
+        scale = 1 / self.config.temperature
         return {"contrast": 2 * info_nce(e, t, scale), "uma": 2 * info_nce(*map(gather, views), scale)}
 
 
 class AttentionPool(nn.Module):
-    """MERL's pooling head: a learned class token asks all tokens. (B, T, dim) -> (B, dim).
-
-    Position 0 is added to the class token twice, as in the published code (golden vectors agree only so)."""
+    """MERL's pooling head: a learned class token asks all tokens. (B, T, dim) -> (B, dim). It gets position 0
+    twice, as in the published code (golden vectors agree only so)."""
 
     def __init__(self, tokens, dim, heads=4):
         super().__init__()
@@ -851,9 +822,8 @@ class AttentionPool(nn.Module):
 
 class MELP(Method):
     """MELP (Wang et al. 2025): contrast of whole records (rhythm), GLoRIA's attention of sentences over beats
-    (beat), and the report written from the ECG (token, as in CoCa).
-
-    beats: learned queries, as published, or the mean over real R-R intervals (--beats rpeak)."""
+    (beat), and the report written from the ECG (token, as in CoCa). beats: learned queries, as published, or
+    the mean over real R-R intervals (--beats rpeak)."""
     settings = ("beats", "beat_queries", "beat_mean", "beat_weight", "caption_queries", "caption_weight",
                 "decoder_layers")
     tower, scales = CausalTower, ("rhythm", "beat")
@@ -875,7 +845,7 @@ class MELP(Method):
         return dict(beat_temperatures=(4.0, 5.0, 0.2), beat_mean=True)  # a soft maximum of cosines
 
     def pool(self, tokens, ecg, peaks=None):
-        """Encoder tokens of raw ecg -> beat vectors before their projection (B, K, dim), number of beats (B,)."""
+        """Encoder tokens of raw ecg -> beats before their projection (B, K, dim), number of beats (B,)."""
         if self.config.beats == "query":
             beats = self.beat_pool(tokens)
             return beats, torch.full(beats.shape[:1], beats.shape[1], device=beats.device)
@@ -895,14 +865,14 @@ class MELP(Method):
         return TextViews(None, self.project_sentences(text.sentences), report, None, text.sentence_count)
 
     def encode_text(self, texts):
-        return self.text_views(self.text(texts))
+        return self.text_views(self.text.encode(texts))
 
     def loss(self, batch):
         tokens, number = self.encode_tokens(batch.ecg), len(batch.texts)
-        texts = self.text(batch.texts + [join(tags) for tags in batch.tags])  # to contrast, and to write
+        texts = self.text.encode(batch.texts + [join(tags) for tags in batch.tags])  # contrasted; written
         text, report = texts.at(slice(number)), texts.at(slice(number, None))
-        e = gather_views(self.views(tokens, batch.ecg, batch.peaks)._replace(tokens=None))
-        t = gather_views(self.text_views(text))
+        e = gather(self.views(tokens, batch.ecg, batch.peaks)._replace(tokens=None))
+        t = gather(self.text_views(text))
         beat = token_beat_rhythm(beats=e.beats, sentences=t.sentences, beat_count=e.beat_count,
                                  sentence_count=t.sentence_count, beat_mean=self.config.beat_mean)
         real = report.mask[:, 1:] == 1  # each piece is written from those before it
@@ -914,19 +884,19 @@ class MELP(Method):
     @torch.no_grad()
     def generate(self, ecg, beams=1, longest=64):
         """Write the reports of ecg (B, 12, N) mV -> B strings: greedy, or beam search."""
-        start = torch.full((len(ecg), 1), self.text.first, device=ecg.device)
-        ids = caption_writer(self).to(ecg.device).eval().generate(
+        tokenizer, start = self.text.tokenizer, torch.full((len(ecg), 1), self.text.first, device=ecg.device)
+        ids = caption_writer(self).generate(
             start, ecg=self.caption_pool(self.encode_tokens(ecg)), num_beams=beams, do_sample=False,
-            max_length=min(longest, self.text.max_length), use_cache=False)
-        return self.text.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            use_cache=False, max_length=min(longest, self.text.max_length),
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.sep_token_id)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def pool_beats(tokens, peaks, samples):
-    """Encoder tokens -> beats: the mean of the tokens from half-way to the R peak before to half-way to the next.
+    """Encoder tokens -> beats: mean of the tokens from half-way to the R peak before to half-way to the next.
 
-    tokens (B, T, D), of records of `samples` samples; peaks (B, K) int32 in samples, -1 behind the last.
-    Returns beats (B, K, D), zeros behind the last, and count (B,) int32. A beat shorter than a token takes the
-    one its peak is in. Gradient to the tokens."""
+    tokens (B, T, D) of `samples` samples; peaks (B, K) int32 samples, -1 behind the last -> beats (B, K, D),
+    zeros behind the last, and count (B,) int32. A beat without a token takes the one of its peak."""
     length, count = tokens.shape[1], (peaks >= 0).sum(1, dtype=torch.int32)
     beat = beat_of_token(peaks, count, length, samples)                                   # (B, T)
     member = beat[:, None] == torch.arange(peaks.shape[1], device=peaks.device)[:, None]  # (B, K, T)
@@ -937,12 +907,13 @@ def pool_beats(tokens, peaks, samples):
 
 
 class QueryPool(nn.Module):
-    """CoCa's attention pooling: n learned queries ask all tokens. (B, T, tokens) -> (B, n, dim), normalised."""
+    """CoCa's attention pooling: n learned queries ask all tokens. (B, T, tokens) -> (B, n, dim)."""
 
     def __init__(self, n, dim, tokens, heads=8):
         super().__init__()
         self.query = nn.Parameter(torch.randn(n, dim))
-        self.attention = nn.MultiheadAttention(dim, heads_for(dim, heads), kdim=tokens, vdim=tokens, batch_first=True)
+        heads = heads_for(dim, heads)
+        self.attention = nn.MultiheadAttention(dim, heads, kdim=tokens, vdim=tokens, batch_first=True)
         self.norm_query, self.norm_context = nn.LayerNorm(dim), nn.LayerNorm(tokens)
         self.norm = nn.LayerNorm(dim)
 
@@ -963,8 +934,8 @@ class CaptionDecoder(nn.Module):
         self.vocabulary = nn.Parameter(torch.randn(dim, vocabulary) * dim ** -0.5)
 
     def forward(self, x, ecg, where=slice(None)):
-        """x (B, W, D) of the causal text tower, ecg (B, M, D) -> logits of the next piece (B, W, vocabulary); where:
-        an index into (B, W), to spare the others' vocabulary."""
+        """x (B, W, D) of the causal text tower, ecg (B, M, D) -> logits of the next piece (B, W, vocabulary).
+        where: an index into (B, W), to spare the others' vocabulary."""
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         for block, cross in zip(self.blocks, self.cross):
             x = cross(block(x, mask=later), ecg)
@@ -973,18 +944,11 @@ class CaptionDecoder(nn.Module):
 
 def caption_writer(melp):
     """A MELP as a causal language model of transformers, whose generate() has greedy and beam search."""
-    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutput
-    tokenizer = melp.text.tokenizer
 
     class CaptionWriter(PreTrainedModel, GenerationMixin):
         config_class = PretrainedConfig
-
-        def __init__(self):
-            super().__init__(PretrainedConfig(vocab_size=len(tokenizer), is_decoder=True))
-            self.place = nn.Parameter(torch.zeros(()))  # says on which device it is
-            self.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
-                                                      eos_token_id=tokenizer.sep_token_id)
 
         def prepare_inputs_for_generation(self, input_ids, ecg, **_):
             return {"input_ids": input_ids, "ecg": ecg}
@@ -993,14 +957,16 @@ def caption_writer(melp):
             states, _ = melp.text.run({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
             return CausalLMOutput(logits=melp.decoder(states, ecg, (slice(None), slice(-1, None))).float())
 
-    return CaptionWriter()
+    writer = CaptionWriter(PretrainedConfig(vocab_size=len(melp.text.tokenizer), is_decoder=True))
+    writer.place = melp.log_scale  # generate looks at a parameter for the device
+    return writer
 
 
 class CMELT(Method):
-    """C-MELT, released as D-BETA (Pham et al. 2025): masked language (mlm) and masked ECG modelling (mem) with fused
-    towers, ECG-text matching (etm), sigmoid loss on the towers' own vectors (ets), and replaced texts as certain
-    negatives (N3S): far, the paper's; lost, as the public collator has it: the pair is called wrong, but its own text
-    reaches the model; none."""
+    """C-MELT, alias D-BETA (Pham et al. 2025): masked language and ECG modelling with fused towers (mlm,
+    mem), ECG-text matching (etm), sigmoid loss on the towers' own vectors (ets), replaced texts as certain
+    negatives (N3S): far, as in the paper; lost, as in the public collator: called wrong, but the record's own
+    text reaches the model; none."""
     settings = ("fusion_layers", "frame_drop", "lead_mask", "word_mask", "mem_target", "ets_sum", "negatives")
 
     @classmethod
@@ -1027,7 +993,7 @@ class CMELT(Method):
         self.match = nn.Linear(2 * d, 2)
 
     def fuse(self, text, text_mask, ecg):
-        """Text (B, W, d) and ecg (B, 1 + T, d) through the fusion layers -> both, and the ECG's state half-way."""
+        """Text (B, W, d), ecg (B, 1 + T, d) -> both after the fusion layers, and the ECG's half-way."""
         text, ecg, padding = text + self.modality.weight[0], ecg + self.modality.weight[1], text_mask == 0
         for i, (text_layer, ecg_layer) in enumerate(zip(self.fuse_text, self.fuse_ecg), 1):
             text, ecg = (text_layer(text, ecg, tgt_key_padding_mask=padding),
@@ -1052,8 +1018,8 @@ class CMELT(Method):
         return TextViews(None, None, F.normalize(self.pool_text(states[:, 0]), dim=1))
 
     def masked_states(self, frames, order):
-        """Projected states, class token first, of the frames that come first in order (B, T), and which frames are
-        hidden from them (B, T): 1, not 0."""
+        """Projected states, class token first, of the frames that come first in order (B, T), and which are
+        hidden (B, T): 1, not 0."""
         kept = order[:, :max(1, int(frames.shape[1] * (1 - self.config.frame_drop)))]
         tokens = self.encode_frames(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
         return self.project_ecg(tokens), torch.ones(order.shape, device=order.device).scatter(1, kept, 0)
@@ -1066,8 +1032,9 @@ class CMELT(Method):
         states, hidden = self.masked_states(frames, order)
 
         chosen, aligned = self.with_negatives(batch)
-        tokens = self.text.tokenise([join(tags) for tags in chosen])
-        ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.text.tokenizer, self.config.word_mask)
+        tokens = tokenise(self.text, [join(tags) for tags in chosen])
+        ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.text.tokenizer,
+                                 self.config.word_mask)
         words = self.project_text(self.text.run({**tokens, "input_ids": ids}).last_hidden_state)
         fused_text, fused_ecg, half = self.fuse(words, tokens["attention_mask"], states)
 
@@ -1082,8 +1049,8 @@ class CMELT(Method):
                 "ets": ets * len(e) if self.config.ets_sum else ets}
 
     def with_negatives(self, batch):
-        """Each record's text (B lists of tags), about half replaced by what a far text says and its own report does
-        not, and which are still their record's (B,) bool."""
+        """The records' texts (B lists of tags), about half replaced by what a far text says and the record's
+        does not, and which are still their own (B,) bool."""
         chosen, aligned = list(batch.chosen), torch.ones(len(batch.ids), dtype=torch.bool)
         if self.config.negatives != "none":
             number = min(len(chosen), round(0.5 * len(chosen) + torch.rand(()).item()))
@@ -1110,15 +1077,16 @@ class FrameDecoder(nn.Module):
         super().__init__()
         dim = max(1, d // 2)
         self.embed, self.mask = nn.Linear(d, dim), nn.Parameter(0.02 * torch.randn(dim))
-        angle = torch.arange(frames + 1)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10000) / dim))
+        rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000) / dim))
+        angle = torch.arange(frames + 1)[:, None] * rate
         positions = torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :dim]
         self.register_buffer("positions", positions, persistent=False)  # (1 + T, dim)
         self.blocks = nn.Sequential(*(Block(dim, heads, 4 * dim, activation=QuickGELU) for _ in range(4)))
         self.norm, self.predict = nn.LayerNorm(dim), nn.Linear(dim, 16 * leads)
 
     def forward(self, states, place):
-        """states (B, 1 + kept, d), class token first; place (B, T): where frame t stands among the kept, then the
-        dropped ones. Returns (B, T, leads * 16)."""
+        """states (B, 1 + kept, d), class token first; place (B, T): where frame t stands among the kept, then
+        the dropped ones. Returns (B, T, leads * 16)."""
         x = self.embed(states)
         dropped = self.mask.to(x.dtype).expand(len(x), place.shape[1] + 1 - x.shape[1], -1)
         frames = torch.cat([x[:, 1:], dropped], 1).gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
@@ -1127,9 +1095,8 @@ class FrameDecoder(nn.Module):
 
 
 class FarTexts:
-    """N3S: for a report, one of the 64 reports that are least like it.
-
-    texts: U different reports; vectors (U, d): what they are compared by."""
+    """N3S: for a report, one of the 64 that are least like it. texts: U different reports; vectors (U, d): by
+    which they are compared."""
 
     def __init__(self, texts, vectors, nearest=64):
         self.texts, self.row = texts, {text: i for i, text in enumerate(texts)}
@@ -1138,19 +1105,17 @@ class FarTexts:
 
     def draw(self, texts):
         """n reports, all among the U -> n far ones."""
-        if not texts:
-            return []
         cosines = self.vectors[[self.row[text] for text in texts]] @ self.vectors.T  # (n, U)
         far = cosines.topk(self.nearest, largest=False).indices.cpu()
-        return [self.texts[i] for i in far[torch.arange(len(texts)), torch.randint(self.nearest, (len(texts),))]]
+        drawn = torch.randint(self.nearest, (len(texts), 1))
+        return [self.texts[i] for i in far.gather(1, drawn)[:, 0]]
 
 
 class FGCLEP(ETP):
-    """FG-CLEP: ETP's towers and projectors under a sigmoid loss with a semantic-similarity matrix as soft targets;
-    first coarse, then fine on reports enriched by waveform features that the coarse model finds plausible.
-
-    align: rhythm, the whole record (v1); tag, besides, every tag with its own view of the ECG by cross-attention
-    over tokens (v2; lead-time patches with --encoder leadvit_*); word, besides, each word with its best token."""
+    """FG-CLEP: ETP's towers, sigmoid loss with a semantic-similarity matrix as soft targets; coarse, then
+    fine on reports enriched by waveform features that the coarse model finds plausible.
+    align: rhythm, the whole record (v1); tag, besides, every tag's cross-attention over tokens (v2; lead-time
+    patches with --encoder leadvit_*); word, besides, each word with its best token (FILIP)."""
     settings = ("max_pool", "align", "fn_mode", "similarity", "prior", "llm", "keep_share", "keep_threshold",
                 "fine_epochs", "text_pooling")
     stages = ("coarse", "fine")
@@ -1193,13 +1158,13 @@ class FGCLEP(ETP):
         return TextViews(words, None, F.normalize(self.project_text(pooled), dim=1), count)
 
     def loss(self, batch):
-        ecg = gather_views(self.encode_ecg(batch.ecg))
-        tags, chosen = gather_texts(batch.tags), gather_texts(batch.chosen)
+        ecg = gather(self.encode_ecg(batch.ecg))
+        tags, chosen = gather(batch.tags), gather(batch.chosen)
         if self.config.text_unit == "tags":  # every distinct tag of the batch, against every record
             chosen = [[tag] for tag in dict.fromkeys(tag for row in tags for tag in row)]
             text = self.encode_text([join(row) for row in chosen])  # the same in all processes
         else:
-            text = gather_views(self.encode_text(batch.texts))
+            text = gather(self.encode_text(batch.texts))
         target = self.targets(text.report, chosen, tags)  # (B, C)
         # how frequent a text is, the cosine need not say with a prior: only which records it is true of
         prior = torch.logit(target.mean(0), eps=0.5 / len(target)) if self.config.prior else 0
@@ -1215,9 +1180,9 @@ class FGCLEP(ETP):
 
     @torch.no_grad()
     def targets(self, t, chosen, tags):
-        """Soft targets S (B, C): how far text l (column) is true of record k (row), by config.similarity. tags: share
-        of the text that the record's own report contains; half: (1 + cos(t_k, t_l)) / 2, the published form, in which
-        unrelated texts get 1/2; cos: max(cos, 0). fn_mode none: the identity."""
+        """Soft targets S (B, C): how far text l is true of record k. similarity tags: share of the text that
+        the record's report contains; half: (1 + cos(t_k, t_l)) / 2, as published: unrelated texts get 1/2;
+        cos: max(cos, 0). fn_mode none: the identity."""
         if self.config.fn_mode == "none":
             return torch.eye(len(t), device=t.device)
         if self.config.similarity == "tags":
@@ -1227,11 +1192,11 @@ class FGCLEP(ETP):
 
 
 def tag_containment(chosen, tags):
-    """S[k, l] = mean over the tags a of text l of max over the tags b of record k of w(words of a in b) / w(words of a).
+    """S[k, l] = mean over tags a of text l of max over tags b of record k of w(words of a in b) / w(of a),
+    (B, C): 1 where record k says all of text l. chosen: C lists of tags, tags: B lists.
 
-    chosen: C lists of tags, tags: B lists. w sums over words log(B / number of records that use the word) (+ 0.05), so
-    that "sinus rhythm" says little of "sinus tachycardia", but "lateral ischemia" nearly all of "probable lateral
-    ischemia". Returns (B, C) float32: 1 where record k says all of text l."""
+    w sums over words log(B / records that use the word) + 0.05: "sinus rhythm" says little of "sinus
+    tachycardia", but "lateral ischemia" nearly all of "probable lateral ischemia"."""
     unique = list(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))
     split = [set(tag.replace(",", " ").split()) for tag in unique]
     words = indicator(split, sorted(set().union(*split)))                    # (U, words)
@@ -1349,19 +1314,20 @@ def flag(setting):
 def check_setting(name, value):
     """Errors: ModelError where a setting cannot have this value."""
     kind, limits = kind_of(name), get_args(TYPES[name])
-    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    kinds = (int, float) if kind is float else kind
+    fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
     allowed = {str: "a text", bool: "true or false"}.get(kind)
     if limits and kind is str:
         fits, allowed = fits and value in limits, "one of " + ", ".join(limits)
     elif limits:  # never true of NaN
         fits, allowed = fits and limits[1] <= value <= limits[2], f"from {limits[1]:g} to {limits[2]:g}"
     if not fits:
-        raise ModelError(f"{flag(name)} is {value!r}; it must be {'a whole number ' * (kind is int)}{allowed}")
+        whole = "a whole number " if kind is int else ""
+        raise ModelError(f"{flag(name)} is {value!r}; it must be {whole}{allowed}")
 
 
 def configure(method=Config.method, preset=Config.preset, **given):
-    """Config of a method: its defaults, its published recipe if preset is "paper", and over them what is given.
-
+    """Config of a method: its defaults, its published recipe if preset is paper, and over them what is given.
     Errors: ModelError for a setting that is unknown, has no such value, or belongs to other methods."""
     if method not in METHODS or preset not in ("small", "paper"):
         raise ModelError(f"unknown method or preset: {method}, {preset}; methods: {', '.join(METHODS)}; "
@@ -1371,7 +1337,8 @@ def configure(method=Config.method, preset=Config.preset, **given):
         if name not in TYPES:
             raise ModelError(f"there is no setting {name!r}")
         if (whose := owners(name)) and method not in whose:
-            raise ModelError(f"{flag(name)} is a setting of {', '.join(whose)}, not of {method}: leave it out")
+            raise ModelError(f"{flag(name)} is a setting of {', '.join(whose)}, not of {method}: leave it "
+                             "out")
     config = Config(**small | (paper if preset == "paper" else {}) | given, method=method, preset=preset)
     for name in TYPES:
         check_setting(name, getattr(config, name))
@@ -1392,32 +1359,33 @@ def settings_of(config):
 
 
 # ---- the methods by name ---------------------------------------------------------------------------------
-# name: (class, defaults at small scale, published recipe: --preset paper). Sources: METHODS 1 and 3.2; what is
-# recalled or missing there is marked in the README.
+# name: (class, defaults at small scale, published recipe: --preset paper). Sources: METHODS 1 and 3.2; what
+# is recalled or missing there is marked in the README.
 
 METHODS = {
     "etp": (ETP, dict(text_trainable_layers=0, text_unit="tag", batch_size=64), dict(
-        width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", text_max_length=256,
-        text_unit="report", batch_size=128, epochs=50, lr=2e-3, weight_decay=1e-5, lead_drop=0.0, shift=0.0)),
+        width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", lr=2e-3,
+        text_max_length=256, text_unit="report", batch_size=128, epochs=50, weight_decay=1e-5, lead_drop=0.0,
+        shift=0.0)),
     "merl": (MERL, dict(text_unit="subset", batch_size=64, lr=1e-3, epochs=16), dict(
         rate=500, normalise="record", width=1.0, patch=50, dim=256, text_model="ncbi/MedCPT-Query-Encoder",
-        text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", batch_size=1024,
-        epochs=20, lr=1e-3, weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
+        text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", epochs=20,
+        batch_size=1024, lr=1e-3, weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
     "cmelt": (CMELT, dict(
-        encoder="w2v_tiny", text_unit="tag", text_max_length=48, frame_drop=0.5, lead_mask=0.2, negatives="none",
-        batch_size=64, lr=7e-4, lead_drop=0.0, epochs=30), dict(
-        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base",
-        text_max_length=256, text_unit="report", negatives="far", frame_drop=0.75, lead_mask=0.5, batch_size=128,
-        epochs=49, lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
+        encoder="w2v_tiny", text_unit="tag", text_max_length=48, frame_drop=0.5, lead_mask=0.2, lr=7e-4,
+        negatives="none", batch_size=64, lead_drop=0.0, epochs=30), dict(
+        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", epochs=49,
+        text_max_length=256, text_unit="report", negatives="far", frame_drop=0.75, lead_mask=0.5, lr=5e-5,
+        batch_size=128, weight_decay=0.01, beta2=0.98, shift=0.0)),
     "melp": (MELP, dict(text_unit="tag", text_max_length=64, batch_size=64, lr=1e-3, epochs=16), dict(
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6,
         text_model="fuyingw/heart_bert", text_trainable_layers=6, text_max_length=127, text_unit="report",
         batch_size=256, epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),
     "fgclep": (FGCLEP, dict(text_unit="tags", max_pool=True, epochs=14, fine_epochs=4), dict(
-        normalise="lead", encoder="resnet50", width=1.0, dim=512, text_model="emilyalsentzer/Bio_ClinicalBERT",
-        text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", prior=False,
-        similarity="half", max_pool=False, keep_share=1e9, keep_threshold=0.95, batch_size=800, epochs=10,
-        fine_epochs=3, lr=2e-5, weight_decay=1e-4, lead_drop=0.0, shift=0.0)),
+        normalise="lead", encoder="resnet50", width=1.0, dim=512, text_trainable_layers=3, lr=2e-5,
+        text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="pooler", text_max_length=256, prior=False,
+        text_unit="report", similarity="half", max_pool=False, keep_share=1e9, keep_threshold=0.95,
+        batch_size=800, epochs=10, fine_epochs=3, weight_decay=1e-4, lead_drop=0.0, shift=0.0)),
     "cardiolm": (CardioLM, dict(word_mask=0.15, batch_size=32, lr=1e-3, weight_decay=0.01, epochs=8), dict(
         text_model="ncbi/MedCPT-Query-Encoder", text_max_length=512, epochs=1, lr=5e-5, warmup=0.06)),
 }

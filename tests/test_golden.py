@@ -121,7 +121,7 @@ def test_merl_loss():
 def melp():
     config = small_config("melp", encoder="w2v_base", dim=256, rate=500, beat_queries=12, caption_queries=128, decoder_layers=1,
                           text_max_length=20)
-    method = models.MELP(config, (bert(), SimpleNamespace(cls_token_id=2))).eval()
+    method = models.MELP(config, (bert(), SimpleNamespace(cls_token_id=2, bos_token_id=None))).eval()
     return evaluation.load_published(method, filled("melp_ecg_tower", "melp_text_tower"), "melp")
 
 
