@@ -1,8 +1,6 @@
-"""ECG encoders, the text tower, losses, one class a method, and its settings: everything that is learned, and
-how.
+"""ECG encoders, the text tower, losses, one class a method, and its settings: everything that is learned.
 
-Every method has the same three calls (see Method): encode_ecg, encode_text, loss. To add one, write a class
-and put its defaults into METHODS at the end of this file; train.py and eval.py need no change.
+To add a method, write a class (see Method) and put its defaults into METHODS at the end of this file.
 """
 import dataclasses
 import math
@@ -11,7 +9,6 @@ import re
 import string
 from collections import Counter
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, Optional, get_args
 
 import numpy as np
@@ -23,10 +20,7 @@ from torch.distributed.nn.functional import all_gather, all_reduce
 
 from csrc import beat_of_token, segment_beats, sigmoid_loss, token_beat_rhythm
 
-
 SECONDS = 10  # length of a record, as data.py stores it
-
-
 VERSION = "0.3.0"
 
 
@@ -37,7 +31,7 @@ class ModelError(ValueError):
 class EcgViews(NamedTuple):
     """An ECG at three scales; a method fills in the ones it uses."""
     tokens: Optional[torch.Tensor]  # (B, T, D) encoder time steps
-    beats: Optional[torch.Tensor]   # (B, K, dim) beats, or patches
+    beats: Optional[torch.Tensor]   # (B, K, dim) beats, or patches in their place (FG-CLEP)
     rhythm: torch.Tensor            # (B, dim) whole record, L2-normalised
     beat_count: Optional[torch.Tensor] = None  # (B,) beats that are real; None: all
 
@@ -54,8 +48,8 @@ class TextViews(NamedTuple):
 class Batch(NamedTuple):
     """What a method's loss sees: B records of one process."""
     ecg: torch.Tensor  # (B, L, N) float32 mV
-    chosen: list       # B lists of tags: what is said of the record in this step (train.py, text_unit)
-    tags: list         # B lists of tags: everything the record's report says
+    chosen: list       # B lists of tags: the record's text in this step (--text-unit)
+    tags: list         # B lists of tags: the record's whole report
     ids: list          # B record names, for messages
     peaks: torch.Tensor  # (B, K) int32 R peaks in samples of ecg, -1 behind the last
 
@@ -69,9 +63,9 @@ def join(tags):
     return ". ".join(tags)
 
 
-# ---- several processes -------------------------------------------------------------------------------------
-# Features are gathered WITH gradient and every process computes the loss of the whole batch. The backward pass of
-# all_gather sums over processes and DDP averages parameter gradients, so the result is that of one process.
+# ---- several processes -----------------------------------------------------------------------------------
+# Every process gathers the features WITH gradient and computes the loss of the whole batch. all_gather sums
+# gradients over processes and DDP averages those of parameters: the result is that of one process.
 
 def world():
     """Number of processes that train together."""
@@ -79,106 +73,86 @@ def world():
 
 
 def gather(x):
-    """(B, ...) of this process -> (B * world, ...) of all, in order of rank, differentiable."""
-    return torch.cat(all_gather(x.contiguous()), 0) if world() > 1 else x
-
-
-def gather_texts(items):
-    """A list of this process -> the concatenated list of all, in order of rank."""
-    if world() == 1:
-        return items
-    parts = [None] * world()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def gather_ragged(x):
-    """gather of (B, N, D), where N may differ between processes: padded with zeros to the longest."""
-    if world() == 1:
+    """What this process has -> what all have, in order of rank: a list, a tensor (B, ...), differentiable, or
+    views. The N of (B, N, D) may differ between processes: padded with zeros to the longest."""
+    if world() == 1 or x is None:
         return x
-    longest = torch.tensor(x.shape[1], device=x.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    return gather(F.pad(x, (0, 0, 0, int(longest) - x.shape[1])))
-
-
-def gather_views(views):
-    """EcgViews or TextViews of this process -> of all."""
-    return type(views)(*(None if x is None else gather_ragged(x) if x.dim() == 3 else gather(x) for x in views))
+    if isinstance(x, tuple):
+        return type(x)(*map(gather, x))
+    if isinstance(x, list):
+        parts = [None] * world()
+        dist.all_gather_object(parts, x)
+        return sum(parts, [])
+    if x.dim() == 3:
+        longest = torch.tensor(x.shape[1], device=x.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        x = F.pad(x, (0, 0, 0, int(longest) - x.shape[1]))
+    return torch.cat(all_gather(x.contiguous()))
 
 
 def mean_over_all(total, count):
-    """Mean over all processes of what each has summed up: total (differentiable) / count, both scalars; 0 of nothing."""
-    count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
+    """Sum (differentiable scalar) and number of this process' items -> mean of all processes', 0 of none."""
+    count = count.to(total.dtype)
     if world() > 1:
         total, count = all_reduce(total), all_reduce(count)
     return total / count.clamp(min=1)
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d whose training statistics are those of the batch of ALL processes (also on CPU, where
+    """BatchNorm1d with the statistics of the batch of ALL processes in training (also on CPU, where
     nn.SyncBatchNorm cannot run); with one process exactly nn.BatchNorm1d. x: (B, C) or (B, C, T)."""
 
     def forward(self, x):
         if world() == 1 or not self.training:
             return super().forward(x)
-        axes = [0] if x.dim() == 2 else [0, 2]
-        shape = (1, -1) if x.dim() == 2 else (1, -1, 1)
-        f = x.float()
+        f, axes = x.float(), [0] if x.dim() == 2 else [0, 2]
         count = f.numel() / f.shape[1] * world()
-        mean = all_reduce(f.sum(axes)) / count                             # (C,)
-        var = all_reduce((f - mean.view(shape)).square().sum(axes)) / count  # two passes: no cancellation
+        mean = all_reduce(f.sum(axes, keepdim=True)) / count                   # (1, C) or (1, C, 1)
+        var = all_reduce((f - mean).square().sum(axes, keepdim=True)) / count  # two passes: no cancellation
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        f = (f - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
-        return (f * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+        weight, bias = self.weight.view(mean.shape), self.bias.view(mean.shape)
+        return ((f - mean) * torch.rsqrt(var + self.eps) * weight + bias).to(x.dtype)
 
 
-# ---- ECG encoders: (B, leads, N) -> tokens (B, T, dim) ---------------------------------------------------------
+# ---- ECG encoders: (B, leads, N) -> tokens (B, T, dim) ---------------------------------------------------
 
 def normalise(ecg, how):
     """Scale ECGs for an encoder. ecg (B, L, N) mV -> (B, L, N).
 
-    mv: millivolts, clipped at 5 mV: amplitudes keep their meaning (hypertrophy, low voltage). record: min-max over all
-    leads to [0, 1] (MERL, MELP). lead: min-max of each lead to [-1, 1], a flat lead becomes 0 (FG-CLEP's authors)."""
+    mv: clipped at 5 mV; amplitudes keep their meaning (hypertrophy, low voltage). record: min-max over all
+    leads to [0, 1] (MERL, MELP). lead: min-max of each to [-1, 1], a flat lead becomes 0 (FG-CLEP)."""
     if how == "mv":
         return ecg.clamp(-5, 5)
     axes = (1, 2) if how == "record" else (2,)
     low, high = ecg.amin(axes, keepdim=True), ecg.amax(axes, keepdim=True)
     scaled = (ecg - low) / (high - low).clamp_min(1e-6)
-    if how == "record":
-        return scaled
-    return torch.where(high > low, 2 * scaled - 1, 0.0)
+    return scaled if how == "record" else torch.where(high > low, 2 * scaled - 1, 0.0)
 
 
 class ResNet1d(nn.Module):
-    """1-D ResNet of MERL (METHODS 1.2): stem conv 7/2 WITHOUT max-pooling, stages of stride 1/2/2/2, 16 samples a token.
-
-    depth 18/34 (basic blocks) or 50/101 (bottlenecks); width scales every channel count; any leads, any length."""
+    """1-D ResNet of MERL: stem WITHOUT max-pooling, 16 samples a token. depth 18/34 (basic blocks) or 50/101
+    (bottlenecks); width scales every channel count."""
     BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
     def __init__(self, depth=18, leads=12, width=1.0):
         super().__init__()
         widths = [max(8, int(c * width)) for c in (64, 128, 256, 512)]
-        bottleneck = depth >= 50
-        self.conv1 = nn.Conv1d(leads, widths[0], 7, stride=2, padding=3, bias=False)
-        self.bn1 = BatchNorm(widths[0])
-        channels, stages = widths[0], []
-        for i, (c, n) in enumerate(zip(widths, self.BLOCKS[depth])):
-            blocks = []
-            for j in range(n):
-                block = ResBlock(channels, c, 2 if i and not j else 1, bottleneck)
-                blocks.append(block)
-                channels = block.out
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.dim = channels
+        self.dim = widths[0]
+        self.conv1 = nn.Conv1d(leads, self.dim, 7, stride=2, padding=3, bias=False)
+        self.bn1 = BatchNorm(self.dim)
+        for i, (c, blocks) in enumerate(zip(widths, self.BLOCKS[depth]), 1):
+            stage = nn.Sequential()
+            for j in range(blocks):
+                stage.append(ResBlock(self.dim, c, 2 if i > 1 and j == 0 else 1, bottleneck=depth >= 50))
+                self.dim = stage[-1].out
+            self.add_module(f"layer{i}", stage)
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))  # (B, C, N/2)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.transpose(1, 2)             # (B, N/16, dim)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).transpose(1, 2)  # (B, N/16, dim)
 
 
 class ResBlock(nn.Module):
@@ -193,51 +167,17 @@ class ResBlock(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(b) for _, b, _, _ in plan)
         self.shortcut = nn.Sequential()
         if stride != 1 or cin != self.out:
-            self.shortcut = nn.Sequential(nn.Conv1d(cin, self.out, 1, stride, bias=False), BatchNorm(self.out))
+            self.shortcut.extend([nn.Conv1d(cin, self.out, 1, stride, bias=False), BatchNorm(self.out)])
 
     def forward(self, x):
         h = x
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            h = norm(conv(h))
-            if i < len(self.convs) - 1:
-                h = F.relu(h)
+            h = norm(conv(F.relu(h) if i else h))
         return F.relu(h + self.shortcut(x))
 
 
-def at_length(positions, n):
-    """Learned positions (1, P, D) for n tokens: as they are, or linearly interpolated where a record is longer or shorter."""
-    if positions.shape[1] == n:
-        return positions
-    return F.interpolate(positions.transpose(1, 2), n, mode="linear", align_corners=False).transpose(1, 2)
-
-
-class ViT1d(nn.Module):
-    """1-D vision transformer of MERL (METHODS 1.2): patches over all leads, learned positions, pre-norm
-    blocks, a LayerNorm. (MERL itself pools before it, from `states`.)
-
-    samples and patch set the number of learned positions; other lengths interpolate them; a last incomplete
-    patch is dropped."""
-    SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "middle": (512, 8, 2048), "base": (768, 12, 3072)}
-
-    def __init__(self, size="tiny", leads=12, samples=5000, patch=50, depth=12):
-        super().__init__()
-        self.dim, heads, hidden = self.SIZES[size]
-        self.patch = nn.Conv1d(leads, self.dim, patch, stride=patch, bias=False)
-        self.positions = nn.Parameter(torch.randn(1, samples // patch, self.dim))
-        self.blocks = nn.Sequential(*(Block(self.dim, heads, hidden) for _ in range(depth)))
-        self.norm = nn.LayerNorm(self.dim)
-
-    def states(self, x):
-        """Tokens (B, T, dim) before the last LayerNorm."""
-        x = self.patch(x).transpose(1, 2)  # (B, T, dim)
-        return self.blocks(x + at_length(self.positions, x.shape[1]))
-
-    def forward(self, x):
-        return self.norm(self.states(x))
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block: attention to itself or to a context, then a perceptron. x (B, T, D), context (B, N, D)."""
+    """Pre-norm transformer block: x (B, T, D) attends to itself or to a context (B, N, D), then an MLP."""
 
     def __init__(self, dim, heads, hidden, cross=False, activation=nn.GELU):
         super().__init__()
@@ -253,14 +193,43 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class QuickGELU(nn.Module):
+def heads_for(dim, most):
+    """Attention heads: as many as divide dim, at most `most`."""
+    return next(heads for heads in range(max(1, most), 0, -1) if dim % heads == 0)
+
+
+def at_length(positions, n):
+    """Learned positions (1, P, D) for n tokens: linearly interpolated where a record is longer or shorter."""
+    if positions.shape[1] == n:
+        return positions
+    return F.interpolate(positions.transpose(1, 2), n, mode="linear", align_corners=False).transpose(1, 2)
+
+
+class ViT1d(nn.Module):
+    """1-D vision transformer of MERL: patches over all leads; a last incomplete patch is dropped."""
+    SIZES = {"tiny": (192, 3, 768), "small": (384, 6, 1536), "middle": (512, 8, 2048),
+             "base": (768, 12, 3072)}  # width, heads, hidden
+
+    def __init__(self, size="tiny", leads=12, samples=5000, patch=50, depth=12):
+        super().__init__()
+        self.dim, heads, hidden = self.SIZES[size]
+        self.patch = nn.Conv1d(leads, self.dim, patch, stride=patch, bias=False)
+        self.positions = nn.Parameter(torch.randn(1, samples // patch, self.dim))
+        self.blocks = nn.Sequential(*(Block(self.dim, heads, hidden) for _ in range(depth)))
+        self.norm = nn.LayerNorm(self.dim)
+
+    def states(self, x):
+        """Tokens (B, T, dim) before the last LayerNorm, where MERL pools them."""
+        x = self.patch(x).transpose(1, 2)  # (B, T, dim)
+        return self.blocks(x + at_length(self.positions, x.shape[1]))
+
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return self.norm(self.states(x))
 
 
 class LeadViT(nn.Module):
-    """Vision transformer over lead-time patches (METHODS 1.5: FG-CLEP v2, its authors' later code): each patch is a window of
-    one lead, with a learned embedding of its lead and of its time. Tokens (B, leads * windows, dim), lead by lead."""
+    """Vision transformer over lead-time patches (FG-CLEP v2): a patch is a window of one lead, with learned
+    embeddings of lead and time. Tokens (B, leads * windows, dim), lead by lead."""
 
     def __init__(self, size="tiny", leads=12, samples=1000, patch=100, depth=12):
         super().__init__()
@@ -273,33 +242,33 @@ class LeadViT(nn.Module):
         self.norm = nn.LayerNorm(self.dim)
 
     def forward(self, x):
-        x = self.embed(x.unfold(2, self.patch, self.patch))                       # (B, L, windows, dim)
+        x = self.embed(x.unfold(2, self.patch, self.patch))                        # (B, L, windows, dim)
         x = (x + self.lead + at_length(self.positions, x.shape[2])).flatten(1, 2)  # (B, L * windows, dim)
         return self.norm(self.blocks(x))
 
 
 class ConvTransformer(nn.Module):
-    """wav2vec 2.0 tower of MELP and D-BETA (METHODS 1.3, 1.4): four convolutions of width and stride 2, 16 samples a frame, a
-    convolution that says where a frame is, post-norm transformer layers. embed and encode are apart, so that frames can be dropped
-    in between."""
-    SIZES = {"tiny": (64, 128, 4, 4, 31, 0.1), "small": (128, 256, 6, 8, 63, 0.1), "base": (256, 768, 8, 12, 128, 0.1)}
+    """wav2vec 2.0 tower of MELP and D-BETA: convolutions (16 samples a frame), one more that gives positions,
+    post-norm transformer layers. embed and encode are apart, so that frames can be dropped in between."""
+    SIZES = {"tiny": (64, 128, 4, 4, 31), "small": (128, 256, 6, 8, 63), "base": (256, 768, 8, 12, 128)}
 
-    def __init__(self, size="base", leads=12):
+    def __init__(self, size="base", leads=12, dropout=0.1):
         super().__init__()
-        channels, self.dim, depth, heads, reach, dropout = self.SIZES[size]
-        first = [nn.Conv1d(leads, channels, 2, stride=2, bias=False), nn.GroupNorm(channels, channels), nn.GELU()]
-        others = [m for _ in range(3) for m in (nn.Conv1d(channels, channels, 2, stride=2, bias=False), nn.GELU())]
-        self.stem = nn.Sequential(*first, *others)
+        channels, self.dim, depth, heads, reach = self.SIZES[size]
+        self.stem = nn.Sequential(nn.Conv1d(leads, channels, 2, stride=2, bias=False),
+                                  nn.GroupNorm(channels, channels), nn.GELU())
+        for _ in range(3):
+            self.stem.append(nn.Conv1d(channels, channels, 2, stride=2, bias=False)).append(nn.GELU())
         self.norm_stem, self.project = nn.LayerNorm(channels), nn.Linear(channels, self.dim)
         place = nn.Conv1d(self.dim, self.dim, reach, padding=reach // 2, groups=16)
         nn.init.normal_(place.weight, std=2 / math.sqrt(reach * self.dim))
         self.place = nn.utils.parametrizations.weight_norm(place, dim=2)
         self.norm, self.dropout = nn.LayerNorm(self.dim), nn.Dropout(dropout)
-        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(self.dim, heads, 4 * self.dim, dropout, "gelu", batch_first=True)
-                                      for _ in range(depth)))
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(
+            self.dim, heads, 4 * self.dim, dropout, "gelu", batch_first=True) for _ in range(depth)))
 
     def embed(self, x):
-        """(B, leads, N) -> frames (B, N // 16, dim) with their places."""
+        """(B, leads, N) -> frames (B, N // 16, dim) with their positions."""
         x = self.dropout(self.project(self.norm_stem(self.stem(x).transpose(1, 2))))
         place = self.place(x.transpose(1, 2))[:, :, :x.shape[1]]  # an even width gives one too many
         return x + F.gelu(place).transpose(1, 2)
@@ -311,67 +280,29 @@ class ConvTransformer(nn.Module):
         return self.encode(self.embed(x))
 
 
-ENCODERS = [*(f"resnet{depth}" for depth in ResNet1d.BLOCKS), *(f"vit_{size}" for size in ViT1d.SIZES),
-            *(f"leadvit_{size}" for size in ViT1d.SIZES), *(f"w2v_{size}" for size in ConvTransformer.SIZES)]
+ENCODERS = {f"{prefix}{size}": (cls, size) for prefix, cls, sizes in (
+    ("resnet", ResNet1d, ResNet1d.BLOCKS), ("vit_", ViT1d, ViT1d.SIZES), ("leadvit_", LeadViT, ViT1d.SIZES),
+    ("w2v_", ConvTransformer, ConvTransformer.SIZES)) for size in sizes}
 
 
 def build_encoder(name, leads, samples, width=1.0, patch=50):
     """ECG encoder by name, one of ENCODERS. Errors: ModelError."""
     if name not in ENCODERS:
         raise ModelError(f"unknown ECG encoder {name!r}: use {', '.join(ENCODERS)}")
-    kind, _, size = name.partition("_")
-    if kind in ("vit", "leadvit"):
-        return (ViT1d if kind == "vit" else LeadViT)(size, leads, samples, patch)
-    return ConvTransformer(size, leads) if kind == "w2v" else ResNet1d(int(name[6:]), leads, width)
+    cls, size = ENCODERS[name]
+    if cls is ResNet1d:
+        return ResNet1d(size, leads, width)
+    return ConvTransformer(size, leads) if cls is ConvTransformer else cls(size, leads, samples, patch)
 
 
-def heads_for(dim, most):
-    """Attention heads: as many as divide dim, at most `most`."""
-    return next(heads for heads in range(max(1, most), 0, -1) if dim % heads == 0)
-
-
-class QueryPool(nn.Module):
-    """CoCa's attention pooling (METHODS 1.4): n learned queries ask all tokens. (B, T, tokens) -> (B, n, dim), normalised."""
-
-    def __init__(self, n, dim, tokens, heads=8):
-        super().__init__()
-        self.query = nn.Parameter(torch.randn(n, dim))
-        heads = heads_for(dim, heads)
-        self.attention = nn.MultiheadAttention(dim, heads, kdim=tokens, vdim=tokens, batch_first=True)
-        self.norm_query, self.norm_context, self.norm = nn.LayerNorm(dim), nn.LayerNorm(tokens), nn.LayerNorm(dim)
-
-    def forward(self, x):
-        x, q = self.norm_context(x), self.norm_query(self.query).expand(len(x), -1, -1)
-        return self.norm(self.attention(q, x, x, need_weights=False)[0])
-
-
-class AttentionPool(nn.Module):
-    """MERL's pooling head: a learned class token asks all tokens. (B, T, dim) -> (B, dim).
-
-    Position 0 is added to the class token twice, as in the published code (golden vectors agree only so)."""
-
-    def __init__(self, tokens, dim, heads=4):
-        super().__init__()
-        self.positions = nn.Parameter(torch.randn(1, tokens + 1, dim) / dim)
-        self.cls = nn.Parameter(torch.randn(1, 1, dim))
-        self.attention = nn.MultiheadAttention(dim, heads_for(dim, heads), batch_first=True)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        first, rest = self.positions[:, :1], at_length(self.positions[:, 1:], x.shape[1])
-        cls = (self.cls + 2 * first).expand(len(x), -1, -1)
-        x = torch.cat([cls, x + rest], 1)  # (B, 1 + T, dim)
-        return self.out(self.attention(x[:, :1], x, x, need_weights=False)[0])[:, 0]
-
-
-# ---- text tower ------------------------------------------------------------------------------------------------
+# ---- text tower ------------------------------------------------------------------------------------------
 
 class TextTower(nn.Module):
-    """Any Hugging Face encoder as a text tower: list of B strings -> (B, dim).
+    """Any Hugging Face encoder as a text tower: list of B strings -> (B, dim). Equal texts are encoded once.
 
-    trainable_layers: -1 all, 0 frozen (no gradient, no dropout), n the last n layers (embeddings stay frozen).
-    pooling: mean (over words, without [CLS] and [SEP]), cls (the first piece), or pooler (the model's own). mask=False lets the
-    padding be attended to, as D-BETA does. Equal texts are encoded once; padding goes only to the longest text of the batch."""
+    trainable_layers: -1 all, 0 frozen (no gradient, no dropout), n the last n (embeddings stay frozen).
+    pooling: mean (over words, without [CLS] and [SEP]), cls (the first piece), or pooler (the model's own).
+    mask=False lets the padding be attended to, as D-BETA does."""
 
     def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="mean", max_length=256, mask=True):
         super().__init__()
@@ -391,96 +322,35 @@ class TextTower(nn.Module):
     def train(self, mode=True):
         return super().train(mode and not self.frozen)
 
-    def tokenise(self, texts, **options):
-        return tokenise(self.tokenizer, texts, self.max_length, next(self.lm.parameters()).device, **options)
-
-    def run(self, tokens, **options):
-        """The language model's output for tokenise's tensors; options: other inputs of it."""
-        seen = {"attention_mask": tokens["attention_mask"]} if self.mask else {}
+    def run(self, tokens, **inputs):
+        """The language model's output for tokenise's tensors; inputs: others that it takes."""
+        if self.mask:
+            inputs["attention_mask"] = tokens["attention_mask"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.lm(input_ids=tokens["input_ids"], **seen, **options)
+            return self.lm(input_ids=tokens["input_ids"], **inputs)
 
     def encode(self, texts):
-        """U different strings -> (states (U, W, D), which are words (U, W) bool, pooled (U, D))."""
-        tokens = self.tokenise(texts)
+        """B strings -> (states (B, W, D), which are words (B, W) bool, pooled (B, D))."""
+        unique, rows = distinct(texts)
+        tokens = tokenise(self, unique)
         out, words = self.run(tokens), tokens["words"]
+        states = out.last_hidden_state
         if self.pooling == "mean":  # of a two-word statement, half would be special tokens, the same in all
-            pooled = masked_mean(out.last_hidden_state, words)
+            pooled = masked_mean(states, words)
         else:
-            pooled = out.pooler_output if self.pooling == "pooler" else out.last_hidden_state[:, 0]
-        return out.last_hidden_state, words, pooled
+            pooled = out.pooler_output if self.pooling == "pooler" else states[:, 0]
+        return states[rows], words[rows], pooled[rows]
 
     def forward(self, texts):
-        unique, rows = distinct(texts)
-        return self.encode(unique)[2][rows]  # (B, dim)
+        return self.encode(texts)[2]
 
 
-def tokenise(tokenizer, texts, max_length, device, **options):
-    """B strings -> the tokenizer's tensors (B, W), with which of them are words (not [CLS], [SEP], padding) as "words"."""
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_special_tokens_mask=True,
-                       return_tensors="pt", **options).to(device)
+def tokenise(tower, texts, **options):
+    """B strings -> the tensors (B, W) of a tower's tokenizer, with "words": not [CLS], [SEP] or padding."""
+    tokens = tower.tokenizer(texts, padding=True, truncation=True, max_length=tower.max_length, **options,
+                             return_special_tokens_mask=True, return_tensors="pt").to(tower.lm.device)
     tokens["words"] = tokens.pop("special_tokens_mask") == 0
     return tokens
-
-
-class CausalText(NamedTuple):
-    """What CausalTower gives: U different texts of up to W pieces."""
-    ids: torch.Tensor        # (U, W)
-    mask: torch.Tensor       # (U, W) 1 where not padding
-    states: torch.Tensor     # (U, W, D), each of what stands before and at it
-    report: torch.Tensor     # (U, D) the whole text
-    sentences: torch.Tensor  # (U, S, D) mean over the pieces of a sentence
-    sentence_count: torch.Tensor  # (U,)
-
-
-class CausalTower(TextTower):
-    """MELP's text tower (METHODS 1.4): a BERT that sees only what stands before, as its caption decoder must; a [CLS] at the very
-    end (its position: max_length) sees the whole text. Errors: ModelError where the model cannot be made causal."""
-
-    def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="cls", max_length=128, mask=True):
-        super().__init__(lm, tokenizer, trainable_layers, "cls", max_length, mask)
-        self.max_length = min(self.max_length, getattr(lm.config, "max_position_embeddings", max_length + 1) - 1)
-        lm.config.is_decoder, lm.config.use_cache = True, False
-        for module in lm.modules():
-            if hasattr(module, "is_causal"):
-                module.is_causal = True
-        probe = torch.tensor([[0, 1, 2, 0], [0, 1, 3, 0]], device=next(lm.parameters()).device)
-        seen = torch.tensor([[1, 1, 1, 0]] * 2, device=probe.device)  # some models are causal only where nothing is padded
-        was = lm.training
-        with torch.no_grad():
-            states = lm.eval()(input_ids=probe, attention_mask=seen).last_hidden_state
-        lm.train(was)
-        change = (states[1] - states[0]).norm(dim=1)  # of each state, by the third piece
-        if change[:2].max() > 1e-5 * change[2]:
-            raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, as MELP needs: use a BERT")
-
-    @property
-    def first(self):
-        """The piece that a text begins with: [CLS], or the [BOS] that the authors' tokenizer has besides."""
-        tokenizer = self.tokenizer
-        return tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-    def run(self, tokens):
-        """ids, mask (U, W) -> (states (U, W, D), report (U, D))."""
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        ids = F.pad(ids, (0, 1), value=self.tokenizer.cls_token_id)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).clone()
-        positions[:, -1] = self.max_length  # wherever the padding of this batch ends
-        out = super().run({"input_ids": ids, "attention_mask": F.pad(mask, (0, 1), value=1)}, position_ids=positions)
-        return out.last_hidden_state[:, :-1], out.last_hidden_state[:, -1]
-
-    def encode(self, texts):
-        """U different strings -> CausalText."""
-        tokens = self.tokenise(texts, return_offsets_mapping=True)
-        tokens["input_ids"][:, 0] = self.first
-        states, report = self.run(tokens)
-        sentence = sentence_of_piece(texts, tokens["offset_mapping"], tokens["words"])
-        return CausalText(tokens["input_ids"], tokens["attention_mask"], states, report, *sentence_means(states, sentence))
-
-    def forward(self, texts):
-        """B strings -> CausalText of B rows."""
-        unique, rows = distinct(texts)
-        return CausalText(*(part[rows] for part in self.encode(unique)))
 
 
 def distinct(texts):
@@ -494,69 +364,149 @@ def masked_mean(x, real):
     return (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
 
-def sentence_of_piece(texts, offsets, words):
-    """The number of the sentence that a word piece is in, -1 for special ones. offsets (U, W, 2): its first and last character.
+class CausalText(NamedTuple):
+    """What CausalTower.encode gives: B texts of up to W pieces."""
+    ids: torch.Tensor        # (B, W)
+    mask: torch.Tensor       # (B, W) 1 where not padding
+    report: torch.Tensor     # (B, D) the whole text, what forward gives
+    states: torch.Tensor     # (B, W, D), each of the text up to its piece
+    sentences: torch.Tensor  # (B, S, D) mean over the pieces of a sentence
+    sentence_count: torch.Tensor  # (B,)
 
-    A sentence ends with a full stop and a space, as join puts them: "0.5" is not split, and a text without a full stop is one."""
+    def at(self, rows):
+        return CausalText(*(part[rows] for part in self))
+
+
+class CausalTower(TextTower):
+    """MELP's text tower: a BERT with causal attention, as its caption decoder needs; a [CLS] at the very end
+    (position max_length) sees the whole text. Errors: ModelError where the model cannot be made causal."""
+
+    def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="cls", max_length=128, mask=True):
+        super().__init__(lm, tokenizer, trainable_layers, "cls", max_length, mask)
+        positions = getattr(lm.config, "max_position_embeddings", max_length + 1)
+        self.max_length = min(max_length, positions - 1)
+        lm.config.is_decoder, lm.config.use_cache = True, False
+        for module in lm.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = True
+        probe = torch.tensor([[0, 1, 2, 0], [0, 1, 3, 0]], device=next(lm.parameters()).device)
+        mask = torch.tensor([[1, 1, 1, 0]] * 2, device=probe.device)  # some are causal only without padding
+        training = lm.training
+        with torch.no_grad():
+            a, b = lm.eval()(input_ids=probe, attention_mask=mask).last_hidden_state
+        lm.train(training)
+        change = (b - a).norm(dim=1)  # of each state, by the third piece
+        if change[:2].max() > 1e-5 * change[2]:
+            raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, as "
+                             "MELP needs: use a BERT")
+        # a text begins with [CLS], or with the [BOS] that the authors' tokenizer has besides
+        self.first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def run(self, tokens):
+        """ids, mask (B, W) -> (states (B, W, D), report (B, D))."""
+        ids = F.pad(tokens["input_ids"], (0, 1), value=self.tokenizer.cls_token_id)
+        mask = F.pad(tokens["attention_mask"], (0, 1), value=1)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).clone()
+        positions[:, -1] = self.max_length  # wherever the padding of this batch ends
+        out = super().run({"input_ids": ids, "attention_mask": mask}, position_ids=positions)
+        return out.last_hidden_state[:, :-1], out.last_hidden_state[:, -1]
+
+    def encode(self, texts):
+        """B strings -> CausalText."""
+        unique, rows = distinct(texts)
+        tokens = tokenise(self, unique, return_offsets_mapping=True)
+        tokens["input_ids"][:, 0] = self.first
+        states, report = self.run(tokens)
+        sentence = sentence_of_piece(unique, tokens["offset_mapping"], tokens["words"])
+        return CausalText(tokens["input_ids"], tokens["attention_mask"], report, states,
+                          *sentence_means(states, sentence)).at(rows)
+
+
+def sentence_of_piece(texts, offsets, words):
+    """Number of each piece's sentence (B, W), -1 for special ones. ". " ends one, as join puts it; "0.5" does
+    not. offsets (B, W, 2): a piece's first and last character."""
     ends = [[m.end() for m in re.finditer(r"\. ", text)] for text in texts]
     rows = [np.searchsorted(end, start, "right") for end, start in zip(ends, offsets[:, :, 0].cpu().numpy())]
-    return torch.where(words, torch.from_numpy(np.stack(rows)).to(words.device), -1)  # (U, W)
+    return torch.where(words, torch.from_numpy(np.stack(rows)).to(words.device), -1)
 
 
 def sentence_means(states, sentence):
-    """states (U, W, D), sentence (U, W), -1 for none -> mean of each sentence's states (U, S, D) and their number (U,)."""
+    """states (B, W, D), sentence (B, W), -1 for none -> mean state of each (B, S, D), their number (B,)."""
     count = sentence.amax(1) + 1
-    mine = sentence[:, None] == torch.arange(max(1, int(count.max())), device=sentence.device)[:, None]  # (U, S, W)
-    return (mine / mine.sum(2, keepdim=True).clamp(min=1)).to(states.dtype) @ states, count
+    index = torch.arange(max(1, int(count.max())), device=sentence.device)[:, None]
+    member = sentence[:, None] == index  # (B, S, W)
+    return (member / member.sum(2, keepdim=True).clamp(min=1)).to(states.dtype) @ states, count
 
 
 def first_rows(x, real):
-    """Move the real rows of x (B, N, D) to the front: (B, longest, D), zeros behind, and their number (B,)."""
+    """x (B, N, D), real (B, N) -> its real rows in front (B, longest, D), zeros behind, their number (B,)."""
     count = real.sum(1)
-    order = (~real).int().argsort(dim=1, stable=True)[:, :int(count.max())]
-    kept = x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
-    return kept * real.gather(1, order)[:, :, None], count
+    return nn.utils.rnn.pad_sequence(x[real].split(count.tolist()), batch_first=True), count
 
 
 def mask_words(ids, words, tokenizer, share):
-    """Hide a share of the words (Devlin et al. 2019: of these 80 % behind the mask, 10 % behind a random piece, 10 % left).
-
-    ids (B, W), words (B, W) bool -> (masked ids, labels with -100 where nothing is to be told). A T5's mask is its first sentinel."""
-    mask = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.convert_tokens_to_ids("<extra_id_0>")
-    chosen = (torch.rand(ids.shape, device=ids.device) < share) & words
+    """Hide a share of the words as BERT does: 80 % behind the mask (T5: first sentinel), 10 % behind another
+    piece, 10 % left. ids, words (B, W) -> (masked ids, labels: -100 where nothing is hidden)."""
+    mask = tokenizer.mask_token_id
+    if mask is None:
+        mask = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    hidden = (torch.rand(ids.shape, device=ids.device) < share) & words
     kind = torch.rand(ids.shape, device=ids.device)
     other = torch.randint(len(tokenizer), ids.shape, device=ids.device)
-    masked = torch.where(chosen & (kind < 0.8), mask, torch.where(chosen & (kind >= 0.9), other, ids))
-    return masked, ids.masked_fill(~chosen, -100)
+    masked = torch.where(hidden & (kind < 0.8), mask, torch.where(hidden & (kind >= 0.9), other, ids))
+    return masked, ids.masked_fill(~hidden, -100)
 
+
+# ---- text models -----------------------------------------------------------------------------------------
 
 def load_text_model(name, head="AutoModel"):
-    """(encoder, tokenizer) of a Hugging Face name or folder, or of a run of --method cardiolm; of a T5 the encoder half.
-
-    head: the transformers class that loads it. Errors: ModelError where there is none, or it lacks words or
-    layers."""
-    import transformers
+    """(encoder, tokenizer) of a Hugging Face name or folder, or a cardiolm run. head: class of transformers.
+    Errors: ModelError where there is none, or it lacks words or layers."""
     name = text_model_name(name)
     try:
-        if os.path.isdir(name) and not all(os.path.isfile(one) or os.path.isdir(one) for one in os.scandir(name)):
+        if os.path.isdir(name) and not all(os.path.isfile(x) or os.path.isdir(x) for x in os.scandir(name)):
             raise OSError("it holds a pipe, a device or a dead link")
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        lm, found = getattr(transformers, head_for(config, head)).from_pretrained(
-            name, trust_remote_code=False, output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        auto, _, tokenizer = architecture(name, head)
+        lm, info = auto.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # transformers, safetensors and the hub fail in many ways on what is wrong
         raise ModelError(f"text model {name!r} is neither a folder with a whole model nor to be had from the "
                          f"Hugging Face hub: {first_line(error)}") from error
-    lacking = sorted(found["missing_keys"])
-    body = [key for key in lacking if (head == "AutoModel" or key.startswith(lm.base_model_prefix + "."))
-            and "pooler." not in key and not key.endswith("position_ids")]
-    if body:
-        raise ModelError(f"text model {name!r}: its file lacks {len(body)} weights, such as "
-                         f"{', '.join(body[:3])}: it is of another model or cut off")
-    if lacking:
-        print(f"text model {name}: new, since not in its file: {len(lacking)} weights, such as {lacking[0]}")
-    lm.new_pooler = any("pooler." in key for key in lacking)
+    missing = sorted(info["missing_keys"])
+    needed = [key for key in missing if (head == "AutoModel" or key.startswith(lm.base_model_prefix + "."))
+              and "pooler." not in key and not key.endswith("position_ids")]
+    if needed:
+        raise ModelError(f"text model {name!r}: its file lacks {len(needed)} weights, such as "
+                         f"{', '.join(needed[:3])}: it is of another model or cut off")
+    if missing:
+        print(f"text model {name}: new, since not in its file: {len(missing)} weights, such as {missing[0]}")
+    lm.new_pooler = any("pooler." in key for key in missing)
     return lm, check_tokenizer(tokenizer, lm.config, name)
+
+
+def rebuild_text_model(folder, head="AutoModel"):
+    """(encoder with random weights, tokenizer) that save_text_model wrote. Errors: ModelError."""
+    try:
+        auto, config, tokenizer = architecture(folder, head)
+        lm = auto.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise ModelError(f"{folder}: damaged or missing ({first_line(error)}); copy it again") from error
+    return lm, check_tokenizer(tokenizer, config, str(folder))
+
+
+def save_text_model(lm, tokenizer, folder):
+    """Write the tokenizer and the architecture of a text model; its weights are in the run's own."""
+    tokenizer.save_pretrained(folder)
+    lm.config.save_pretrained(folder)
+
+
+def architecture(name, head):
+    """(transformers class, its config, tokenizer) of a text model; of a T5, the encoder half."""
+    import transformers
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a saved half is no pair
+        head = "AutoModelForTextEncoding"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return getattr(transformers, head), config, tokenizer
 
 
 def text_model_name(name):
@@ -578,8 +528,7 @@ def first_line(error):
 
 
 def check_tokenizer(tokenizer, config, name):
-    """tokenizer, if it is the model's: no more pieces than that has, and not every word unknown. Errors:
-    ModelError."""
+    """tokenizer. Errors: ModelError where it is not the model's: too many pieces, or all unknown."""
     pieces, probe = len(tokenizer), tokenizer.tokenize("sinus rhythm with atrial fibrillation")
     if pieces > config.vocab_size or all(piece == tokenizer.unk_token for piece in probe):
         raise ModelError(f"text model {name!r} has no tokenizer of its own: the one found knows {pieces} "
@@ -589,39 +538,9 @@ def check_tokenizer(tokenizer, config, name):
     return tokenizer
 
 
-def head_for(config, head):
-    """The transformers class for a language model: of a T5 the encoder half. (A saved half says that it is no encoder-decoder.)"""
-    return "AutoModelForTextEncoding" if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5") else head
-
-
-def rebuild_text_model(folder, head="AutoModel"):
-    """(encoder with random weights, tokenizer) as save_text_model wrote them: a run brings its own weights.
-    Errors: ModelError."""
-    import transformers
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        lm = getattr(transformers, head_for(config, head)).from_config(config, trust_remote_code=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise ModelError(f"{folder}: damaged or missing ({first_line(error)}); copy it again") from error
-    return lm, check_tokenizer(tokenizer, lm.config, str(folder))
-
-
-def save_text_model(lm, tokenizer, folder):
-    """Write the tokenizer and the architecture (not the weights) of a text model."""
-    tokenizer.save_pretrained(folder)
-    lm.config.save_pretrained(folder)
-
-
-def save_language_model(method, folder):
-    """Write a CardioLM as a Hugging Face folder, which any --text-model takes."""
-    method.lm.save_pretrained(folder)
-    method.tokenizer.save_pretrained(folder)
-
-
 def word_tokenizer(texts, size=3000):
-    """WordPiece tokenizer with the words of `texts` as whole pieces, most frequent first (at least twice), and every character
-    for the rest. (The trainers of the tokenizers library give another vocabulary on every call: a seed must fix ours.)"""
+    """WordPiece tokenizer of the words of `texts`, most frequent first (twice at least), and of characters.
+    (The trainers of the tokenizers library give another vocabulary on every call.)"""
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
     split = BertWordPieceTokenizer(lowercase=True)
@@ -629,23 +548,32 @@ def word_tokenizer(texts, size=3000):
                     split.pre_tokenizer.pre_tokenize_str(split.normalizer.normalize_str(text)))
     letters = sorted({c for word in words for c in word} | set(string.ascii_lowercase + string.digits))
     common = sorted((w for w, n in words.items() if n > 1 and len(w) > 1), key=lambda w: (-words[w], w))
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters), *common][:size]
-    made = BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces)}, lowercase=True)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters), *common]
+    made = BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces[:size])}, lowercase=True)
     return BertTokenizerFast(tokenizer_object=made._tokenizer, model_max_length=256)
 
 
-def small_text_model(texts, seed=0, steps=150, batch=32, dim=128, layers=2, vocab=3000, lr=1e-3, device="cpu", bar=None):
-    """A small BERT with a WordPiece tokenizer, both made from `texts` on the spot: MELP's cardiology language model
-    (METHODS 2.3, masked-language modelling, 15 % of the tokens) at small scale.
+def new_bert(texts, seed=0, dim=128, layers=2):
+    """A small BERT with a masked-language head, weights by seed, and a tokenizer made from `texts`."""
+    from transformers import BertConfig, BertForMaskedLM
+    tokenizer = word_tokenizer(texts)
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers,
+                        num_attention_heads=4, intermediate_size=4 * dim, max_position_embeddings=256,
+                        pad_token_id=tokenizer.pad_token_id)
+    return BertForMaskedLM(config), tokenizer
 
-    texts: list of strings, equal ones count. steps: masked-language-model updates. Returns (encoder, tokenizer)."""
-    lm, tokenizer = new_bert(texts, seed, dim, layers, vocab)
-    method = CardioLM(SimpleNamespace(text_max_length=64, word_mask=0.15), (lm.to(device), tokenizer)).train()
-    optimiser = torch.optim.AdamW(lm.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=max(2, steps), pct_start=0.1)
+
+def small_text_model(texts, seed=0, steps=150, dim=128, layers=2, device="cpu", bar=iter):
+    """(encoder, tokenizer) of new_bert after some masked-language updates: a small cardiology language model.
+    texts: strings, equal ones count; bar shows the progress of an iterable."""
+    lm, tokenizer = new_bert(texts, seed, dim, layers)
+    method = CardioLM(configure("cardiolm", text_max_length=64), (lm.to(device), tokenizer)).train()
+    optimiser = torch.optim.AdamW(lm.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=max(2, steps), pct_start=0.1)
     rng = np.random.default_rng(seed)
-    for _ in (bar or iter)(range(steps)):
-        total, count, _ = method.guess([texts[i] for i in rng.integers(0, len(texts), batch)])
+    for _ in bar(range(steps)):
+        total, count, _ = method.guess([texts[i] for i in rng.integers(0, len(texts), 32)])
         loss = total / count.clamp(min=1)  # of this process: only one makes the model
         optimiser.zero_grad()
         loss.backward()
@@ -656,68 +584,7 @@ def small_text_model(texts, seed=0, steps=150, batch=32, dim=128, layers=2, voca
     return lm.bert, tokenizer
 
 
-def new_bert(texts, seed=0, dim=128, layers=2, vocab=3000):
-    """A small BERT with a masked-language head, weights by seed, and a WordPiece tokenizer made from `texts`."""
-    from transformers import BertConfig, BertForMaskedLM
-    tokenizer = word_tokenizer(texts, vocab)
-    torch.manual_seed(seed)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=4,
-                        intermediate_size=4 * dim, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id)
-    return BertForMaskedLM(config), tokenizer
-
-
-class CardioLM(nn.Module):
-    """Cardiology language model, MELP's first stage (METHODS 2.3): a masked-language model on texts alone.
-
-    text: (masked-language model of transformers, tokenizer)."""
-    settings, stages, weights = ("word_mask",), ("train",), {}
-
-    def __init__(self, config, text):
-        super().__init__()
-        self.config = config
-        self.lm, self.tokenizer = text
-
-    def guess(self, texts):
-        """Of the hidden words of this process: (sum of their cross entropies, their number, how many are guessed right)."""
-        tokens = tokenise(self.tokenizer, texts, self.config.text_max_length, self.lm.device)
-        ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.tokenizer, self.config.word_mask)
-        logits = self.lm(input_ids=ids, attention_mask=tokens["attention_mask"]).logits.float()
-        hidden = labels >= 0
-        loss = F.cross_entropy(logits[hidden], labels[hidden], reduction="sum")
-        return loss, hidden.sum(), (logits.argmax(2) == labels)[hidden].sum()
-
-    @classmethod
-    def check(cls, config):
-        """Any settings go together."""
-
-    def limit_scales(self):
-        """It has none."""
-
-    def forward(self, batch):
-        loss, count, _ = self.guess(batch.texts)
-        return {"mlm": mean_over_all(loss, count)}
-
-
-# ---- beats -------------------------------------------------------------------------------------------------------
-
-def pool_beats(tokens, peaks, samples):
-    """Encoder tokens -> beats: the mean of the tokens from half-way to the R peak before to half-way to the next.
-
-    tokens (B, T, D), of records of `samples` samples; peaks (B, K) int32 in samples, -1 behind the last (Batch.peaks, segment_beats).
-    Returns beats (B, K, D), zeros behind the last, and count (B,) int32. A beat shorter than a token takes the one its peak is in.
-    Gradient to the tokens."""
-    length, count = tokens.shape[1], (peaks >= 0).sum(1, dtype=torch.int32)
-    beat = beat_of_token(peaks, count, length, samples)                                   # (B, T)
-    index = torch.arange(peaks.shape[1], device=peaks.device)[None, :, None]              # (1, K, 1)
-    mine = beat[:, None] == index                                                         # (B, K, T)
-    at_peak = (peaks.long() * length // samples)[:, :, None] == torch.arange(length, device=peaks.device)
-    mine = torch.where(mine.any(2, keepdim=True), mine, at_peak) & (peaks >= 0)[:, :, None]
-    share = mine / mine.sum(2, keepdim=True).clamp(min=1)
-    return share.to(tokens.dtype) @ tokens, count
-
-
-# ---- losses ----------------------------------------------------------------------------------------------------
-# x: (B, D) ECG vectors, y: (C, D) text vectors; "logits" are scale * cosine unless said.
+# ---- losses: x (B, D) ECG vectors, y (C, D) text vectors ---------------------------------------------------
 
 def cosine(x, y):
     """x @ y.T in float32, also under autocast: at scale 100 the three digits of bf16 are not enough."""
@@ -725,87 +592,65 @@ def cosine(x, y):
         return x.float() @ y.float().T
 
 
-def info_nce(x, y, scale, sides=2):
-    """Contrastive loss of a batch whose pairs stand on the diagonal (B = C).
-
-    L = -1/B sum_i log( exp(s x_i.y_i) / sum_j exp(s x_i.y_j) ); sides=2: the mean with its transpose (CLIP, ETP 2.1).
-    scale s = 1 / temperature, a number (fixed) or a tensor (learned). x, y: L2-normalised. MERL's form is twice the mean."""
-    return matched(scale * cosine(x, y), sides)
+def info_nce(x, y, scale):
+    """Contrastive loss of L2-normalised pairs (B = C) as in CLIP: mean over both directions of
+    -1/B sum_i log( exp(s x_i.y_i) / sum_j exp(s x_i.y_j) ). s: 1 / temperature, fixed or learned."""
+    return paired_cross_entropy(scale * cosine(x, y))
 
 
-def matched(logits, sides=2):
-    """Cross entropy of logits (B, B) whose pairs stand on the diagonal, by rows, or the mean of by rows and by columns."""
+def paired_cross_entropy(logits):
+    """Cross entropy of logits (B, B) whose pairs stand on the diagonal: mean of by rows and by columns."""
     target = torch.arange(len(logits), device=logits.device)
-    loss = F.cross_entropy(logits, target)
-    return loss if sides == 1 else (loss + F.cross_entropy(logits.T, target)) / 2
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def told(logits, labels):
-    """Cross entropy of logits (..., V) with labels (...), -100 where nothing is to be told; mean over all processes."""
-    total = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=-100)
+def masked_cross_entropy(logits, labels):
+    """Cross entropy of logits (..., V) with labels (...), -100 where there is none; of all processes."""
+    total = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum")
     return mean_over_all(total, (labels >= 0).sum())
 
 
 def soft_sigmoid(logits, target):
-    """L = mean_kl [ S_kl softplus(-x_kl) + (1 - S_kl) softplus(x_kl) ], FG-CLEP's loss (METHODS 2.5). logits x, target S: (B, C)."""
+    """FG-CLEP: mean_kl [ S_kl softplus(-x_kl) + (1 - S_kl) softplus(x_kl) ]; logits x, target S: (B, C)."""
     return F.binary_cross_entropy_with_logits(logits, target)
 
 
-def l1_similarity(like, target):
-    """L = 1/B sum_kl | cos(x_k, y_l) - S_kl |: the other published form of false-negative mitigation (METHODS 2.5). Both (B, C)."""
-    return (like - target).abs().sum() / len(like)
+def l1_similarity(cosines, target):
+    """FG-CLEP's other published form: 1/B sum_kl | cos(x_k, y_l) - S_kl |. Both (B, C)."""
+    return (cosines - target).abs().sum() / len(cosines)
 
 
 def frames_of(ecg, size=16):
-    """What a masked ECG is to be rebuilt as (METHODS 2.4): each lead with mean 0 and variance 1 over the whole record, cut into
-    frames. (B, L, N) -> (B, N // size, L * size), lead by lead."""
+    """What a masked ECG is rebuilt as: leads with mean 0 and variance 1 over the record, cut into frames.
+    (B, L, N) -> (B, N // size, L * size), lead by lead."""
     ecg = ecg[:, :, :ecg.shape[2] // size * size]
     ecg = (ecg - ecg.mean(2, keepdim=True)) / torch.sqrt(ecg.var(2, keepdim=True) + 1e-6)
     return ecg.unflatten(2, (-1, size)).transpose(1, 2).flatten(2)
 
 
-def rebuilt_loss(rebuilt, wanted, hidden):
-    """Squared error of the hidden frames: rebuilt and wanted (B, T, D), hidden (B, T) 0 or 1; mean over all processes."""
-    return mean_over_all(((rebuilt - wanted).square().mean(2) * hidden).sum(), hidden.sum())
+def reconstruction_loss(rebuilt, target, hidden):
+    """Mean squared error of the hidden frames of all processes. Both (B, T, D), hidden (B, T) 0 or 1."""
+    return mean_over_all(((rebuilt - target).square().mean(2) * hidden).sum(), hidden.sum())
 
 
-# ---- methods -----------------------------------------------------------------------------------------------------
+# ---- methods ---------------------------------------------------------------------------------------------
 
-class Method(nn.Module):
-    """Two towers. `config` (train.py's Config) says which; `text` is a (language model, tokenizer) pair.
-
-    A method gives encode_ecg, encode_text and loss; train.py calls it as a module, so that DDP sees every gradient."""
-    tower = TextTower
-    settings = ()       # of Config, that belong to this method and maybe to some others: the rest refuse them
+class Objective(nn.Module):
+    """What train.py trains. Called as a module, so that DDP sees every gradient: Batch -> {term: scalar}."""
+    settings = ()        # of Config, that belong to it and maybe to some others: the rest refuse them
     stages = ("train",)  # "fine", if there is one, has config.fine_epochs
+    weights = {}         # of the loss terms, where not 1
 
-    weights = {}        # of the loss terms, where not 1
-    contrast_sides = 1  # loss term "contrast" is this many times ln(batch size) when nothing is learned
-    scales = ("rhythm",)  # at which its views can be compared: rhythm, beat, token; zero-shot uses all unless told
-    beat_options = {}   # of token_beat_rhythm, for the beat scale of zero-shot
-
-    def __init__(self, config, text):
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        self.samples = SECONDS * config.rate
-        self.ecg = build_encoder(config.encoder, 12, self.samples, config.width, config.patch)
-        self.text = self.tower(*text, config.text_trainable_layers, config.text_pooling, config.text_max_length, config.text_mask)
 
     @classmethod
     def check(cls, config):
         """Errors: ModelError where settings do not go together."""
-        if config.text_unit == "tags":
-            raise ModelError("--text-unit tags is fgclep's: the other methods pair each record with one text")
 
     def forward(self, batch):
         return self.loss(batch)
-
-    def encode_tokens(self, ecg):
-        return self.ecg(normalise(ecg, self.config.normalise))  # (B, T, D)
-
-    def learned_scale(self):
-        """exp of the learned log-scale, at most 100 (limit_scales)."""
-        return self.log_scale.exp()
 
     @torch.no_grad()
     def limit_scales(self):
@@ -815,29 +660,90 @@ class Method(nn.Module):
             if name in ("log_scale", "log_attention"):
                 p.clamp_(max=math.log(100))
 
+
+class CardioLM(Objective):
+    """MELP's first stage: a language model of texts alone. text: (masked-language model, tokenizer)."""
+    settings = ("word_mask",)
+
+    def __init__(self, config, text):
+        super().__init__(config)
+        (self.lm, self.tokenizer), self.max_length = text, config.text_max_length
+
+    def guess(self, texts):
+        """Hide words of B strings -> (sum of their cross entropies, their number, how many are right)."""
+        tokens = tokenise(self, texts)
+        ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.tokenizer, self.config.word_mask)
+        logits = self.lm(input_ids=ids, attention_mask=tokens["attention_mask"]).logits.float()
+        hidden = labels >= 0
+        loss = F.cross_entropy(logits[hidden], labels[hidden], reduction="sum")
+        return loss, hidden.sum(), (logits.argmax(2) == labels)[hidden].sum()
+
+    def loss(self, batch):
+        total, count, _ = self.guess(batch.texts)
+        return {"mlm": mean_over_all(total, count)}
+
+
+def save_language_model(method, folder):
+    """Write a CardioLM as a Hugging Face folder, which any --text-model takes."""
+    method.lm.save_pretrained(folder)
+    method.tokenizer.save_pretrained(folder)
+
+
+class Method(Objective):
+    """Two towers, as config (a Config) says; text: (language model, tokenizer). A method gives views, loss,
+    project_text or another encode_text, and for a beat scale beat_options (of token_beat_rhythm)."""
+    tower = TextTower
+    contrast_sides = 1    # loss term "contrast" is this many times ln(batch size) when nothing is learned
+    scales = ("rhythm",)  # at which its views can be compared: rhythm, beat, token
+
+    def __init__(self, config, text):
+        super().__init__(config)
+        self.samples = SECONDS * config.rate
+        self.ecg = build_encoder(config.encoder, 12, self.samples, config.width, config.patch)
+        self.text = self.tower(*text, config.text_trainable_layers, config.text_pooling,
+                               config.text_max_length, config.text_mask)
+
+    @classmethod
+    def check(cls, config):
+        if config.text_unit == "tags":
+            raise ModelError("--text-unit tags is fgclep's: the other methods pair each record with one text")
+
+    def encode_ecg(self, ecg):
+        """(B, 12, N) mV -> EcgViews."""
+        return self.views(self.encode_tokens(ecg), ecg)
+
+    def encode_tokens(self, ecg):
+        """(B, 12, N) mV -> (B, T, D) of the encoder, before any projection: views makes EcgViews of them."""
+        return self.ecg(normalise(ecg, self.config.normalise))
+
+    def encode_text(self, texts):
+        """B strings -> TextViews."""
+        return TextViews(None, None, F.normalize(self.project_text(self.text(texts)), dim=1))
+
+    def learned_scale(self):
+        """exp of the learned log-scale, at most 100 (limit_scales)."""
+        return self.log_scale.exp()
+
     def similarity(self, ecg, text, scales=None):
-        """How well each text suits each ECG: the mean over `scales` (default: the method's). EcgViews, TextViews -> (B, C)."""
+        """EcgViews of B, TextViews of C -> (B, C): mean over scales (default: all that it has)."""
         scales = scales or self.scales
         if missing := [scale for scale in scales if scale not in self.scales]:
-            raise ModelError(f"this {self.config.method} run has no {' or '.join(missing)} scale, only {', '.join(self.scales)}")
-        operands = {k: v for scale in scales for k, v in self.operands(scale, ecg, text).items()}
-        return token_beat_rhythm(**operands, weights=[1 / len(scales)] * 3)
-
-    def operands(self, scale, ecg, text):
-        """What token_beat_rhythm takes of the views at a scale."""
-        if scale == "rhythm":
-            return dict(rhythm=ecg.rhythm, report=text.report)
-        if scale == "token":
-            return dict(tokens=ecg.tokens, words=text.words, word_count=text.word_count)
-        return dict(beats=ecg.beats, sentences=text.sentences, beat_count=ecg.beat_count, sentence_count=text.sentence_count,
-                    **self.beat_options)
+            raise ModelError(f"this {self.config.method} run has no {' or '.join(missing)} scale, only "
+                             f"{', '.join(self.scales)}")
+        views = {}
+        if "rhythm" in scales:
+            views |= dict(rhythm=ecg.rhythm, report=text.report)
+        if "token" in scales:
+            views |= dict(tokens=ecg.tokens, words=text.words, word_count=text.word_count)
+        if "beat" in scales:
+            views |= dict(beats=ecg.beats, sentences=text.sentences, beat_count=ecg.beat_count,
+                          sentence_count=text.sentence_count, **self.beat_options())
+        return token_beat_rhythm(**views, weights=[1 / len(scales)] * 3)
 
 
 class ETP(Method):
-    """ETP (Liu et al. 2023; METHODS 2.1): CNN and a frozen language model, one linear projector each, one InfoNCE.
-
-    Parts without a public source (linear projectors, tau 0.07) follow METHODS 1.1."""
-
+    """ETP (Liu et al. 2023): CNN and frozen language model, a linear projector each, one InfoNCE. (Projectors
+    and temperature have no public source: METHODS 1.1.)"""
     settings = ("temperature", "max_pool", "text_pooling")
 
     def __init__(self, config, text):
@@ -845,13 +751,9 @@ class ETP(Method):
         self.project_ecg = nn.Linear(self.ecg.dim * (1 + config.max_pool), config.dim)
         self.project_text = nn.Linear(self.text.dim, config.dim)
 
-    def encode_ecg(self, ecg):
-        tokens = self.encode_tokens(ecg)
+    def views(self, tokens, ecg):
         pooled = torch.cat([tokens.mean(1), tokens.amax(1)], 1) if self.config.max_pool else tokens.mean(1)
         return EcgViews(tokens, None, F.normalize(self.project_ecg(pooled), dim=1))
-
-    def encode_text(self, texts):
-        return TextViews(None, None, F.normalize(self.project_text(self.text(texts)), dim=1))
 
     def loss(self, batch):
         e, t = gather(self.encode_ecg(batch.ecg).rhythm), gather(self.encode_text(batch.texts).report)
@@ -859,82 +761,72 @@ class ETP(Method):
 
 
 class MERL(Method):
-    """MERL (Liu et al. 2024; METHODS 1.2, 2.2): cross-modal alignment (CMA) + two dropout views of the ECG (UMA)."""
-    contrast_sides = 2
+    """MERL (Liu et al. 2024): cross-modal alignment (CMA) + two dropout views of the ECG (UMA)."""
     settings = ("temperature", "uma_dropout", "text_pooling")
+    contrast_sides = 2
 
     def __init__(self, config, text):
         super().__init__(config, text)
-        dim, vit = config.dim, isinstance(self.ecg, ViT1d)
-        if vit:
-            self.project_ecg = nn.Sequential(nn.Linear(self.ecg.dim, dim), BatchNorm(dim), nn.ReLU(),
+        self.vit, width, dim = isinstance(self.ecg, ViT1d), self.ecg.dim, config.dim
+        if self.vit:
+            self.project_ecg = nn.Sequential(nn.Linear(width, dim), BatchNorm(dim), nn.ReLU(),
                                              nn.Linear(dim, dim), BatchNorm(dim))
         else:
-            self.down = nn.Conv1d(self.ecg.dim, dim, 1)
+            self.down = nn.Conv1d(width, dim, 1)
             self.pool = AttentionPool(math.ceil(self.samples / 16), dim)
-        self.view1 = nn.Linear(self.ecg.dim if vit else dim, dim, bias=False)
-        self.view2 = nn.Linear(self.ecg.dim if vit else dim, dim, bias=False)
+        self.view1, self.view2 = (nn.Linear(width if self.vit else dim, dim, bias=False) for _ in range(2))
         self.project_text = nn.Sequential(nn.Linear(self.text.dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
     def encode_tokens(self, ecg):
-        x = normalise(ecg, self.config.normalise)
-        return self.ecg.states(x) if isinstance(self.ecg, ViT1d) else self.ecg(x)
+        ecg = normalise(ecg, self.config.normalise)
+        return self.ecg.states(ecg) if self.vit else self.ecg(ecg)
 
-    def encode_both(self, ecg):
-        """ecg -> tokens (B, T, D), the vector the UMA views start from (B, D), the ECG vector (B, dim)."""
-        tokens = self.encode_tokens(ecg)
-        if isinstance(self.ecg, ViT1d):
+    def project(self, tokens):
+        """Encoder tokens -> tokens (B, T, D), their mean (B, D), where UMA starts, ECG vector (B, dim)."""
+        if self.vit:
             mean = self.ecg.norm(tokens.mean(1))
             return tokens, mean, F.normalize(self.project_ecg(mean), dim=1)
         tokens = self.down(tokens.transpose(1, 2)).transpose(1, 2)
         return tokens, tokens.mean(1), F.normalize(self.pool(tokens), dim=1)
 
-    def encode_ecg(self, ecg):
-        tokens, _, rhythm = self.encode_both(ecg)
+    def views(self, tokens, ecg):
+        tokens, _, rhythm = self.project(tokens)
         return EcgViews(tokens, None, rhythm)
 
-    def encode_text(self, texts):
-        return TextViews(None, None, F.normalize(self.project_text(self.text(texts)), dim=1))
-
     def loss(self, batch):
-        _, mean, e = self.encode_both(batch.ecg)
+        _, mean, rhythm = self.project(self.encode_tokens(batch.ecg))
         views = [F.normalize(F.dropout(view(mean), self.config.uma_dropout, self.training), dim=1)
                  for view in (self.view1, self.view2)]
+        e, t = gather(rhythm), gather(self.encode_text(batch.texts).report)
         scale = 1 / self.config.temperature
-        return {"contrast": 2 * info_nce(gather(e), gather(self.encode_text(batch.texts).report), scale),
-                "uma": 2 * info_nce(gather(views[0]), gather(views[1]), scale)}
+        return {"contrast": 2 * info_nce(e, t, scale), "uma": 2 * info_nce(*map(gather, views), scale)}
 
 
-class CaptionDecoder(nn.Module):
-    """CoCa's multimodal decoder (METHODS 1.4): causal blocks, each followed by one that asks the ECG."""
+class AttentionPool(nn.Module):
+    """MERL's pooling head: a learned class token asks all tokens. (B, T, dim) -> (B, dim). It gets position 0
+    twice, as in the published code (golden vectors agree only so)."""
 
-    def __init__(self, dim, vocabulary, depth, heads=8):
+    def __init__(self, tokens, dim, heads=4):
         super().__init__()
-        heads = heads_for(dim, heads)
-        self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim) for _ in range(depth))
-        self.cross = nn.ModuleList(Block(dim, heads, 4 * dim, cross=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
-        self.vocabulary = nn.Parameter(torch.randn(dim, vocabulary) * dim ** -0.5)
+        self.positions = nn.Parameter(torch.randn(1, tokens + 1, dim) / dim)
+        self.cls = nn.Parameter(torch.randn(1, 1, dim))
+        self.attention = nn.MultiheadAttention(dim, heads_for(dim, heads), batch_first=True)
+        self.out = nn.Linear(dim, dim)
 
-    def forward(self, x, ecg, where=slice(None)):
-        """States of the causal text tower x (B, W, D), ecg (B, M, D) -> logits of the next piece (B, W, vocabulary); where: an index
-        into (B, W), such as the real pieces, to spare the others' vocabulary."""
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        for block, cross in zip(self.blocks, self.cross):
-            x = cross(block(x, mask=later), ecg)
-        return self.norm(x)[where] @ self.vocabulary
+    def forward(self, x):
+        first, rest = self.positions[:, :1], at_length(self.positions[:, 1:], x.shape[1])
+        cls = (self.cls + 2 * first).expand(len(x), -1, -1)
+        x = torch.cat([cls, x + rest], 1)  # (B, 1 + T, dim)
+        return self.out(self.attention(x[:, :1], x, x, need_weights=False)[0])[:, 0]
 
 
 class MELP(Method):
-    """MELP (Wang et al. 2025; METHODS 1.4, 2.3): contrast of whole records (rhythm), GLoRIA's attention of sentences over beats
-    (beat), and the report written from the ECG (token, as in CoCa).
-
-    beats: learned queries, as published, or the mean over real R-R intervals (--beats rpeak)."""
-    tower = CausalTower
+    """MELP (Wang et al. 2025): contrast of whole records (rhythm), GLoRIA's attention of sentences over beats
+    (beat), and the report written from the ECG (token, as in CoCa). beats: learned queries, as published, or
+    the mean over real R-R intervals (--beats rpeak)."""
     settings = ("beats", "beat_queries", "beat_mean", "beat_weight", "caption_queries", "caption_weight",
                 "decoder_layers")
-    scales = ("rhythm", "beat")
-    beat_options = dict(beat_temperatures=(4.0, 5.0, 0.2), beat_mean=True)  # a soft maximum of cosines
+    tower, scales = CausalTower, ("rhythm", "beat")
 
     def __init__(self, config, text):
         super().__init__(config, text)
@@ -949,14 +841,17 @@ class MELP(Method):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.weights = {"caption": config.caption_weight, "beat": config.beat_weight}
 
+    def beat_options(self):
+        return dict(beat_temperatures=(4.0, 5.0, 0.2), beat_mean=True)  # a soft maximum of cosines
+
     def pool(self, tokens, ecg, peaks=None):
-        """Encoder tokens of raw ecg -> beat vectors before their projection (B, K, dim), number of beats (B,)."""
+        """Encoder tokens of raw ecg -> beats before their projection (B, K, dim), number of beats (B,)."""
         if self.config.beats == "query":
             beats = self.beat_pool(tokens)
             return beats, torch.full(beats.shape[:1], beats.shape[1], device=beats.device)
         peaks = segment_beats(ecg, self.config.rate)[0] if peaks is None else peaks
         beats, count = pool_beats(tokens, peaks, ecg.shape[2])
-        whole = torch.where(count[:, None] > 0, beats[:, 0], tokens.mean(1))  # a record without a beat is one beat
+        whole = torch.where(count[:, None] > 0, beats[:, 0], tokens.mean(1))  # a record without a beat is one
         return self.beat_pool(torch.cat([whole[:, None], beats[:, 1:]], 1)), count.clamp(min=1)
 
     def views(self, tokens, ecg, peaks=None):
@@ -965,54 +860,95 @@ class MELP(Method):
         real = torch.arange(beats.shape[1], device=beats.device) < count[:, None]
         return EcgViews(tokens, beats, F.normalize(masked_mean(beats, real), dim=1), count)
 
-    def encode_ecg(self, ecg):
-        return self.views(self.encode_tokens(ecg), ecg)
-
     def text_views(self, text):
-        return TextViews(None, self.project_sentences(text.sentences), F.normalize(self.project_text(text.report), dim=1),
-                         None, text.sentence_count)
+        report = F.normalize(self.project_text(text.report), dim=1)
+        return TextViews(None, self.project_sentences(text.sentences), report, None, text.sentence_count)
 
     def encode_text(self, texts):
-        return self.text_views(self.text(texts))
+        return self.text_views(self.text.encode(texts))
 
     def loss(self, batch):
         tokens, number = self.encode_tokens(batch.ecg), len(batch.texts)
-        both = self.text(batch.texts + [join(tags) for tags in batch.tags])  # what is compared, and what is to be written
-        text, report = (CausalText(*(part[rows] for part in both)) for rows in (slice(number), slice(number, None)))
-        e = gather_views(self.views(tokens, batch.ecg, batch.peaks)._replace(tokens=None))
-        t = gather_views(self.text_views(text))
-        beat = token_beat_rhythm(beats=e.beats, sentences=t.sentences, beat_count=e.beat_count, sentence_count=t.sentence_count,
-                                 beat_mean=self.config.beat_mean)
-        return {"contrast": info_nce(e.rhythm, t.report, self.learned_scale()), "beat": matched(beat),
-                "caption": self.caption_loss(report, self.caption_pool(tokens))}
-
-    def caption_loss(self, text, ecg):
-        """Cross entropy of each next piece of the reports (CausalText of B), given the ECG's caption tokens (B, M, D)."""
-        real = text.mask[:, 1:] == 1
-        return told(self.decoder(text.states[:, :-1], ecg, real), text.ids[:, 1:][real])
+        texts = self.text.encode(batch.texts + [join(tags) for tags in batch.tags])  # contrasted; written
+        text, report = texts.at(slice(number)), texts.at(slice(number, None))
+        e = gather(self.views(tokens, batch.ecg, batch.peaks)._replace(tokens=None))
+        t = gather(self.text_views(text))
+        beat = token_beat_rhythm(beats=e.beats, sentences=t.sentences, beat_count=e.beat_count,
+                                 sentence_count=t.sentence_count, beat_mean=self.config.beat_mean)
+        real = report.mask[:, 1:] == 1  # each piece is written from those before it
+        logits = self.decoder(report.states[:, :-1], self.caption_pool(tokens), real)
+        return {"contrast": info_nce(e.rhythm, t.report, self.learned_scale()),
+                "beat": paired_cross_entropy(beat),
+                "caption": masked_cross_entropy(logits, report.ids[:, 1:][real])}
 
     @torch.no_grad()
     def generate(self, ecg, beams=1, longest=64):
-        """Write the reports of ecg (B, 12, N) mV -> B strings: greedy, or the best of a search with several beams."""
-        writer = caption_writer(self).to(ecg.device).eval()
-        start = torch.full((len(ecg), 1), self.text.first, device=ecg.device)
-        ids = writer.generate(start, ecg=self.caption_pool(self.encode_tokens(ecg)),
-                              num_beams=beams, do_sample=False, max_length=min(longest, self.text.max_length), use_cache=False)
-        return self.text.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        """Write the reports of ecg (B, 12, N) mV -> B strings: greedy, or beam search."""
+        tokenizer, start = self.text.tokenizer, torch.full((len(ecg), 1), self.text.first, device=ecg.device)
+        ids = caption_writer(self).generate(
+            start, ecg=self.caption_pool(self.encode_tokens(ecg)), num_beams=beams, do_sample=False,
+            use_cache=False, max_length=min(longest, self.text.max_length),
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.sep_token_id)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def pool_beats(tokens, peaks, samples):
+    """Encoder tokens -> beats: mean of the tokens from half-way to the R peak before to half-way to the next.
+
+    tokens (B, T, D) of `samples` samples; peaks (B, K) int32 samples, -1 behind the last -> beats (B, K, D),
+    zeros behind the last, and count (B,) int32. A beat without a token takes the one of its peak."""
+    length, count = tokens.shape[1], (peaks >= 0).sum(1, dtype=torch.int32)
+    beat = beat_of_token(peaks, count, length, samples)                                   # (B, T)
+    member = beat[:, None] == torch.arange(peaks.shape[1], device=peaks.device)[:, None]  # (B, K, T)
+    at_peak = (peaks.long() * length // samples)[:, :, None] == torch.arange(length, device=peaks.device)
+    member = torch.where(member.any(2, keepdim=True), member, at_peak) & (peaks >= 0)[:, :, None]
+    share = member / member.sum(2, keepdim=True).clamp(min=1)
+    return share.to(tokens.dtype) @ tokens, count
+
+
+class QueryPool(nn.Module):
+    """CoCa's attention pooling: n learned queries ask all tokens. (B, T, tokens) -> (B, n, dim)."""
+
+    def __init__(self, n, dim, tokens, heads=8):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(n, dim))
+        heads = heads_for(dim, heads)
+        self.attention = nn.MultiheadAttention(dim, heads, kdim=tokens, vdim=tokens, batch_first=True)
+        self.norm_query, self.norm_context = nn.LayerNorm(dim), nn.LayerNorm(tokens)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        x, q = self.norm_context(x), self.norm_query(self.query).expand(len(x), -1, -1)
+        return self.norm(self.attention(q, x, x, need_weights=False)[0])
+
+
+class CaptionDecoder(nn.Module):
+    """CoCa's multimodal decoder: causal blocks, each followed by one that asks the ECG."""
+
+    def __init__(self, dim, vocabulary, depth, heads=8):
+        super().__init__()
+        heads = heads_for(dim, heads)
+        self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim) for _ in range(depth))
+        self.cross = nn.ModuleList(Block(dim, heads, 4 * dim, cross=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.vocabulary = nn.Parameter(torch.randn(dim, vocabulary) * dim ** -0.5)
+
+    def forward(self, x, ecg, where=slice(None)):
+        """x (B, W, D) of the causal text tower, ecg (B, M, D) -> logits of the next piece (B, W, vocabulary).
+        where: an index into (B, W), to spare the others' vocabulary."""
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        for block, cross in zip(self.blocks, self.cross):
+            x = cross(block(x, mask=later), ecg)
+        return self.norm(x)[where] @ self.vocabulary
 
 
 def caption_writer(melp):
     """A MELP as a causal language model of transformers, whose generate() has greedy and beam search."""
-    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutput
 
     class CaptionWriter(PreTrainedModel, GenerationMixin):
         config_class = PretrainedConfig
-
-        def __init__(self, tokenizer):
-            super().__init__(PretrainedConfig(vocab_size=len(tokenizer), is_decoder=True))
-            self.place = nn.Parameter(torch.zeros(()))  # says on which device it is
-            self.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.sep_token_id)
 
         def prepare_inputs_for_generation(self, input_ids, ecg, **_):
             return {"input_ids": input_ids, "ecg": ecg}
@@ -1021,16 +957,16 @@ def caption_writer(melp):
             states, _ = melp.text.run({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
             return CausalLMOutput(logits=melp.decoder(states, ecg, (slice(None), slice(-1, None))).float())
 
-    return CaptionWriter(melp.text.tokenizer)
+    writer = CaptionWriter(PretrainedConfig(vocab_size=len(melp.text.tokenizer), is_decoder=True))
+    writer.place = melp.log_scale  # generate looks at a parameter for the device
+    return writer
 
 
 class CMELT(Method):
-    """C-MELT, released as D-BETA (Pham et al. 2025; METHODS 1.3, 2.4): masked language (mlm) and masked ECG modelling (mem) with fused
-    towers, ECG-text matching (etm), sigmoid loss on the towers' own vectors (ets), and replaced texts as certain negatives (N3S).
-
-    Frames are dropped before the encoder, so it takes a w2v encoder. negatives: far, the paper's; lost, as the public collator has
-    it: the pair is called wrong, but its own text reaches the model; none."""
-
+    """C-MELT, alias D-BETA (Pham et al. 2025): masked language and ECG modelling with fused towers (mlm,
+    mem), ECG-text matching (etm), sigmoid loss on the towers' own vectors (ets), replaced texts as certain
+    negatives (N3S): far, as in the paper; lost, as in the public collator: called wrong, but the record's own
+    text reaches the model; none."""
     settings = ("fusion_layers", "frame_drop", "lead_mask", "word_mask", "mem_target", "ets_sum", "negatives")
 
     @classmethod
@@ -1042,114 +978,115 @@ class CMELT(Method):
 
     def __init__(self, config, text):
         super().__init__(config, text)
-        d, heads = config.dim, heads_for(config.dim, config.dim // 64)
+        d, heads, eps = config.dim, heads_for(config.dim, config.dim // 64), 1e-12  # BERT's eps: 1e-5 shows
         self.cls = nn.Parameter(0.02 * torch.randn(self.ecg.dim))
         self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
-        self.pool_ecg, self.pool_text, self.pool_fused_ecg, self.pool_fused_text = (FirstPool(d) for _ in range(4))
+        self.pool_ecg, self.pool_text, self.pool_fused_ecg, self.pool_fused_text = (
+            nn.Sequential(nn.Linear(d, d), nn.Tanh()) for _ in range(4))  # of a first state
         self.modality = nn.Embedding(2, d)  # 0 text, 1 ECG
-        # BERT's parts, with BERT's 1e-12: behind a GELU the usual 1e-5 shows
-        layer = lambda: nn.TransformerDecoderLayer(d, heads, 4 * d, 0.1, "gelu", layer_norm_eps=1e-12, batch_first=True)
-        self.fuse_ecg, self.fuse_text = (nn.ModuleList(layer() for _ in range(config.fusion_layers)) for _ in range(2))
-        self.tell_word = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-12),
+        self.fuse_ecg, self.fuse_text = (nn.ModuleList(nn.TransformerDecoderLayer(
+            d, heads, 4 * d, 0.1, "gelu", layer_norm_eps=eps, batch_first=True)
+            for _ in range(config.fusion_layers)) for _ in range(2))
+        self.tell_word = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps),
                                        nn.Linear(d, self.text.lm.config.vocab_size))
         self.rebuild = FrameDecoder(d, self.samples // 16, heads_for(max(1, d // 2), d // 128))
         self.match = nn.Linear(2 * d, 2)
 
     def fuse(self, text, text_mask, ecg):
-        """Both streams through the fusion layers: text (B, W, d), ecg (B, 1 + T, d) -> both, and the ECG's state half-way."""
+        """Text (B, W, d), ecg (B, 1 + T, d) -> both after the fusion layers, and the ECG's half-way."""
         text, ecg, padding = text + self.modality.weight[0], ecg + self.modality.weight[1], text_mask == 0
-        for i, (of_text, of_ecg) in enumerate(zip(self.fuse_text, self.fuse_ecg)):
-            text, ecg = (of_text(text, ecg, tgt_key_padding_mask=padding), of_ecg(ecg, text, memory_key_padding_mask=padding))
-            if i + 1 == max(1, len(self.fuse_ecg) // 2):
+        for i, (text_layer, ecg_layer) in enumerate(zip(self.fuse_text, self.fuse_ecg), 1):
+            text, ecg = (text_layer(text, ecg, tgt_key_padding_mask=padding),
+                         ecg_layer(ecg, text, memory_key_padding_mask=padding))
+            if i == max(1, len(self.fuse_ecg) // 2):
                 half = ecg
         return text, ecg, half
 
-    def with_class(self, frames):
-        return torch.cat([self.cls.expand(len(frames), 1, -1), frames], 1)
+    def encode_frames(self, frames):
+        """Frames (B, T, D) -> encoder output with the class token first (B, 1 + T, D)."""
+        return self.ecg.encode(torch.cat([self.cls.expand(len(frames), 1, -1), frames], 1))
 
-    def ecg_states(self, frames):
-        """Frames (B, T, D) -> projected states with the class token first (B, 1 + T, d)."""
-        return self.project_ecg(self.ecg.encode(self.with_class(frames)))
+    def encode_tokens(self, ecg):
+        return self.encode_frames(self.ecg.embed(normalise(ecg, self.config.normalise)))
 
-    def masked_states(self, frames, order):
-        """ecg_states of the frames that come first in order (B, T), and which are hidden (B, T): 1, not 0."""
-        kept = order[:, :max(1, int(frames.shape[1] * (1 - self.config.frame_drop)))]
-        states = self.ecg_states(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
-        return states, torch.ones(order.shape, device=order.device).scatter(1, kept, 0)
-
-    def encode_ecg(self, ecg):
-        states = self.ecg_states(self.ecg.embed(normalise(ecg, self.config.normalise)))
-        return EcgViews(states[:, 1:], None, F.normalize(self.pool_ecg(states), dim=1))
+    def views(self, tokens, ecg):
+        states = self.project_ecg(tokens)
+        return EcgViews(states[:, 1:], None, F.normalize(self.pool_ecg(states[:, 0]), dim=1))
 
     def encode_text(self, texts):
-        unique, rows = distinct(texts)
-        states = self.project_text(self.text.encode(unique)[0])
-        return TextViews(None, None, F.normalize(self.pool_text(states), dim=1)[rows])
+        states = self.project_text(self.text.encode(texts)[0])
+        return TextViews(None, None, F.normalize(self.pool_text(states[:, 0]), dim=1))
+
+    def masked_states(self, frames, order):
+        """Projected states, class token first, of the frames that come first in order (B, T), and which are
+        hidden (B, T): 1, not 0."""
+        kept = order[:, :max(1, int(frames.shape[1] * (1 - self.config.frame_drop)))]
+        tokens = self.encode_frames(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
+        return self.project_ecg(tokens), torch.ones(order.shape, device=order.device).scatter(1, kept, 0)
 
     def loss(self, batch):
         ecg = normalise(batch.ecg, self.config.normalise)
-        seen = ecg * (torch.rand(ecg.shape[:2], device=ecg.device) >= self.config.lead_mask)[:, :, None]
-        frames = self.ecg.embed(seen)                                                     # (B, T, D)
+        visible = ecg * (torch.rand(ecg.shape[:2], device=ecg.device) >= self.config.lead_mask)[:, :, None]
+        frames = self.ecg.embed(visible)                                            # (B, T, D)
         order = torch.rand(frames.shape[:2], device=frames.device).argsort(1)
         states, hidden = self.masked_states(frames, order)
 
         chosen, aligned = self.with_negatives(batch)
-        tokens = self.text.tokenise([join(tags) for tags in chosen])
-        ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.text.tokenizer, self.config.word_mask)
+        tokens = tokenise(self.text, [join(tags) for tags in chosen])
+        ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.text.tokenizer,
+                                 self.config.word_mask)
         words = self.project_text(self.text.run({**tokens, "input_ids": ids}).last_hidden_state)
         fused_text, fused_ecg, half = self.fuse(words, tokens["attention_mask"], states)
 
         masked = labels >= 0  # only these need the vocabulary
-        wanted = frames_of(ecg if self.config.mem_target == "record" else seen)           # (B, T, 16 * L)
-        etm = self.match(torch.cat([self.pool_fused_text(fused_text), self.pool_fused_ecg(fused_ecg)], 1))
-        ets = sigmoid_loss(gather(self.pool_ecg(states)), gather(self.pool_text(words)), positive=gather(aligned))
-        return {"mlm": told(self.tell_word(fused_text[masked]), labels[masked]),
-                "mem": rebuilt_loss(self.rebuild(half, order.argsort(1)), wanted, hidden), "etm": told(etm, aligned.long()),
-                "ets": ets * (len(batch.ids) * world() if self.config.ets_sum else 1)}
+        target = frames_of(ecg if self.config.mem_target == "record" else visible)  # (B, T, 16 * L)
+        pair = torch.cat([self.pool_fused_text(fused_text[:, 0]), self.pool_fused_ecg(fused_ecg[:, 0])], 1)
+        e, t = gather(self.pool_ecg(states[:, 0])), gather(self.pool_text(words[:, 0]))
+        ets = sigmoid_loss(e, t, positive=gather(aligned))
+        return {"mlm": masked_cross_entropy(self.tell_word(fused_text[masked]), labels[masked]),
+                "mem": reconstruction_loss(self.rebuild(half, order.argsort(1)), target, hidden),
+                "etm": masked_cross_entropy(self.match(pair), aligned.long()),
+                "ets": ets * len(e) if self.config.ets_sum else ets}
 
     def with_negatives(self, batch):
-        """What is said of each record (B lists of tags), about half replaced by what a far text says and the record's own does not,
-        and which are still their record's (B,) bool."""
+        """The records' texts (B lists of tags), about half replaced by what a far text says and the record's
+        does not, and which are still their own (B,) bool."""
         chosen, aligned = list(batch.chosen), torch.ones(len(batch.ids), dtype=torch.bool)
         if self.config.negatives != "none":
             number = min(len(chosen), round(0.5 * len(chosen) + torch.rand(()).item()))
             rows = torch.randperm(len(chosen))[:number]
             aligned[rows] = False
-            if self.config.negatives == "far":
-                for row, text in zip(rows.tolist(), self.far.draw([join(batch.tags[row]) for row in rows])):
-                    tags = [tag for tag in text.split(". ") if tag not in batch.tags[row]]
-                    aligned[row] = not tags
-                    if tags:  # as many as are said of the record: the length must not give it away
-                        chosen[row] = [tags[i] for i in torch.randperm(len(tags))[:len(batch.chosen[row])]]
+        if self.config.negatives == "far":
+            for row, text in zip(rows.tolist(), self.far.draw([join(batch.tags[row]) for row in rows])):
+                tags = [tag for tag in text.split(". ") if tag not in batch.tags[row]]
+                aligned[row] = not tags
+                if tags:  # as many as the record's text has: the length must not give it away
+                    chosen[row] = [tags[i] for i in torch.randperm(len(tags))[:len(batch.chosen[row])]]
         return chosen, aligned.to(batch.ecg.device)
 
 
-class FirstPool(nn.Sequential):
-    """Linear and tanh of the first state: (B, T, d) -> (B, d). Small at the start: D-BETA's logits are products of such vectors."""
-
-    def __init__(self, d):
-        super().__init__(nn.Linear(d, d), nn.Tanh())
-
+class QuickGELU(nn.Module):
     def forward(self, x):
-        return super().forward(x[:, 0])
+        return x * torch.sigmoid(1.702 * x)
 
 
 class FrameDecoder(nn.Module):
-    """Masked-autoencoder decoder of D-BETA (METHODS 1.3): kept states, mask tokens for the others, fixed positions, four blocks."""
+    """D-BETA's masked-autoencoder decoder: mask tokens for dropped frames, fixed positions, four blocks."""
 
     def __init__(self, d, frames, heads, leads=12):
         super().__init__()
         dim = max(1, d // 2)
         self.embed, self.mask = nn.Linear(d, dim), nn.Parameter(0.02 * torch.randn(dim))
-        angle = torch.arange(frames + 1)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10000) / dim))
+        rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000) / dim))
+        angle = torch.arange(frames + 1)[:, None] * rate
         positions = torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :dim]
         self.register_buffer("positions", positions, persistent=False)  # (1 + T, dim)
         self.blocks = nn.Sequential(*(Block(dim, heads, 4 * dim, activation=QuickGELU) for _ in range(4)))
         self.norm, self.predict = nn.LayerNorm(dim), nn.Linear(dim, 16 * leads)
 
     def forward(self, states, place):
-        """states (B, 1 + kept, d), class token first; place (B, T): where frame t stands among the kept, then the dropped ones.
-        Returns (B, T, leads * 16)."""
+        """states (B, 1 + kept, d), class token first; place (B, T): where frame t stands among the kept, then
+        the dropped ones. Returns (B, T, leads * 16)."""
         x = self.embed(states)
         dropped = self.mask.to(x.dtype).expand(len(x), place.shape[1] + 1 - x.shape[1], -1)
         frames = torch.cat([x[:, 1:], dropped], 1).gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
@@ -1158,9 +1095,8 @@ class FrameDecoder(nn.Module):
 
 
 class FarTexts:
-    """N3S (METHODS 2.4): for a report, one of the 64 reports that are least like it. One matrix product in place of an index.
-
-    texts: U different reports; vectors (U, d): what they are compared by."""
+    """N3S: for a report, one of the 64 that are least like it. texts: U different reports; vectors (U, d): by
+    which they are compared."""
 
     def __init__(self, texts, vectors, nearest=64):
         self.texts, self.row = texts, {text: i for i, text in enumerate(texts)}
@@ -1169,19 +1105,17 @@ class FarTexts:
 
     def draw(self, texts):
         """n reports, all among the U -> n far ones."""
-        if not texts:
-            return []
-        like = self.vectors[[self.row[text] for text in texts]] @ self.vectors.T  # (n, U)
-        far = like.topk(self.nearest, largest=False).indices.cpu()
-        return [self.texts[i] for i in far[torch.arange(len(texts)), torch.randint(self.nearest, (len(texts),))]]
+        cosines = self.vectors[[self.row[text] for text in texts]] @ self.vectors.T  # (n, U)
+        far = cosines.topk(self.nearest, largest=False).indices.cpu()
+        drawn = torch.randint(self.nearest, (len(texts), 1))
+        return [self.texts[i] for i in far.gather(1, drawn)[:, 0]]
 
 
-class FGCLEP(Method):
-    """FG-CLEP (METHODS 1.5, 2.5): sigmoid loss with a semantic-similarity matrix as soft targets; trained coarse on the
-    reports, then fine on reports enriched by recovered waveform features that the coarse model finds plausible.
-
-    align: rhythm, the whole record (v1); tag, besides, every tag with its own view of the ECG by cross-attention over the encoder's
-    tokens (v2; lead-time patches with --encoder leadvit_*); word, besides, each word with its best token (FILIP)."""
+class FGCLEP(ETP):
+    """FG-CLEP: ETP's towers, sigmoid loss with a semantic-similarity matrix as soft targets; coarse, then
+    fine on reports enriched by waveform features that the coarse model finds plausible.
+    align: rhythm, the whole record (v1); tag, besides, every tag's cross-attention over tokens (v2; lead-time
+    patches with --encoder leadvit_*); word, besides, each word with its best token (FILIP)."""
     settings = ("max_pool", "align", "fn_mode", "similarity", "prior", "llm", "keep_share", "keep_threshold",
                 "fine_epochs", "text_pooling")
     stages = ("coarse", "fine")
@@ -1198,100 +1132,91 @@ class FGCLEP(Method):
     def __init__(self, config, text):
         super().__init__(config, text)
         self.scales = self.ALIGN[config.align]
-        self.project_ecg = nn.Linear(self.ecg.dim * (1 + config.max_pool), config.dim)
-        self.project_text = nn.Linear(self.text.dim, config.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
         if config.align != "rhythm":
             self.project_tokens = nn.Linear(self.ecg.dim, config.dim)
         if config.align == "tag":
             self.log_attention = nn.Parameter(torch.tensor(math.log(10.0)))
 
-    @property
     def beat_options(self):
         """One softmax, over the patches; then the cosine of a single sentence, the tag."""
         return dict(over_sentences=False, beat_temperatures=(self.log_attention.exp(), 1.0, 1.0))
 
-    def encode_ecg(self, ecg):
-        views = ETP.encode_ecg(self, ecg)
+    def views(self, tokens, ecg):
+        views = super().views(tokens, ecg)
         if self.config.align == "rhythm":
             return views
-        tokens = F.normalize(self.project_tokens(views.tokens), dim=2)
-        return EcgViews(tokens, tokens, views.rhythm)
+        patches = F.normalize(self.project_tokens(tokens), dim=2)
+        return views._replace(tokens=patches, beats=patches)  # a tag asks patches as a sentence asks beats
 
     def encode_text(self, texts):
         if self.config.align != "word":
-            report = ETP.encode_text(self, texts).report
+            report = super().encode_text(texts).report
             return TextViews(None, report[:, None], report)
-        unique, rows = distinct(texts)
-        states, real, pooled = self.text.encode(unique)
+        states, real, pooled = self.text.encode(texts)
         words, count = first_rows(F.normalize(self.project_text(states), dim=2), real)
-        return TextViews(words[rows], None, F.normalize(self.project_text(pooled), dim=1)[rows], count[rows])
+        return TextViews(words, None, F.normalize(self.project_text(pooled), dim=1), count)
 
     def loss(self, batch):
-        ecg = gather_views(self.encode_ecg(batch.ecg))
-        tags, chosen = gather_texts(batch.tags), gather_texts(batch.chosen)
+        ecg = gather(self.encode_ecg(batch.ecg))
+        tags, chosen = gather(batch.tags), gather(batch.chosen)
         if self.config.text_unit == "tags":  # every distinct tag of the batch, against every record
             chosen = [[tag] for tag in dict.fromkeys(tag for row in tags for tag in row)]
             text = self.encode_text([join(row) for row in chosen])  # the same in all processes
         else:
-            text = gather_views(self.encode_text(batch.texts))
+            text = gather(self.encode_text(batch.texts))
         target = self.targets(text.report, chosen, tags)  # (B, C)
+        # how frequent a text is, the cosine need not say with a prior: only which records it is true of
+        prior = torch.logit(target.mean(0), eps=0.5 / len(target)) if self.config.prior else 0
         terms = {}
         for scale in self.scales:
-            like = self.similarity(ecg, text, [scale])
+            cosines = self.similarity(ecg, text, [scale])  # (B, C)
             name = "" if scale == "rhythm" else "_" + self.config.align
             if self.config.fn_mode == "l1":
-                terms["l1" + name] = l1_similarity(like, target)
-                continue
-            logits = self.learned_scale() * like
-            if self.config.prior:  # how frequent a text is, the cosine need not say: only which records it is true of
-                logits = logits + torch.logit(target.mean(0), eps=0.5 / len(like))
-            terms["sigmoid" + name] = soft_sigmoid(logits, target)
+                terms["l1" + name] = l1_similarity(cosines, target)
+            else:
+                terms["sigmoid" + name] = soft_sigmoid(self.learned_scale() * cosines + prior, target)
         return terms
 
     @torch.no_grad()
     def targets(self, t, chosen, tags):
-        """Soft targets S (B, C): how far text l (column) is true of record k (row). config.similarity:
-
-        tags: share of the text that the record's own report contains (tag_containment);
-        half: (1 + cos(t_k, t_l)) / 2, the published form, in which unrelated texts get 1/2; cos: max(cos, 0).
-        fn_mode none: the identity, no false-negative mitigation."""
+        """Soft targets S (B, C): how far text l is true of record k. similarity tags: share of the text that
+        the record's report contains; half: (1 + cos(t_k, t_l)) / 2, as published: unrelated texts get 1/2;
+        cos: max(cos, 0). fn_mode none: the identity."""
         if self.config.fn_mode == "none":
             return torch.eye(len(t), device=t.device)
         if self.config.similarity == "tags":
             return tag_containment(chosen, tags).to(t.device)
-        same = cosine(t, t)
-        return (1 + same) / 2 if self.config.similarity == "half" else same.clamp(min=0)
+        cosines = cosine(t, t)
+        return (1 + cosines) / 2 if self.config.similarity == "half" else cosines.clamp(min=0)
 
 
 def tag_containment(chosen, tags):
-    """S[k, l] = mean over the tags a of text l of max over the tags b of record k of w(words of a in b) / w(words of a).
+    """S[k, l] = mean over tags a of text l of max over tags b of record k of w(words of a in b) / w(of a),
+    (B, C): 1 where record k says all of text l. chosen: C lists of tags, tags: B lists.
 
-    chosen: C lists of tags, tags: B lists. w sums over words log(B / number of records that use the word) (+ 0.05), so that
-    "sinus rhythm" says little of "sinus tachycardia", but "lateral ischemia" nearly all of "probable lateral ischemia".
-    Returns (B, C) float32: 1 where record k says all of text l."""
+    w sums over words log(B / records that use the word) + 0.05: "sinus rhythm" says little of "sinus
+    tachycardia", but "lateral ischemia" nearly all of "probable lateral ischemia"."""
     unique = list(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))
-    place = {tag: i for i, tag in enumerate(unique)}
     split = [set(tag.replace(",", " ").split()) for tag in unique]
-    column = {word: j for j, word in enumerate(sorted(set().union(*split)))}
-    words = indicator([[column[word] for word in row] for row in split], len(column))        # (U, words)
-    of_record = indicator([[place[tag] for tag in row] for row in tags], len(unique))        # (B, U)
-    of_text = indicator([[place[tag] for tag in row] for row in chosen], len(unique))        # (C, U)
-    used = (of_record @ words > 0).sum(0)                                                    # (words,) records that use it
-    weight = torch.log(len(tags) / used.clamp(min=1)) + 0.05
-    cover = (words * weight) @ words.T / (words @ weight)[:, None]                           # (a, b): share of a in b
-    best = torch.stack([cover[:, row > 0].amax(1) for row in of_record])                     # (B, a)
-    return best @ of_text.T / of_text.sum(1)                                                 # (B, C)
+    words = indicator(split, sorted(set().union(*split)))                    # (U, words)
+    in_record, in_text = indicator(tags, unique), indicator(chosen, unique)  # (B, U), (C, U)
+    records = (in_record @ words > 0).sum(0)                                 # (words,) that use it
+    weight = torch.log(len(tags) / records.clamp(min=1)) + 0.05
+    cover = (words * weight) @ words.T / (words @ weight)[:, None]           # (a, b): share of a in b
+    best = torch.stack([cover[:, row > 0].amax(1) for row in in_record])     # (B, a)
+    return best @ in_text.T / in_text.sum(1)                                 # (B, C)
 
 
 def indicator(rows, columns):
-    """rows: lists of column numbers -> (len(rows), columns) float32 of zeros and ones."""
-    out = torch.zeros(len(rows), columns)
-    out[[i for i, row in enumerate(rows) for _ in row], [j for row in rows for j in row]] = 1
+    """rows: lists of some of columns -> (len(rows), len(columns)) float32 of zeros and ones."""
+    place = {column: j for j, column in enumerate(columns)}
+    out = torch.zeros(len(rows), len(columns))
+    out[[i for i, row in enumerate(rows) for _ in row], [place[x] for row in rows for x in row]] = 1
     return out
 
 
-# ---- settings ----------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------
 # A type says what a setting may be: Literal its values, Annotated[kind, lowest, highest] its range.
 
 Count, CountOr0 = Annotated[int, 1, 10**9], Annotated[int, 0, 10**9]
@@ -1301,8 +1226,7 @@ Part = Annotated[float, 0, 0.99]  # all of it would leave nothing
 
 @dataclass
 class Config:
-    """The small default, made for two CPU cores. A method's own defaults and --preset paper stand in
-    METHODS."""
+    """The small default, made for two CPU cores; a method's own and --preset paper are in METHODS."""
     method: str = "fgclep"  # etp | merl | cmelt | melp | fgclep; cardiolm: a language model for --text-model
     preset: Literal["small", "paper"] = "small"  # paper: the method's published recipe
     data: str = "simulated"  # simulated[:N], ptbxl:DIR, mimic:DIR, csv:FILE, store:DIR; cardiolm: texts, too
@@ -1390,21 +1314,20 @@ def flag(setting):
 def check_setting(name, value):
     """Errors: ModelError where a setting cannot have this value."""
     kind, limits = kind_of(name), get_args(TYPES[name])
-    fits = isinstance(value, (kind, int) if kind is float else kind)
-    fits = fits and isinstance(value, bool) == (kind is bool)
-    may = {str: "a text", bool: "true or false"}.get(kind)
+    kinds = (int, float) if kind is float else kind
+    fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+    allowed = {str: "a text", bool: "true or false"}.get(kind)
     if limits and kind is str:
-        fits, may = fits and value in limits, "one of " + ", ".join(limits)
+        fits, allowed = fits and value in limits, "one of " + ", ".join(limits)
     elif limits:  # never true of NaN
-        fits, may = fits and limits[1] <= value <= limits[2], f"from {limits[1]:g} to {limits[2]:g}"
+        fits, allowed = fits and limits[1] <= value <= limits[2], f"from {limits[1]:g} to {limits[2]:g}"
     if not fits:
-        raise ModelError(f"{flag(name)} is {value!r}; it must be {'a whole number ' * (kind is int)}{may}")
+        whole = "a whole number " if kind is int else ""
+        raise ModelError(f"{flag(name)} is {value!r}; it must be {whole}{allowed}")
 
 
 def configure(method=Config.method, preset=Config.preset, **given):
-    """Config of a method: its defaults, its published recipe if preset is "paper", and over them what is
-    given.
-
+    """Config of a method: its defaults, its published recipe if preset is paper, and over them what is given.
     Errors: ModelError for a setting that is unknown, has no such value, or belongs to other methods."""
     if method not in METHODS or preset not in ("small", "paper"):
         raise ModelError(f"unknown method or preset: {method}, {preset}; methods: {', '.join(METHODS)}; "
@@ -1413,11 +1336,10 @@ def configure(method=Config.method, preset=Config.preset, **given):
     for name in given:
         if name not in TYPES:
             raise ModelError(f"there is no setting {name!r}")
-        if owners(name) and method not in owners(name):
-            whose = ", ".join(owners(name))
-            raise ModelError(f"{flag(name)} is a setting of {whose}, not of {method}: leave it out")
-    recipe = small | (paper if preset == "paper" else {}) | given
-    config = Config(**recipe, method=method, preset=preset)
+        if (whose := owners(name)) and method not in whose:
+            raise ModelError(f"{flag(name)} is a setting of {', '.join(whose)}, not of {method}: leave it "
+                             "out")
+    config = Config(**small | (paper if preset == "paper" else {}) | given, method=method, preset=preset)
     for name in TYPES:
         check_setting(name, getattr(config, name))
     if config.encoder not in ENCODERS:
@@ -1436,32 +1358,34 @@ def settings_of(config):
             if not owners(name) or config.method in owners(name)}
 
 
-# ---- the methods by name ---------------------------------------------------------------------------------------
-# name: (class, its defaults at small scale, its published recipe: --preset paper). Sources: METHODS 1 and 3.2; what is
-# written there as recalled or missing is marked in the README.
+# ---- the methods by name ---------------------------------------------------------------------------------
+# name: (class, defaults at small scale, published recipe: --preset paper). Sources: METHODS 1 and 3.2; what
+# is recalled or missing there is marked in the README.
 
 METHODS = {
     "etp": (ETP, dict(text_trainable_layers=0, text_unit="tag", batch_size=64), dict(
-        width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", text_max_length=256,
-        text_unit="report", batch_size=128, epochs=50, lr=2e-3, weight_decay=1e-5, lead_drop=0.0, shift=0.0)),
+        width=1.0, dim=128, text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="cls", lr=2e-3,
+        text_max_length=256, text_unit="report", batch_size=128, epochs=50, weight_decay=1e-5, lead_drop=0.0,
+        shift=0.0)),
     "merl": (MERL, dict(text_unit="subset", batch_size=64, lr=1e-3, epochs=16), dict(
         rate=500, normalise="record", width=1.0, patch=50, dim=256, text_model="ncbi/MedCPT-Query-Encoder",
-        text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", batch_size=1024, epochs=20,
-        lr=1e-3, weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
-    "cmelt": (CMELT, dict(encoder="w2v_tiny", text_unit="tag", text_max_length=48, frame_drop=0.5, lead_mask=0.2,
-                          negatives="none", batch_size=64, lr=7e-4, lead_drop=0.0, epochs=30), dict(
-        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", text_max_length=256,
-        text_unit="report", negatives="far", frame_drop=0.75, lead_mask=0.5, batch_size=128, epochs=49,
-        lr=5e-5, weight_decay=0.01, beta2=0.98, shift=0.0)),
+        text_trainable_layers=0, text_pooling="pooler", text_max_length=256, text_unit="report", epochs=20,
+        batch_size=1024, lr=1e-3, weight_decay=1e-8, lead_drop=0.0, shift=0.0)),
+    "cmelt": (CMELT, dict(
+        encoder="w2v_tiny", text_unit="tag", text_max_length=48, frame_drop=0.5, lead_mask=0.2, lr=7e-4,
+        negatives="none", batch_size=64, lead_drop=0.0, epochs=30), dict(
+        rate=500, encoder="w2v_base", dim=768, fusion_layers=6, text_model="google/flan-t5-base", epochs=49,
+        text_max_length=256, text_unit="report", negatives="far", frame_drop=0.75, lead_mask=0.5, lr=5e-5,
+        batch_size=128, weight_decay=0.01, beta2=0.98, shift=0.0)),
     "melp": (MELP, dict(text_unit="tag", text_max_length=64, batch_size=64, lr=1e-3, epochs=16), dict(
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6,
-        text_model="fuyingw/heart_bert", text_trainable_layers=6, text_max_length=127, text_unit="report", batch_size=256,
-        epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),
+        text_model="fuyingw/heart_bert", text_trainable_layers=6, text_max_length=127, text_unit="report",
+        batch_size=256, epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),
     "fgclep": (FGCLEP, dict(text_unit="tags", max_pool=True, epochs=14, fine_epochs=4), dict(
-        normalise="lead", encoder="resnet50", width=1.0, dim=512, text_model="emilyalsentzer/Bio_ClinicalBERT",
-        text_trainable_layers=3, text_pooling="pooler", text_max_length=256, text_unit="report", similarity="half",
-        prior=False, max_pool=False, keep_share=1e9, keep_threshold=0.95, batch_size=800, epochs=10, fine_epochs=3, lr=2e-5,
-        weight_decay=1e-4, lead_drop=0.0, shift=0.0)),
+        normalise="lead", encoder="resnet50", width=1.0, dim=512, text_trainable_layers=3, lr=2e-5,
+        text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="pooler", text_max_length=256, prior=False,
+        text_unit="report", similarity="half", max_pool=False, keep_share=1e9, keep_threshold=0.95,
+        batch_size=800, epochs=10, fine_epochs=3, weight_decay=1e-4, lead_drop=0.0, shift=0.0)),
     "cardiolm": (CardioLM, dict(word_mask=0.15, batch_size=32, lr=1e-3, weight_decay=0.01, epochs=8), dict(
         text_model="ncbi/MedCPT-Query-Encoder", text_max_length=512, epochs=1, lr=5e-5, warmup=0.06)),
 }

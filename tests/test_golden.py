@@ -87,7 +87,8 @@ def test_merl(encoder, bound):
     ecg = ecgs(6)
     encode = method.ecg.states if vit else method.ecg  # the head of the ViT starts before the encoder's norm
     method.encode_tokens = lambda x: encode(x)  # as it is: ext_scaled goes beyond what normalise clips at
-    tokens, (_, mean, ecg_vector) = encode(ecg), method.encode_both(ecg)
+    tokens = encode(ecg)
+    _, mean, ecg_vector = method.project(tokens)
     ecg1, ecg2 = views(mean)
     text = method.text.run(golden).pooler_output
     text_vector = F.normalize(method.project_text(text), dim=1)
@@ -99,10 +100,10 @@ def test_merl(encoder, bound):
     golden.update({name: F.normalize(golden[name], dim=1) for name in ("ext", "ext_scaled", "head_ext")})  # as ours are at once
     agree(golden, bound, ext=ecg_vector, ext_scaled=method.encode_ecg(ecg * torch.arange(1.0, 7)[:, None, None]).rhythm)
     if vit:  # the head starts behind the encoder's norm
-        method.encode_tokens, method.ecg.norm = lambda x: draw(2, 192)[:, None], torch.nn.Identity()
+        tokens, method.ecg.norm = draw(2, 192)[:, None], torch.nn.Identity()
     else:
-        method.encode_tokens = lambda x: draw(2, *golden["enc_shape"][1:].tolist()).transpose(1, 2)
-    _, mean, vector = method.encode_both(None)
+        tokens = draw(2, *golden["enc_shape"][1:].tolist()).transpose(1, 2)
+    _, mean, vector = method.project(tokens)
     agree(golden, bound, head_ext=vector, head_proj=vector, **dict(zip(("head_ecg1", "head_ecg2"), views(mean))))
 
 
@@ -120,7 +121,7 @@ def test_merl_loss():
 def melp():
     config = small_config("melp", encoder="w2v_base", dim=256, rate=500, beat_queries=12, caption_queries=128, decoder_layers=1,
                           text_max_length=20)
-    method = models.MELP(config, (bert(), SimpleNamespace(cls_token_id=2))).eval()
+    method = models.MELP(config, (bert(), SimpleNamespace(cls_token_id=2, bos_token_id=None))).eval()
     return evaluation.load_published(method, filled("melp_ecg_tower", "melp_text_tower"), "melp")
 
 
@@ -190,7 +191,7 @@ def test_melp_coca_loss():
     golden = load("melp_coca_loss")
     ecg, text, logits, scale = (golden[name].requires_grad_() for name in ("ecg", "text", "logits", "logit_scale"))
     clip = models.info_nce(ecg, text, scale)
-    caption = models.told(logits, golden["labels"].masked_fill(golden["labels"] == 0, -100))
+    caption = models.masked_cross_entropy(logits, golden["labels"].masked_fill(golden["labels"] == 0, -100))
     (clip + caption).backward()
     agree(golden, clip_loss=clip.detach(), caption_loss=caption.detach(), grad_ecg=ecg.grad, grad_text=text.grad,
           grad_logit_scale=scale.grad, grad_logits=logits.grad)
@@ -209,11 +210,11 @@ def dbeta():
 def test_dbeta_ecg(dbeta):
     golden, ecg = load("dbeta_ecg"), ecgs(2)
     frames = dbeta.ecg.embed(ecg)
-    start = dbeta.ecg.norm(dbeta.with_class(frames))
-    encoded = dbeta.ecg.encode(dbeta.with_class(frames))
+    start = dbeta.ecg.norm(torch.cat([dbeta.cls.expand(2, 1, -1), frames], 1))
+    encoded = dbeta.encode_frames(frames)
     assert list(encoded.shape) == golden["encoder_shape"].tolist()
     agree(golden, embeddings_slice=frames[:, :8], embeddings_mean=frames.mean(1), layer0_slice=dbeta.ecg.layers[0](start)[:, :8],
-          encoder_slice=encoded[:, :8], encoder_mean=encoded.mean(1), pooled=dbeta.pool_ecg(dbeta.ecg_states(frames)))
+          encoder_slice=encoded[:, :8], encoder_mean=encoded.mean(1), pooled=dbeta.pool_ecg(dbeta.project_ecg(encoded)[:, 0]))
     agree(golden, 1e-4, encoder_std_over_time=encoded.std(1))
     agree({"pooled": F.normalize(golden["pooled"], dim=1)}, pooled=dbeta.encode_ecg(ecg).rhythm)
 
@@ -221,9 +222,9 @@ def test_dbeta_ecg(dbeta):
 def heads(dbeta, words, mask, states):
     """What both golden files keep, and the fused streams, the words told and the ECG's stream half-way."""
     text, ecg, half = dbeta.fuse(words, mask, states)
-    pair = torch.cat([dbeta.pool_fused_text(text), dbeta.pool_fused_ecg(ecg)], 1)
+    pair = torch.cat([dbeta.pool_fused_text(text[:, 0]), dbeta.pool_fused_ecg(ecg[:, 0])], 1)
     logits = dbeta.tell_word(text)
-    found = dict(text_pooled=dbeta.pool_text(words), ecg_pooled=dbeta.pool_ecg(states), mm_cls=pair, etm_logits=dbeta.match(pair),
+    found = dict(text_pooled=dbeta.pool_text(words[:, 0]), ecg_pooled=dbeta.pool_ecg(states[:, 0]), mm_cls=pair, etm_logits=dbeta.match(pair),
                  mm_ecg_slice=ecg[:, :8], mlm_logits_slice=logits[:, :, :64], mlm_logsumexp=logits.logsumexp(2))
     return found, text, ecg, logits, half
 
@@ -233,7 +234,7 @@ def test_dbeta_fusion(dbeta):
     golden = load("dbeta_fusion")
     words = dbeta.text.run(golden).last_hidden_state
     found, text, ecg, logits, _ = heads(dbeta, dbeta.project_text(words), golden["attention_mask"],
-                                        dbeta.ecg_states(dbeta.ecg.embed(ecgs(2))))
+                                        dbeta.project_ecg(dbeta.encode_tokens(ecgs(2))))
     assert list(logits.shape) == golden["mlm_logits_shape"].tolist() and torch.equal(logits.argmax(2), golden["mlm_argmax"])
     agree(golden, 1e-4, **found, t5_slice=words[:, :, :64], mm_text_slice=text[:, :, :64], mm_text_mean=text.mean(1),
           mm_ecg_mean=ecg.mean(1), mlm_logits_mean=logits.mean(2), mlm_logits_std=logits.std(2))
@@ -261,8 +262,8 @@ def test_dbeta_parts(dbeta):
     agree(golden, text_layer0=dbeta.fuse_text[0](x, y, tgt_key_padding_mask=padding)[:, ::4, :256],
           ecg_layer0=dbeta.fuse_ecg[0](y, x, memory_key_padding_mask=padding)[:, ::8, :256],
           mem_logits_slice=rebuilt.unflatten(2, (12, 16))[:, ::8], mem_logits_std=rebuilt.std(2),
-          text_unimodal_pooler=dbeta.pool_text(x), ecg_unimodal_pooler=dbeta.pool_ecg(y),
-          text_pooler=dbeta.pool_fused_text(x), ecg_pooler=dbeta.pool_fused_ecg(y), mlm_head_slice=dbeta.tell_word(x)[:, :, :64])
+          text_unimodal_pooler=dbeta.pool_text(x[:, 0]), ecg_unimodal_pooler=dbeta.pool_ecg(y[:, 0]),
+          text_pooler=dbeta.pool_fused_text(x[:, 0]), ecg_pooler=dbeta.pool_fused_ecg(y[:, 0]), mlm_head_slice=dbeta.tell_word(x)[:, :, :64])
 
 
 def test_dbeta_ets_loss():
@@ -277,9 +278,9 @@ def test_dbeta_losses():
     golden = load("dbeta_losses")
     inputs = {name: golden[name].requires_grad_() for name in ("mem_logits", "mlm_logits", "etm_logits", "uni_ecg", "uni_text")}
     target = models.frames_of(golden["ecg"])
-    parts = dict(mlm=models.told(inputs["mlm_logits"], golden["mlm_labels"]),
-                 mem=models.rebuilt_loss(inputs["mem_logits"].flatten(2), target, golden["mem_mask"]),
-                 etm=models.told(inputs["etm_logits"], golden["is_aligned"].long()),
+    parts = dict(mlm=models.masked_cross_entropy(inputs["mlm_logits"], golden["mlm_labels"]),
+                 mem=models.reconstruction_loss(inputs["mem_logits"].flatten(2), target, golden["mem_mask"]),
+                 etm=models.masked_cross_entropy(inputs["etm_logits"], golden["is_aligned"].long()),
                  ets=csrc.sigmoid_loss(inputs["uni_ecg"], inputs["uni_text"], positive=golden["is_aligned"].bool()))
     total = sum(parts.values())
     total.backward()

@@ -19,7 +19,6 @@ def test_info_nce_by_hand():
     p = (x @ y.T / 0.1).exp()
     rows, columns = -(p.diag() / p.sum(1)).log().mean(), -(p.diag() / p.sum(0)).log().mean()
     assert torch.allclose(models.info_nce(x, y, 10), (rows + columns) / 2, atol=1e-5)
-    assert torch.allclose(models.info_nce(x, y, 10, sides=1), rows, atol=1e-5)
 
 
 def test_soft_sigmoid_and_l1_by_hand():
@@ -129,10 +128,10 @@ def causal_tower():
 
 def test_a_causal_tower_sees_only_what_stands_before():
     tower = causal_tower()
-    a, b = tower(["sinus rhythm. normal ecg"]), tower(["sinus rhythm. left axis deviation"])
+    a, b = tower.encode(["sinus rhythm. normal ecg"]), tower.encode(["sinus rhythm. left axis deviation"])
     assert torch.allclose(a.states[:, :4], b.states[:, :4], atol=1e-6) and not torch.allclose(a.states[:, 4], b.states[:, 4], atol=1e-3)
     assert not torch.allclose(a.report, b.report, atol=1e-3)
-    longer = tower(["sinus rhythm. normal ecg", "atrial fibrillation. left axis deviation. sinus rhythm. normal ecg. normal ecg"])
+    longer = tower.encode(["sinus rhythm. normal ecg", "atrial fibrillation. left axis deviation. sinus rhythm. normal ecg. normal ecg"])
     assert torch.allclose(a.report[0], longer.report[0], atol=1e-5)  # however far the batch is padded
     assert torch.allclose(a.sentences[0, :2], longer.sentences[0, :2], atol=1e-5) and longer.sentence_count.tolist() == [2, 5]
 
@@ -147,7 +146,7 @@ def test_a_model_that_cannot_be_causal_is_refused():
 def test_sentences_are_split_at_full_stops_that_end_one():
     tower = causal_tower()
     texts = ["sinus rhythm. normal ecg", "st depression of 0.5 mv in v1", "sinus rhythm. left axis deviation.", "atrial fibrillation. "]
-    tokens = tower.tokenise(texts, return_offsets_mapping=True)
+    tokens = models.tokenise(tower, texts, return_offsets_mapping=True)
     sentence = models.sentence_of_piece(texts, tokens["offset_mapping"], tokens["words"])
     means, count = models.sentence_means(torch.eye(sentence.shape[1]).expand(4, -1, -1), sentence)
     assert count.tolist() == [2, 1, 2, 1]  # nothing vanishes without a full stop, nothing behind the last one is dropped, 0.5 is whole
@@ -272,6 +271,8 @@ def test_every_encoder_in_every_method(name, encoder):
     assert not [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
     with torch.no_grad():
         views = method.eval().encode_ecg(batch.ecg)
+        tokens = method.encode_tokens(batch.ecg)
+    assert tokens.dim() == 3 and tokens.shape[2] == method.ecg.dim  # as the encoder gives them, not projected
     assert torch.allclose(views.rhythm.norm(dim=1), torch.ones(8), atol=1e-5) and views.tokens.isfinite().all()
     assert (views.rhythm[0] - views.rhythm[1]).norm() > 1e-4
 
