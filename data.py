@@ -840,7 +840,8 @@ def read_csv(name, columns):
             for row in filter(None, reader):
                 if len(row) != len(header):
                     fault = f"{len(row)} fields, but there are {len(header)} columns"
-                    refuse(f"{name}, line {reader.line_num}", f"{fault}; a text with commas needs quotes around it")
+                    advice = "a text with commas needs quotes around it"
+                    raise DataError(f"{name}, line {reader.line_num}: {fault}; {advice}")
                 if "\0" in "".join(row):
                     raise csv.Error("holds zeros: UTF-16, or damaged; save it as UTF-8")
                 yield dict(zip(header, ["" if field in NOTHING else field for field in row]))
@@ -891,7 +892,7 @@ def once(source):
 
 @once
 def ptbxl_rows(settings):
-    """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its files of 100 Hz, or of 500 Hz if these are absent."""
+    """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its files of 100 Hz, or of 500 Hz where one lacks."""
     src, found, damaged = settings["src"], False, None
     check_classes(os.path.join(src, "scp_statements.csv"))
     table = os.path.join(src, "ptbxl_database.csv")
@@ -987,7 +988,7 @@ REFERENCE = dict(zip("123456789", ("Normal", "AF", "I-AVB", "LBBB", "RBBB", "PAC
 
 @once
 def header_rows(settings):
-    """A folder of WFDB records, at any depth, with `#Dx:` (SNOMED numbers or acronyms), `#Age:`, `#Sex:` in their
+    """A folder of WFDB records, at any depth, with `#Dx:` (SNOMED numbers or acronyms), `#Age:`, `#Sex:` in the
     headers. Where one has no #Dx, a REFERENCE.csv (CPSC2018) in a folder above it has the labels. Acronyms in
     a ConditionNames_SNOMED-CT.csv (CSN) become its numbers. Splits: see split_of."""
     root, source = Path(settings["src"]), settings["source"]
@@ -1007,7 +1008,7 @@ def header_rows(settings):
     for path in headers:
         try:
             with open_file(path) as file:
-                head = file.read(MOST["header"]).decode("utf-8", "replace")
+                head = file.read(2**20).decode("utf-8", "replace")
         except OSError:
             head = ""  # what is wrong with it is said when the record is read
         said = {key.lower(): value.strip() for key, value in COMMENT.findall(head)}
@@ -1024,7 +1025,7 @@ def header_rows(settings):
 
 
 def named(codes, source):
-    """Columns of a record whose source gives codes and no report: its statements are the names of the findings."""
+    """Columns of a record whose source gives codes and no report: its statements are names of findings."""
     keys = dict.fromkeys(finding_of(code, source) for code in codes)
     names = [knowledge()["findings"][key]["name"] for key in keys if key]
     return dict(source=source, codes=dict.fromkeys(codes, 100.0), statements=names, report=". ".join(names))
@@ -1158,7 +1159,7 @@ KNOWLEDGE = {  # the shape of prompts.json
                    if name not in ("csn_published", *OCCURRING)},
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
                   "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str}},
-    "lexicon": {"rewrite": [[str]], "sites": {str: str}, "negations": [str], "statements": {str: str},
+    "lexicon": {"rewrite": [[str]], "terms": [[str]], "sites": {str: str}, "negations": [str], "statements": {str: str},
                 "prefix": {str: str}, "suffix": {str: str}, "join": {str: str}, "drop": {str: str}}}
 
 
@@ -1172,7 +1173,7 @@ def knowledge():
 def read_knowledge(path):
     """A file in the form of prompts.json, checked: people edit it. Errors: DataError, which entry.
 
-    Every class gets "findings", those that it counts; a class with "snomed" counts of SNOMED numbers these."""
+    Every class gets "findings", those that it counts; of SNOMED numbers one with "snomed" counts only these."""
     table = read_json(path, KNOWLEDGE, "git checkout prompts.json brings the published one back")
     findings, sets = table["findings"], table["label_sets"]
     scp = check({code: f for code, f in findings.items() if "prompts" in f}, {str: SCP}, f"{path}, findings")
@@ -1239,8 +1240,8 @@ def check_classes(name):
 
 @lru_cache
 def code_words():
-    """Code in lower case -> finding: SNOMED numbers, SCP codes, what the sources write, names and wordings. Of
-    a word with two meanings the first counts: AF is atrial fibrillation (CSN's flutter: see finding_of)."""
+    """Code in lower case -> finding: SNOMED numbers, SCP codes, what the sources write, names and wordings.
+    Of a word with two meanings the first counts: AF is fibrillation (CSN's is flutter, see finding_of)."""
     findings = knowledge()["findings"]
     words = {number: key for key, finding in findings.items() for number in finding["snomed"]}
     words |= {key.lower(): key for key in findings}
@@ -1292,7 +1293,7 @@ def sourced(records):
 
 
 def label_matrix(records, name):
-    """Records (DataFrame with codes, source) and a label set -> class names (C), labels (R, C) bool, keep (R,).
+    """Records (DataFrame: codes, source) and a label set -> class names (C), labels (R, C) bool, keep (R,) bool.
 
     Every listed code counts whatever its likelihood, as in the published counts. keep: rows with a label of the
     set (of code_test all: most have none of its six, and all are published). "csn_published" restores MERL's
@@ -1334,13 +1335,15 @@ def join_classes(source_set, target_set):
 # ---- report text -------------------------------------------------------------------------------------------
 
 LEAD = r"(?:av[rlf]|v[1-6]|i{1,3})\b"
-LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:(?:and|und|och|bis|to)\s+)?{LEAD})*"
+AND = r"(?:and|und|och|bis|to)"
+LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:{AND}\s+)?{LEAD})*"
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
 WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
 # a dot behind one of these ends no sentence
-ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl neg part
-    pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst z.n""".split()
-SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIONS) + r"[.;!?]+(?=\s|$)(?!\s*grad)")
+ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl neg
+    part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst z.n""".split()
+SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIONS)
+                          + r"[.;!?]+(?=\s|$)(?!\s*grad)")
 # a comma ends a statement, unless one word follows it or what follows only goes on
 GOES_ON = "a|an|and|or|but|this|these|which|with|in|at|age|old|due|may|cannot|likely|plus|non|regular|flat"
 COMMA = re.compile(rf",\s+(?=\S+ \S)(?!{LEAD}|\d|(?:{GOES_ON})\b|probab|possib|consi|sugg)")
@@ -1349,7 +1352,6 @@ NEGATED_LIST = re.compile(
     r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal"
     r"|sinus|but|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
 LATE = "not", "never", "absent", "nie", "niemals", "ej", "icke", "inte"  # may stand behind what they negate
-
 
 
 def clean(text):
@@ -1375,7 +1377,7 @@ def split_statements(text):
 def lead_names(text):
     """Leads by their names in standard order: 'v4-6' -> 'v4, v5, v6'; 'iii,f' -> 'iii, avf'."""
     found, last, names = set(), None, [name.lower() for name in LEADS]
-    for gap, name in re.findall(r"(\W*(?:\b(?:and|und|och|bis|to)\b\s*)?)(av[rlf]|v[1-6]|i{1,3}|[1-6rlf])", text):
+    for gap, name in re.findall(rf"(\W*(?:\b{AND}\b\s*)?)(av[rlf]|v[1-6]|i{{1,3}}|[1-6rlf])", text):
         lead = names.index("v" + name if name.isdigit() else "av" + name if name in "rlf" else name)
         is_range = last is not None and re.search("-|bis|to", gap) and names.index("v1") <= last < lead
         found |= set(range(last, lead + 1)) if is_range else {lead}
@@ -1406,9 +1408,11 @@ class Translator:
     What a sentence says is dropped where it holds a word of negation that is in no phrase.
     """
 
-    def __init__(self, lexicon, synonyms=()):
-        """lexicon: of prompts.json; synonyms: (wording, text) that it need not repeat. Errors: DataError."""
-        self.rewrite, self.negations = [], set(lexicon["negations"])
+    def __init__(self, lexicon, synonyms=(), token=TOKEN):
+        """lexicon: of prompts.json; synonyms: (wording, text) that it need not repeat. Errors: DataError.
+
+        token: a word; by TOKEN a list of leads is one, and <leads> in a phrase stands for any."""
+        self.token, self.rewrite, self.negations = token, [], set(lexicon["negations"])
         for i, rule in enumerate(lexicon["rewrite"]):
             try:
                 old, new = rule
@@ -1435,18 +1439,18 @@ class Translator:
         self.longest = max(map(len, self.table))
 
     def sentences(self, text):
-        """List of words of every sentence, rewritten; a list of leads is one word, 'v1, v2'."""
+        """List of words of every sentence, rewritten; leads in standard order, 'v1, v2'."""
         text = one_negation(clean(text))
         for pattern, new in self.rewrite:
             text = pattern.sub(new, text)
-        words = [TOKEN.findall(sentence) for sentence in SENTENCE_END.split(text)]
-        return [[lead_names(w) if re.match(LEAD, w) else w for w in sentence] for sentence in words if sentence]
+        sentences = [self.token.findall(sentence) for sentence in SENTENCE_END.split(text)]
+        return [[lead_names(w) if re.match(LEAD, w) else w for w in words] for words in sentences if words]
 
     def key(self, words):
-        return tuple("<leads>" if re.match(LEAD, word) else word for word in words)
+        return tuple("<leads>" if self.token is TOKEN and re.match(LEAD, word) else word for word in words)
 
     def phrases(self, words):
-        """(kind, English texts, words) of every phrase of a sentence; kind is 'unknown' for a word in none."""
+        """(kind, English texts, words) of every phrase of a sentence; kind 'unknown' for a word in none."""
         while words:
             keys = self.key(words[:self.longest])
             size = next((n for n in range(len(keys), 0, -1) if keys[:n] in self.table), 1)
@@ -1457,12 +1461,12 @@ class Translator:
 
     def parse(self, report):
         """-> (templates, the last innermost; text) of what is said; words understood; words not understood"""
-        out, last, understood, unknown = [], 0, [], []  # out[last:] is what the last phrase said: a suffix changes it
+        out, last, understood, unknown = [], 0, [], []  # out[last:]: of the last phrase, what a suffix changes
         for sentence in self.sentences(report):
-            waiting, used, placed = [], [], False  # prefixes to come and last used; may a place be that of out[last:]?
+            waiting, used, placed = [], [], False  # prefixes to come, last used; may a place be of out[last:]?
             begin, doubt, late, early = len(out), False, False, []
             for kind, texts, words in self.phrases(sentence):
-                (unknown if kind == "unknown" else understood).extend(w for w in words if re.search("[a-z]", w))
+                (unknown if kind == "unknown" else understood).extend(filter(re.compile("[a-z]").search, words))
                 if kind == "suffix" and len(out) == begin and negates(texts[0]):  # "excluded: infarct"
                     kind, early = "prefix", texts
                 if kind == "statements":
@@ -1471,7 +1475,7 @@ class Translator:
                 elif kind == "prefix":
                     waiting = waiting + texts
                     late = len(out) > begin and words[-1] in LATE  # "infarction is not ..."
-                elif kind == "join":  # "no ischemia or infarction": the prefix of the one is that of the other
+                elif kind == "join":  # "no ischemia or infarction": the prefix of the one is the other's
                     waiting = waiting or used
                 elif kind == "suffix" and (placed or not texts[0].startswith("~ in ")):
                     out[last:] = [(texts + templates, text) for templates, text in out[last:]]
@@ -1485,18 +1489,13 @@ class Translator:
                 out[last:] = [(early + templates, text) for templates, text in out[last:]]
         return out, understood, unknown
 
-    def read(self, report):
-        """-> (English statements, words understood, words not understood)"""
-        said, *words = self.parse(report)
-        return list(dict.fromkeys(attach(*each) for each in said)), *words
-
     def __call__(self, report):
         """English statements of a report in its order, each once; none where it says nothing."""
-        return self.read(report)[0]
+        return list(dict.fromkeys(attach(*each) for each in self.parse(report)[0]))
 
     def coverage(self, reports):
         """(word occurrences understood, all of them, Counter of the others)"""
-        read = [self.read(report)[1:] for report in reports]
+        read = [self.parse(report)[1:] for report in reports]
         left = Counter(word for _, unknown in read for word in unknown)
         known = sum(len(understood) for understood, _ in read)
         return known, known + sum(left.values()), left
@@ -1504,7 +1503,8 @@ class Translator:
 
 def wordings():
     """(wording, key of its finding) of all findings."""
-    return [(wording, key) for key, f in knowledge()["findings"].items() for wording in (f["name"], *f["also"])]
+    findings = knowledge()["findings"].items()
+    return [(wording, key) for key, finding in findings for wording in (finding["name"], *finding["also"])]
 
 
 @lru_cache
@@ -1522,7 +1522,7 @@ LANGUAGES = "english", "original", "translated"
 
 
 def report_tags(store, language="english"):
-    """Statements of every record of a store, a list of strings each. language: english (of PTB-XL translated),
+    """Statements of every record of a store, a list of strings each. language: english (PTB-XL's translated),
     original (as written), or translated (whatever the source)."""
     if language not in LANGUAGES:
         raise DataError(f"unknown report language {language!r}: use {', '.join(LANGUAGES)}")
@@ -1568,42 +1568,30 @@ def corpus(specs, language="english"):
     return sorted({text.strip() for text in texts} - {""})
 
 
-class Findings(Translator):
-    """The knowledge table in prompts.json: what findings the statements of a report name, and which waveform features these suggest.
+class Findings:
+    """What findings of prompts.json the statements of a report name, and what waveform features these suggest.
 
-    Findings are recognised by their name and other wordings, longest first, unless they are negated."""
+    Findings are recognised by their name and other wordings, longest first, unless they are negated. Words stay
+    as they are, so that no lead or degree is taken for another."""
 
     def __init__(self):
-        self.features = {code: finding["features"] for code, finding in knowledge()["findings"].items()}
-        lexicon = knowledge()["lexicon"]
+        lexicon, self.known = knowledge()["lexicon"], {}  # statement -> keys: there are fewer of them than reports
         denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
         parts = {kind: {phrase: text for phrase, text in lexicon[kind].items() if denied(phrase, text)}
-                 for kind in ("suffix", "prefix")} | {"rewrite": [], "statements": {}}
-        super().__init__(lexicon | parts, wordings())
-        self.known = {}  # statement -> codes: there are far fewer statements than reports
-
-    def sentences(self, text):
-        """Words stay as they are, so that no lead or degree is taken for another."""
-        text = one_negation(text.lower())
-        text = re.sub(r"\ba[- :]v(?= block| nodal| dual| sequ| conduc| diss)", "av", text)
-        text = re.sub(r"\b(r|t|atrial|ventricular|dual)-(?=wave|paced|sensed)", r"\1 ", text)
-        return [re.findall(r"[^\s,.;:()]+", sentence) for sentence in SENTENCE_END.split(text)]
-
-    key = staticmethod(tuple)
+                 for kind in ("suffix", "prefix")} | {"rewrite": lexicon["terms"], "statements": {}}
+        self.parse = Translator(lexicon | parts, wordings(), re.compile(r"[^\s,.;:()]+")).parse
 
     def named(self, statements):
-        """SCP codes (or names of further findings) that the statements name, each once."""
+        """Keys of the findings that the statements name, each once."""
         for statement in set(statements) - self.known.keys():
-            self.known[statement] = self.read(statement)
-        return list(dict.fromkeys(code for statement in statements for code in self.known[statement]))
-
-    def read(self, statement):
-        """Codes that one statement names."""
-        return [code for templates, code in self.parse(statement)[0] if not any(map(negates, templates))]
+            said, *_ = self.parse(statement)
+            self.known[statement] = [key for templates, key in said if not any(map(negates, templates))]
+        return list(dict.fromkeys(key for statement in statements for key in self.known[statement]))
 
     def candidates(self, statements):
         """Features that the statements of one report suggest, each once."""
-        return list(dict.fromkeys(feature for code in self.named(statements) for feature in self.features[code]))
+        findings = [knowledge()["findings"][key] for key in self.named(statements)]
+        return list(dict.fromkeys(feature for finding in findings for feature in finding["features"]))
 
 
 # ---- simulator ---------------------------------------------------------------------------------------------
@@ -1637,7 +1625,7 @@ Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; r
 
 @lru_cache(1)
 def simulated_block(seed, block, rate):
-    """CHUNK records -> ecg (CHUNK, 12, SECONDS * rate) mV; peaks, codes, features, statements, ages of each."""
+    """CHUNK records -> ecg (CHUNK, 12, SECONDS * rate) mV; of each peaks, codes, features, statements, age."""
     return _block(np.random.default_rng((seed, block)), rate, SECONDS)
 
 
@@ -1713,8 +1701,8 @@ def _turn(v, frontal, horizontal):
 
 def _patient(rng, c):
     """Heart and chest of each patient: lobes v (n, 8, 3), their local part in V1..V6 w (n, 8, 6), P lobes p
-    (n, 2, 3), lead matrix (n, 8, 3), rate (1/min), intervals (s), places and widths of the QRS lobes in shares
-    of it (n, 5)."""
+    (n, 2, 3), lead matrix (n, 8, 3), rate (1/min), intervals (s), places and widths of the QRS lobes in
+    shares of it (n, 5)."""
     n, norm, uni = CHUNK, rng.standard_normal, lambda a, b: rng.uniform(a, b, (CHUNK, 1))
     logn = lambda spread, *shape: np.exp(spread * norm((n, *shape)))
     age = (c["age"] - 50) / 15
@@ -1961,8 +1949,8 @@ def _fire_all(rng, c, p, clock, rate, samples):
     out, peaks = np.zeros((n, samples + 2 * pad, 8)), [[] for _ in range(n)]
 
     def fire(when, center, width, amplitude, before, length, qrs=np.zeros(n)):
-        """Add lobes (n, k) to the records with an event at `when` (n,) s, nan: none -> rows, starts, power while
-        the QRS lasts (qrs, s): after it a tall ST-T would pass for an R peak."""
+        """Add lobes (n, k) to the records with an event at `when` (n,) s, nan: none -> rows, starts, power
+        while the QRS lasts (qrs, s): after it a tall ST-T would pass for an R peak."""
         half = samples / rate / 2
         i = np.flatnonzero(np.nan_to_num(abs(when - half), nan=np.inf) < half + .8)
         start = np.floor((when[i] - before) * rate).astype(int)
@@ -2041,7 +2029,7 @@ def _noise(rng, rate, samples, strongest=False):
 
 
 def _report(rng, codes, features):
-    """Statements of one report: rhythm first, wording varied; form codes are sometimes left out, features mostly."""
+    """Statements of a report: rhythm first, wording varied; form codes are at times left out, features mostly."""
     findings = knowledge()["findings"]
     rhythm = [k for k in codes if findings[k]["rhythm"]]
     rest = [k for k in codes if k not in rhythm
