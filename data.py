@@ -892,7 +892,7 @@ def once(source):
 
 @once
 def ptbxl_rows(settings):
-    """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its files of 100 Hz, or of 500 Hz where one lacks."""
+    """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its 100 Hz files; those of 500 Hz if absent."""
     src, found, damaged = settings["src"], False, None
     check_classes(os.path.join(src, "scp_statements.csv"))
     table = os.path.join(src, "ptbxl_database.csv")
@@ -988,9 +988,9 @@ REFERENCE = dict(zip("123456789", ("Normal", "AF", "I-AVB", "LBBB", "RBBB", "PAC
 
 @once
 def header_rows(settings):
-    """A folder of WFDB records, at any depth, with `#Dx:` (SNOMED numbers or acronyms), `#Age:`, `#Sex:` in the
-    headers. Where one has no #Dx, a REFERENCE.csv (CPSC2018) in a folder above it has the labels. Acronyms in
-    a ConditionNames_SNOMED-CT.csv (CSN) become its numbers. Splits: see split_of."""
+    """WFDB records at any depth below a folder, with `#Dx:` (SNOMED numbers or acronyms), `#Age:`, `#Sex:` in
+    the headers. Where there is no #Dx, a REFERENCE.csv (CPSC2018) in a folder above has the labels. Acronyms
+    in a ConditionNames_SNOMED-CT.csv (CSN) become its numbers. Splits: see split_of."""
     root, source = Path(settings["src"]), settings["source"]
     files, listed, numbers = sorted(root.rglob("*.*")), {}, {}
     for path in files:
@@ -1063,8 +1063,8 @@ def read_tracings(src, rows):
             return len(tracings), tracings[rows].astype(np.float32)
     except ImportError as error:
         raise DataError(f"{name}: reading it needs h5py; pip install h5py") from error
-    except OSError as error:
-        raise DataError(f"{name}: not readable ({error.strerror or error})") from error
+    except (OSError, RuntimeError, KeyError) as error:  # HDF5 has many words for damage
+        raise DataError(f"{name}: not readable ({' '.join(str(error).split())})") from error
 
 
 def code_annotations(src):
@@ -1080,8 +1080,8 @@ def code_annotations(src):
 
 
 def code_rows(settings):
-    """CODE-test (Ribeiro et al. 2020), all test. Its authors name two units: the one that makes the median QRS
-    of the file 0.5 to 3 mV high is taken, and told."""
+    """CODE-test (Ribeiro et al. 2020), all test. Its authors name two units: the one by which the median QRS
+    of the file is 0.5 to 3 mV high is taken, and told."""
     src, classes = settings["src"], list(label_set("code_test"))
     name, attributes = os.path.join(src, "ecg_tracings.hdf5"), os.path.join(src, "attributes.csv")
     count, some = read_tracings(src, slice(None, None, 8))
@@ -1159,8 +1159,9 @@ KNOWLEDGE = {  # the shape of prompts.json
                    if name not in ("csn_published", *OCCURRING)},
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
                   "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str}},
-    "lexicon": {"rewrite": [[str]], "terms": [[str]], "sites": {str: str}, "negations": [str], "statements": {str: str},
-                "prefix": {str: str}, "suffix": {str: str}, "join": {str: str}, "drop": {str: str}}}
+    "lexicon": {"rewrite": [[str]], "terms": [[str]], "negations": [str], "sites": {str: str},
+                "statements": {str: str}, "prefix": {str: str}, "suffix": {str: str}, "join": {str: str},
+                "drop": {str: str}}}
 
 
 @lru_cache
@@ -1173,7 +1174,7 @@ def knowledge():
 def read_knowledge(path):
     """A file in the form of prompts.json, checked: people edit it. Errors: DataError, which entry.
 
-    Every class gets "findings", those that it counts; of SNOMED numbers one with "snomed" counts only these."""
+    Every class gets "findings", those that it counts; one with "snomed" counts no other SNOMED numbers."""
     table = read_json(path, KNOWLEDGE, "git checkout prompts.json brings the published one back")
     findings, sets = table["findings"], table["label_sets"]
     scp = check({code: f for code, f in findings.items() if "prompts" in f}, {str: SCP}, f"{path}, findings")
@@ -1293,11 +1294,11 @@ def sourced(records):
 
 
 def label_matrix(records, name):
-    """Records (DataFrame: codes, source) and a label set -> class names (C), labels (R, C) bool, keep (R,) bool.
+    """Records (DataFrame: codes, source), a label set -> class names (C), labels (R, C) bool, keep (R,) bool.
 
-    Every listed code counts whatever its likelihood, as in the published counts. keep: rows with a label of the
-    set (of code_test all: most have none of its six, and all are published). "csn_published" restores MERL's
-    rule, class in "AFIB,TWC", by which AFIB is AF, too (13 % more labels)."""
+    Every listed code counts whatever its likelihood, as in the published counts. keep: rows with a label of
+    the set (of code_test all: most have none of its six, and all are published). "csn_published" restores
+    MERL's rule, class in "AFIB,TWC", by which AFIB is AF, too (13 % more labels)."""
     classes, unknown, labels = label_set(name, records), Counter(), []
     acronyms = {number: word for word, number in reversed(knowledge()["codes"]["csn"].items())}
 
@@ -1340,8 +1341,9 @@ LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:{AND
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
 WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
 # a dot behind one of these ends no sentence
-ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl neg
-    part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst z.n""".split()
+ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl
+    neg part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst
+    z.n""".split()
 SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIONS)
                           + r"[.;!?]+(?=\s|$)(?!\s*grad)")
 # a comma ends a statement, unless one word follows it or what follows only goes on
@@ -1461,12 +1463,13 @@ class Translator:
 
     def parse(self, report):
         """-> (templates, the last innermost; text) of what is said; words understood; words not understood"""
-        out, last, understood, unknown = [], 0, [], []  # out[last:]: of the last phrase, what a suffix changes
+        out, last, understood, unknown = [], 0, [], []  # out[last:]: of the last phrase; a suffix changes it
         for sentence in self.sentences(report):
-            waiting, used, placed = [], [], False  # prefixes to come, last used; may a place be of out[last:]?
+            waiting, used, placed = [], [], False  # prefixes to come, last used; is a place of out[last:]?
             begin, doubt, late, early = len(out), False, False, []
             for kind, texts, words in self.phrases(sentence):
-                (unknown if kind == "unknown" else understood).extend(filter(re.compile("[a-z]").search, words))
+                counted = unknown if kind == "unknown" else understood
+                counted.extend(word for word in words if re.search("[a-z]", word))
                 if kind == "suffix" and len(out) == begin and negates(texts[0]):  # "excluded: infarct"
                     kind, early = "prefix", texts
                 if kind == "statements":
@@ -1569,13 +1572,13 @@ def corpus(specs, language="english"):
 
 
 class Findings:
-    """What findings of prompts.json the statements of a report name, and what waveform features these suggest.
+    """What findings of prompts.json the statements of a report name, and the waveform features they suggest.
 
-    Findings are recognised by their name and other wordings, longest first, unless they are negated. Words stay
-    as they are, so that no lead or degree is taken for another."""
+    Findings are recognised by their name and other wordings, longest first, unless they are negated. Words
+    stay as they are, so that no lead or degree is taken for another."""
 
     def __init__(self):
-        lexicon, self.known = knowledge()["lexicon"], {}  # statement -> keys: there are fewer of them than reports
+        lexicon, self.known = knowledge()["lexicon"], {}  # statement -> keys: there are fewer than reports
         denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
         parts = {kind: {phrase: text for phrase, text in lexicon[kind].items() if denied(phrase, text)}
                  for kind in ("suffix", "prefix")} | {"rewrite": lexicon["terms"], "statements": {}}
@@ -1625,7 +1628,7 @@ Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; r
 
 @lru_cache(1)
 def simulated_block(seed, block, rate):
-    """CHUNK records -> ecg (CHUNK, 12, SECONDS * rate) mV; of each peaks, codes, features, statements, age."""
+    """CHUNK records -> ecg (CHUNK, 12, SECONDS * rate) mV; each one's peaks, codes, features, report, age."""
     return _block(np.random.default_rng((seed, block)), rate, SECONDS)
 
 
@@ -2029,7 +2032,7 @@ def _noise(rng, rate, samples, strongest=False):
 
 
 def _report(rng, codes, features):
-    """Statements of a report: rhythm first, wording varied; form codes are at times left out, features mostly."""
+    """Statements of a report: rhythm first, wording varied; form codes left out at times, features often."""
     findings = knowledge()["findings"]
     rhythm = [k for k in codes if findings[k]["rhythm"]]
     rest = [k for k in codes if k not in rhythm
@@ -2048,8 +2051,8 @@ def _report(rng, codes, features):
 READS = (open_file, read_record, read_header, parse_lead, beside, files_of, measure, read_format16, read_wfdb,
          read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines,
          read_csv, without_zero, split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX,
-         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING, NEGATED_LIST,
-         WORD, SENTENCE_END, COMMA)
+         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING,
+         NEGATED_LIST, WORD, SENTENCE_END, COMMA)
 MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block,
