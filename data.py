@@ -814,9 +814,9 @@ def csv_lines(rows):
     return table.getvalue().encode()
 
 
-# ---- data sets ------------------------------------------------------------------------------------------------------
-# One generator each that reads no signal. It yields rows (id, path, patient, split, fold, report, codes, source and, if
-# they need no translation, statements); a row that cannot be used has `skip`, the reason, and counts as dropped.
+# ---- data sets ---------------------------------------------------------------------------------------------
+# One generator each that reads no signal. It yields rows (id, path, patient, split, fold, report, codes,
+# source, age and sex if known and, if they need no translation, statements); a row of no use has `skip`, why.
 
 NOTHING = dict.fromkeys("nan NaN none None NONE null NULL <NA> NaT".split())  # written for an empty field
 
@@ -837,15 +837,14 @@ def read_csv(name, columns):
                     f"its first line names {', '.join(header)[:200]!r}" if header else "it is empty"))
             if double := [column for column in header if column and header.count(column) > 1]:
                 raise DataError(f"{name}: has two columns {double[0]!r}; take one out")
-            for row in reader:
-                if row and len(row) != len(header):
+            for row in filter(None, reader):
+                if len(row) != len(header):
                     fault = f"{len(row)} fields, but there are {len(header)} columns"
                     advice = "a text with commas needs quotes around it"
                     raise DataError(f"{name}, line {reader.line_num}: {fault}; {advice}")
                 if "\0" in "".join(row):
                     raise csv.Error("holds zeros: UTF-16, or damaged; save it as UTF-8")
-                if row:
-                    yield dict(zip(header, ["" if field in NOTHING else field for field in row]))
+                yield dict(zip(header, ["" if field in NOTHING else field for field in row]))
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not in UTF-8 ({error}); save it as UTF-8") from error
     except csv.Error as error:
@@ -862,21 +861,19 @@ def without_zero(number):
     return head if head.isdigit() and not tail.strip("0") else number.strip()
 
 
+def person(age, sex):
+    """Age and sex as a store keeps them (text of a number of years; F or M), "" for what is neither."""
+    try:
+        years = f"{float(age):g}" if 0 <= float(age) <= 120 else ""
+    except ValueError:
+        years = ""
+    return dict(age=years, sex={"f": "F", "female": "F", "m": "M", "male": "M"}.get(sex.strip().lower(), ""))
+
+
 def split_by(key, train, val):
     """train, val or test by a hash of the patient: the same everywhere, and no patient in two of them."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
     return "train" if share < train else "val" if share < train + val else "test"
-
-
-SEXES = {"f": "F", "female": "F", "m": "M", "male": "M", "unknown": ""}
-
-
-def years(text):
-    """Age as the text of a number of years, "" where it is none."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 120:
-            return f"{float(text):g}"
-    return ""
 
 
 def once(source):
@@ -884,40 +881,37 @@ def once(source):
     @wraps(source)
     def rows(settings):
         seen = set()
-        for row in source(settings):
-            keys = {hash(("id", row["id"]))}  # numbers: there may be 800,000
+        for row in source(settings):  # hashes: there may be 800,000
+            keys = {hash(("id", row["id"]))}
             if "path" in row:
                 keys.add(hash(os.path.normpath(row["path"])))
-            if keys & seen:
-                row.pop("path", None)
-                row["skip"] = "occurs twice (its id or its waveform)"
+            yield {"id": row["id"], "skip": "occurs twice (its id or its waveform)"} if keys & seen else row
             seen |= keys
-            yield row
     return rows
 
 
 @once
 def ptbxl_rows(settings):
-    """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its 100 Hz files, or those of 500 Hz if they are absent."""
+    """PTB-XL: folds 1-8 train, 9 val, 10 test. Up to 100 Hz its 100 Hz files; those of 500 Hz if absent."""
     src, found, damaged = settings["src"], False, None
     check_classes(os.path.join(src, "scp_statements.csv"))
     table = os.path.join(src, "ptbxl_database.csv")
     sizes = ("filename_lr", "filename_hr") if settings["rate"] <= 100 else ("filename_hr",)
-    columns = ("ecg_id", "patient_id", "report", "scp_codes", "strat_fold", *sizes)
-    for line in read_csv(table, columns):
+    for line in read_csv(table, ("ecg_id", "patient_id", "report", "scp_codes", "strat_fold", *sizes)):
         row = dict(id=line["ecg_id"], report=line["report"], source="ptbxl")
         try:
             row |= dict(id=str(int(without_zero(line["ecg_id"]))), fold=int(without_zero(line["strat_fold"])),
                         patient=str(int(without_zero(line["patient_id"]))),
-                        codes=check(ast.literal_eval(line["scp_codes"]), {str: float}, "scp_codes"),
-                        age=years("90" if without_zero(line.get("age", "")) == "300" else line.get("age", "")),
-                        sex={"0": "M", "1": "F"}.get(without_zero(line.get("sex", "")), ""))  # age 300: over 89
+                        codes=check(ast.literal_eval(line["scp_codes"]), {str: float}, "scp_codes"))
             if not 1 <= row["fold"] <= 10:
                 raise ValueError("strat_fold is not 1 to 10")
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
             damaged = damaged or f"{table}: the row of ecg_id {row['id']!r} is damaged ({error})"
             yield row | dict(skip="damaged row of ptbxl_database.csv")
             continue
+        age, sex = (without_zero(line.get(column, "")) for column in ("age", "sex"))
+        age = "90" if age == "300" else age  # what is over 89
+        row |= person(age, {"0": "male", "1": "female"}.get(sex, ""))
         row["split"] = "train" if row["fold"] <= 8 else "val" if row["fold"] == 9 else "test"
         paths = (os.path.join(src, line[size].removesuffix(".hea")) for size in sizes)
         path = next((path for path in paths if os.path.exists(path + ".hea")), None)
@@ -932,7 +926,7 @@ def ptbxl_rows(settings):
 @once
 def mimic_rows(settings):
     """MIMIC-IV-ECG 1.0: report_0..17 are the statements; patients 98 % train (as MELP), 1 % val, 1 % test."""
-    src = settings["src"]
+    src, least = settings["src"], settings["min_words"]
     listed = read_csv(os.path.join(src, "record_list.csv"), ("study_id", "path"))
     paths = {without_zero(line["study_id"]): line["path"].removesuffix(".hea") for line in listed}
     reports = [f"report_{i}" for i in range(18)]
@@ -941,9 +935,9 @@ def mimic_rows(settings):
         texts = [text for name in reports if (text := line[name].strip())]
         statements = [text for text in map(clean, texts) if WORD.search(text)]
         words = sum(len(text.split()) for text in statements)
-        row = dict(id=study, patient=patient, split=split_by(patient, 0.98, 0.01), fold="", source="mimic", codes={},
-                   report=". ".join(texts), statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
-        least = settings["min_words"]
+        row = dict(id=study, patient=patient, split=split_by(patient, 0.98, 0.01), fold="", source="mimic",
+                   codes={}, report=". ".join(texts),
+                   statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
         skip = ("study_id or subject_id is empty" if not (study and patient) else
                 "report is empty" if not words else
                 f"report of fewer than {least} words" if words < least else
@@ -952,170 +946,27 @@ def mimic_rows(settings):
 
 
 def own_rows(settings):
-    """A csv of one's own: record (a WFDB record, relative to the csv), report, and optionally patient, split, age
-    (years), sex (F or M) and labels (codes separated by ; or a JSON list or {code: likelihood}). Without split,
-    patients go 80/10/10 % by hash."""
+    """A csv of one's own: record (a WFDB record, relative to the csv), report, and optionally patient, split,
+    age (years), sex (F or M) and labels (codes separated by ; or a JSON list or {code: likelihood}). Without
+    split, patients go 80/10/10 % by hash."""
     src, seen = settings["src"], set()
     for line in read_csv(src, ("record", "report")):
-        record, labels = line["record"].strip().removesuffix(".hea"), line.get("labels", "").strip()
+        record = line["record"].strip().removesuffix(".hea")
         path = os.path.join(os.path.dirname(src), record)
         patient = without_zero(line.get("patient", "")) or record
         split = line.get("split", "").strip() or split_by(patient, 0.8, 0.1)
-        age, sex = line.get("age", "").strip(), line.get("sex", "").strip()
+        age, sex = line.get("age", ""), line.get("sex", "")
+        told = person(age, sex)
         fault = ("has no name" if not record else "occurs twice" if os.path.normpath(path) in seen else
                  f"has split {split!r}, not train, val or test" if split not in ("train", "val", "test") else
-                 f"has age {age!r}, which is no number of years" if age and not years(age) else
-                 f"has sex {sex!r}, not F or M" if sex and sex.lower() not in SEXES else None)
+                 f"has age {age!r}, which is no number of years" if age.strip() and not told["age"] else
+                 f"has sex {sex!r}, which is neither F nor M" if sex.strip() and not told["sex"] else None)
         if fault:
             raise DataError(f"{src}: record {record} {fault}")
         seen.add(os.path.normpath(path))
-        codes = labels_of(labels, f"{src}: labels of record {record}")
-        yield dict(id=record, patient=patient, split=split, fold="", source="csv", codes=codes, report=line["report"],
-                   statements=split_statements(line["report"]), path=path, age=years(age),
-                   sex=SEXES.get(sex.lower(), ""))
-
-
-COMMENT = re.compile(r"(?:^|[\r\n])\s*#\s*(Dx|Age|Sex)\s*:([^\r\n]*)", re.I)
-REFERENCE = "Normal", "AF", "I-AVB", "LBBB", "RBBB", "PAC", "PVC", "STD", "STE"  # CPSC2018's labels 1 to 9
-LETTERS = {"t": "train", "v": "val", "x": "test", ".": "unused"}
-
-
-def worded(codes, source):
-    """What a record says whose source gives codes and no report: the names of their findings."""
-    keys = dict.fromkeys(finding_of(code, source) for code in codes)
-    names = [knowledge()["findings"][key]["name"] for key in keys if key]
-    return dict(codes=dict.fromkeys(codes, 100.0), statements=names, report=". ".join(names), source=source)
-
-
-@once
-def header_rows(settings):
-    """A folder of WFDB records, at any depth, with `#Dx:` in their headers (SNOMED numbers or acronyms), `#Age:`
-    and `#Sex:`: CPSC2018 and CSN with their published splits, others by hash of the record, 70/10/20 %.
-
-    Where a header has no #Dx, labels are those of a REFERENCE.csv (CPSC2018) in a folder above it. Acronyms in a
-    ConditionNames_SNOMED-CT.csv (CSN) become its numbers."""
-    root, source = Path(settings["src"]), settings["source"]
-    files, listed, numbers = sorted(root.rglob("*.*")), {}, {}
-    for path in files:
-        if path.name == "REFERENCE.csv":
-            columns = "Recording", "First_label", "Second_label", "Third_label"
-            listed[path.parent] = {line[columns[0]].strip(): [line[c] for c in columns[1:]]
-                                   for line in read_csv(path, columns)}
-        elif path.name.startswith("ConditionNames"):
-            for line in read_csv(path, ("Snomed_CT",)):
-                numbers[(line.get("AcronymName") or line.get("Acronym Name") or "").strip()] = line["Snomed_CT"].strip()
-    headers = [path for path in files if path.suffix == ".hea"]
-    if not headers:
-        raise DataError(f"{root}: holds no WFDB header (*.hea); is the data set there?")
-    for path in headers:
-        try:
-            with open_file(path) as file:
-                head = file.read(MOST["header"]).decode("utf-8", "replace")
-        except OSError:
-            head = ""  # what is wrong with it is said when the record is read
-        said = {key.lower(): value.strip() for key, value in COMMENT.findall(head)}
-        codes = [code for part in said.get("dx", "").split(",") if (code := part.strip())]
-        tables = [listed[folder] for folder in path.parents if folder in listed]
-        if not codes and tables:
-            codes = [reference_label(label, path) for label in tables[0].get(path.stem, ()) if label]
-        name = path.stem if source != "wfdb" else path.relative_to(root).with_suffix("").as_posix()
-        yield dict(id=name, patient=name, split=split_of(source, name), fold="", path=str(path.with_suffix("")),
-                   age=years(said.get("age", "")), sex=SEXES.get(said.get("sex", "").lower(), ""),
-                   **worded([numbers.get(code, code) for code in codes], source))
-
-
-def reference_label(label, path):
-    """Acronym of a label 1 to 9 in CPSC2018's REFERENCE.csv. Errors: DataError."""
-    if without_zero(label) not in "123456789":
-        raise DataError(f"REFERENCE.csv: the label {label!r} of {path.stem} is not 1 to 9")
-    return REFERENCE[int(without_zero(label)) - 1]
-
-
-@lru_cache
-def published_splits():
-    """splits.json: a letter (see LETTERS) for each record number of a data set."""
-    return read_json(os.path.join(HERE, "splits.json"), {str: str})
-
-
-def split_of(source, name):
-    """train, val, test of a record, or unused: in no published split of its set."""
-    letters = published_splits().get(source)
-    if not letters:
-        return split_by(name, 0.7, 0.1)
-    number = re.fullmatch(r"(?:A|JS)(\d{4,5})", name)
-    return LETTERS[letters[int(number[1]) - 1] if number and 0 < int(number[1]) <= len(letters) else "."]
-
-
-TRACINGS = "ecg_tracings.hdf5"  # of CODE-test (Ribeiro et al. 2020): (records, 4096, 12) at 400 Hz
-TRACING_LEADS = "DI", "DII", "DIII", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6"
-TRACING_UNITS = {"mV": 1.0, "1e-4 V": 0.1, "V": 1000.0}  # its authors' README names two of them
-
-
-def read_tracings(src, rows):
-    """Number of tracings of CODE-test, and those of `rows` (..., samples, 12). Errors: DataError."""
-    name = os.path.join(src, TRACINGS)
-    try:
-        import h5py
-    except ImportError as error:
-        raise DataError(f"{name}: reading HDF5 needs h5py; pip install h5py") from error
-    try:
-        open_file(name).close()  # a pipe would hang
-        with h5py.File(name, "r") as file:
-            tracings = file.get("tracings")
-            if getattr(tracings, "shape", ())[2:] != (12,) or tracings.dtype.kind != "f":
-                raise DataError(f"{name}: has no 'tracings' of numbers (records, samples, 12)")
-            return len(tracings), tracings[rows].astype(np.float32)
-    except OSError as error:
-        raise DataError(f"{name}: not readable ({error.strerror or error})") from error
-
-
-def code_annotations(src):
-    """The tables of CODE-test: {name of the file without .csv: (N, 6) bool}, classes as in label set code_test."""
-    found, classes = {}, list(label_set("code_test"))
-    for path in sorted(Path(src, "annotations").glob("*.csv")):
-        rows = [[line[c].strip() for c in classes] for line in read_csv(path, classes)]
-        if strange := {field for row in rows for field in row} - {"0", "1", "0.0", "1.0"}:
-            raise DataError(f"{path}: {min(strange)!r} is neither 0 nor 1")
-        found[path.stem] = np.array([[field[0] == "1" for field in row] for row in rows]).reshape(-1, 6)
-    return found
-
-
-def code_rows(settings):
-    """CODE-test, all test. The unit of its tracings is the one that makes the median QRS 0.5 to 3 mV high."""
-    src, classes = settings["src"], list(label_set("code_test"))
-    name = os.path.join(src, TRACINGS)
-    count, some = read_tracings(src, slice(None, None, 8))
-    heights = np.ptp(np.nan_to_num(some), axis=1)
-    height = np.median(heights[heights > 0]) if heights.any() else 0
-    unit = next((unit for unit, factor in TRACING_UNITS.items() if 0.5 <= height * factor <= 3), None)
-    if not unit:
-        raise DataError(f"{name}: a median QRS of {height:g} is 0.5 to 3 mV high in no unit ({', '.join(TRACING_UNITS)})")
-    gold = code_annotations(src).get("gold_standard", ())
-    attributes = os.path.join(src, "attributes.csv")
-    people = list(read_csv(attributes, ("age", "sex"))) if os.path.exists(attributes) else [{}] * count
-    if not len(gold) == len(people) == count:
-        raise DataError(f"{name}: {count} tracings, but annotations/gold_standard.csv has {len(gold)} rows and "
-                        f"attributes.csv {len(people)}")
-    for i, (row, person) in enumerate(zip(gold, people)):
-        yield dict(id=str(i), patient=str(i), split="test", fold="", path=f"{name}#{i}", number=i, unit=unit,
-                   changed=os.stat(name).st_mtime_ns, age=years(person.get("age", "")),
-                   sex=SEXES.get(person.get("sex", "").strip().lower(), ""),
-                   **worded([c for c, on in zip(classes, row) if on], "code"))
-
-
-def load_tracing(settings, row):
-    """load_record of a tracing of CODE-test."""
-    def read(path, part):
-        _, tracing = read_tracings(settings["src"], row["number"])
-        inside = np.flatnonzero(tracing.any(1))  # zeros at both ends are padding
-        if not len(inside):
-            refuse(path, "every lead is flat")
-        tracing = tracing[inside[0]:inside[-1] + 1]
-        start, stop = part(len(tracing), 400)
-        return Record(tracing[start:stop].T * TRACING_UNITS[row["unit"]], TRACING_LEADS, 400, True)
-
-    ecg, usable, notes = load_record(row["path"], settings["rate"], settings["crop"], read)
-    return ecg, usable, notes | {f"samples taken to be in {row['unit']}, by the height of the QRS": 1}
+        codes = labels_of(line.get("labels", "").strip(), f"{src}: labels of record {record}")
+        yield dict(id=record, patient=patient, split=split, fold="", source="csv", codes=codes, path=path,
+                   report=line["report"], statements=split_statements(line["report"]), **told)
 
 
 def labels_of(text, where):
@@ -1128,7 +979,142 @@ def labels_of(text, where):
     except DataError as error:
         advice = "write codes with ; between, or a JSON list of codes, or {code: likelihood}"
         raise DataError(f"{error}; {advice}") from error
-    return labels if isinstance(labels, dict) else {code: 100.0 for code in labels}
+    return labels if isinstance(labels, dict) else dict.fromkeys(labels, 100.0)
+
+
+COMMENT = re.compile(r"(?:^|[\r\n])\s*#\s*(Dx|Age|Sex)\s*:([^\r\n]*)", re.I)
+REFERENCE = dict(zip("123456789", ("Normal", "AF", "I-AVB", "LBBB", "RBBB", "PAC", "PVC", "STD", "STE")))
+
+
+@once
+def header_rows(settings):
+    """WFDB records at any depth below a folder, with `#Dx:` (SNOMED numbers or acronyms), `#Age:`, `#Sex:` in
+    the headers. Where there is no #Dx, a REFERENCE.csv (CPSC2018) in a folder above has the labels. Acronyms
+    in a ConditionNames_SNOMED-CT.csv (CSN) become its numbers. Splits: see split_of."""
+    root, source = Path(settings["src"]), settings["source"]
+    files, listed, numbers = sorted(root.rglob("*.*")), {}, {}
+    for path in files:
+        if path.name == "REFERENCE.csv":
+            columns = "Recording", "First_label", "Second_label", "Third_label"
+            rows = ([line[column].strip() for column in columns] for line in read_csv(path, columns))
+            listed |= {path.parent / name: list(filter(None, labels)) for name, *labels in rows}
+        elif path.name.startswith("ConditionNames"):
+            for line in read_csv(path, ("Snomed_CT",)):
+                acronym = line.get("AcronymName") or line.get("Acronym Name") or ""
+                numbers[acronym.strip()] = line["Snomed_CT"].strip()
+    headers = [path for path in files if path.suffix == ".hea"]
+    if not headers:
+        raise DataError(f"{root}: holds no WFDB header (*.hea); is the data set there?")
+    for path in headers:
+        try:
+            with open_file(path) as file:
+                head = file.read(2**20).decode("utf-8", "replace")
+        except OSError:
+            head = ""  # what is wrong with it is said when the record is read
+        said = {key.lower(): value.strip() for key, value in COMMENT.findall(head)}
+        codes = [code for part in said.get("dx", "").split(",") if (code := part.strip())]
+        if not codes:
+            labels = next((listed[at] for folder in path.parents if (at := folder / path.stem) in listed), [])
+            codes = [REFERENCE.get(without_zero(label)) for label in labels]
+            if None in codes:
+                refuse(root, f"REFERENCE.csv labels {path.stem} {', '.join(labels)}; they are 1 to 9")
+        name = path.relative_to(root).with_suffix("").as_posix() if source == "wfdb" else path.stem
+        yield dict(id=name, patient=name, split=split_of(source, name), fold="",
+                   path=str(path.with_suffix("")), **person(said.get("age", ""), said.get("sex", "")),
+                   **named([numbers.get(code, code) for code in codes], source))
+
+
+def named(codes, source):
+    """Columns of a record whose source gives codes and no report: its statements are names of findings."""
+    keys = dict.fromkeys(finding_of(code, source) for code in codes)
+    names = [knowledge()["findings"][key]["name"] for key in keys if key]
+    return dict(source=source, codes=dict.fromkeys(codes, 100.0), statements=names, report=". ".join(names))
+
+
+@lru_cache
+def published_splits():
+    """splits.json: of each data set a letter for every record number."""
+    return read_json(os.path.join(HERE, "splits.json"), {str: str})
+
+
+def split_of(source, name):
+    """The published split of a record, or unused (CPSC2018, CSN); of other sources by hash, 70/10/20 %."""
+    letters, number = published_splits().get(source), re.fullmatch(r"(?:A|JS)(\d{4,5})", name)
+    if not letters:
+        return split_by(name, 0.7, 0.1)
+    letter = letters[int(number[1]) - 1:int(number[1])] if number else ""
+    return {"t": "train", "v": "val", "x": "test"}.get(letter, "unused")
+
+
+UNITS = {"mV": 1.0, "1e-4 V": 0.1, "V": 1000.0}  # that CODE-test's tracings may be in -> mV
+
+
+def read_tracings(src, rows):
+    """Number of CODE-test's tracings (4096 samples at 400 Hz, leads in the order of LEADS), and those of
+    `rows` (..., samples, 12) float32. Errors: DataError."""
+    name = os.path.join(src, "ecg_tracings.hdf5")
+    try:
+        import h5py
+        open_file(name).close()  # a pipe would hang
+        with h5py.File(name, "r") as file:
+            tracings = file.get("tracings")
+            if getattr(tracings, "shape", ())[2:] != (12,) or tracings.dtype.kind != "f":
+                raise DataError(f"{name}: has no 'tracings' of numbers (records, samples, 12)")
+            return len(tracings), tracings[rows].astype(np.float32)
+    except ImportError as error:
+        raise DataError(f"{name}: reading it needs h5py; pip install h5py") from error
+    except (OSError, RuntimeError, KeyError) as error:  # HDF5 has many words for damage
+        raise DataError(f"{name}: not readable ({' '.join(str(error).split())})") from error
+
+
+def code_annotations(src):
+    """The tables of CODE-test: {file without .csv: (N, 6) bool}, classes as in label set code_test, rows as
+    tracings (a record's id is its row, from 0). Errors: DataError."""
+    found, classes = {}, list(label_set("code_test"))
+    for path in sorted(Path(src, "annotations").glob("*.csv")):
+        rows = [[without_zero(line[c]) for c in classes] for line in read_csv(path, classes)]
+        if strange := set().union(*rows) - {"0", "1"}:
+            raise DataError(f"{path}: {min(strange)!r} is neither 0 nor 1")
+        found[path.stem] = np.array(rows, int).reshape(-1, len(classes)).astype(bool)
+    return found
+
+
+def code_rows(settings):
+    """CODE-test (Ribeiro et al. 2020), all test. Its authors name two units: the one by which the median QRS
+    of the file is 0.5 to 3 mV high is taken, and told."""
+    src, classes = settings["src"], list(label_set("code_test"))
+    name, attributes = os.path.join(src, "ecg_tracings.hdf5"), os.path.join(src, "attributes.csv")
+    count, some = read_tracings(src, slice(None, None, 8))
+    heights = np.ptp(some, axis=1)
+    height = np.median(heights[heights > 0]) if (heights > 0).any() else 0
+    unit = next((unit for unit, factor in UNITS.items() if 0.5 <= height * factor <= 3), None)
+    if not unit:
+        refuse(name, f"a median QRS of {height:g} is 0.5 to 3 mV high in none of {', '.join(UNITS)}")
+    gold = code_annotations(src).get("gold_standard", ())
+    people = [dict(age="", sex="")] * count
+    if os.path.exists(attributes):
+        people = list(read_csv(attributes, ("age", "sex")))
+    if not len(gold) == len(people) == count:
+        refuse(name, f"{count} tracings, but annotations/gold_standard.csv has {len(gold)} rows and "
+                     f"attributes.csv {len(people)}")
+    for i, (row, told) in enumerate(zip(gold, people)):
+        yield dict(id=str(i), patient=str(i), split="test", fold="", path=f"{name}#{i}", number=i, unit=unit,
+                   changed=os.stat(name).st_mtime_ns, **person(told["age"], told["sex"]),
+                   **named([c for c, on in zip(classes, row) if on], "code"))
+
+
+def load_tracing(settings, row):
+    """load_record of a tracing of CODE-test."""
+    def read(path, part):
+        _, tracing = read_tracings(settings["src"], row["number"])
+        inside = np.flatnonzero(tracing.any(1))  # zeros at both ends are padding
+        if not len(inside):
+            refuse(path, "every lead is flat")
+        tracing = tracing[inside[0]:inside[-1] + 1]
+        return Record(tracing[slice(*part(len(tracing), 400))].T * UNITS[row["unit"]], LEADS, 400, True)
+
+    ecg, usable, notes = load_record(row["path"], settings["rate"], settings["crop"], read)
+    return ecg, usable, notes | {f"samples taken to be in {row['unit']}, by the height of the QRS": 1}
 
 
 def simulated_rows(settings):
@@ -1140,9 +1126,9 @@ def simulated_rows(settings):
 def load_simulated(settings, row):
     """Like load_record, and fills the row."""
     block, i = divmod(row["number"], CHUNK)
-    ecg, peaks, row["codes"], row["features"], row["statements"] = (
+    ecg, peaks, row["codes"], row["features"], row["statements"], age = (
         part[i] for part in simulated_block(settings["seed"], block, settings["rate"]))
-    row |= dict(peaks=[int(p) for p in peaks], report=". ".join(row["statements"]))
+    row |= dict(peaks=[int(p) for p in peaks], report=". ".join(row["statements"]), age=f"{age:.0f}")
     ecg, clipped = microvolts(ecg, SECONDS * settings["rate"])
     return ecg, [True] * 12, {"samples clipped at 32.767 mV": clipped} if clipped else {}
 
@@ -1150,97 +1136,119 @@ def load_simulated(settings, row):
 HEADERS = "cpsc2018", "csn", "georgia", "wfdb"
 SOURCES = {"ptbxl": ptbxl_rows, "mimic": mimic_rows, "csv": own_rows, "simulated": simulated_rows,
            **dict.fromkeys(HEADERS, header_rows), "code": code_rows}
-LOADERS = {"simulated": load_simulated, "code": load_tracing}  # of sources without WFDB records
+LOADERS = {"simulated": load_simulated, "code": load_tracing}  # of sources that are no WFDB records
 SPEC = "|".join([*SOURCES, "store"])
 
 
-# ---- label sets: always by name, never by position ------------------------------------------------------------------
+# ---- findings and label sets: always by name, never by position --------------------------------------------
 
-# label sets of PTB-XL -> column of scp_statements.csv with the class of a code, or a flag for a code that is its own
+# label sets of PTB-XL -> column of scp_statements.csv: class of a code, or flag of the codes that are classes
 PTBXL_SETS = {"ptbxl_super": "diagnostic_class", "ptbxl_sub": "diagnostic_subclass", "ptbxl_form": "form",
               "ptbxl_rhythm": "rhythm", "ptbxl_diag": "diagnostic", "ptbxl_all": None}
 OCCURRING = "simulated", "own"  # label sets of the findings that occur in the records
 LABEL_SETS = (*PTBXL_SETS, "cpsc2018", "csn", "csn_published", "georgia", "cinc2021", "code_test", *OCCURRING)
 
 CLASS = {"name": str, "prompts": [str]}
+COUNTED = {"findings": [str], "snomed": [str]}
+FINDING = {"name": str, "also": [str], "snomed": [str], "features": [str]}
 SCP = {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool,
        "diagnostic_class": (str, type(None)), "diagnostic_subclass": (str, type(None))}
 KNOWLEDGE = {  # the shape of prompts.json
-    "findings": {str: {"name": str, "also": [str], "snomed": [str], "features": [str]}},
-    "codes": {str: {str: str}},
-    "label_sets": {name: (dict, list) for name in LABEL_SETS if name not in ("csn_published", *OCCURRING)},
-    "transfer": {str: {str: {str: [str]}}},
+    "findings": {str: FINDING}, "codes": {str: {str: str}}, "transfer": {str: {str: {str: [str]}}},
+    "label_sets": {name: (dict, list) if name in PTBXL_SETS else dict for name in LABEL_SETS
+                   if name not in ("csn_published", *OCCURRING)},
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
                   "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str}},
-    "lexicon": {"rewrite": [[str]], "sites": {str: str}, "negations": [str], "statements": {str: str},
-                "prefix": {str: str}, "suffix": {str: str}, "join": {str: str}, "drop": {str: str}}}
+    "lexicon": {"rewrite": [[str]], "terms": [[str]], "negations": [str], "sites": {str: str},
+                "statements": {str: str}, "prefix": {str: str}, "suffix": {str: str}, "join": {str: str},
+                "drop": {str: str}}}
 
 
 @lru_cache
 def knowledge():
-    """prompts.json: findings (by SCP code, or by name), codes that the sources write (-> SNOMED number or finding),
-    label sets with their prompts, what joins classes of two sets, lexicon, the simulator's tables."""
+    """prompts.json: findings by SCP code or name, codes as the sources write them (-> SNOMED number or
+    finding), label sets with their prompts, classes joined for transfer, lexicon, the simulator's tables."""
     return read_knowledge(os.path.join(HERE, "prompts.json"))
 
 
 def read_knowledge(path):
-    """A file in the form of prompts.json, checked: people edit it. Every class gets "findings": which of them it
-    counts; a class with "snomed" counts of SNOMED numbers only these. Errors: DataError, which entry."""
+    """A file in the form of prompts.json, checked: people edit it. Errors: DataError, which entry.
+
+    Every class gets "findings", those that it counts; one with "snomed" counts no other SNOMED numbers."""
     table = read_json(path, KNOWLEDGE, "git checkout prompts.json brings the published one back")
-    findings, sets, numbers = table["findings"], table["label_sets"], {}
+    findings, sets = table["findings"], table["label_sets"]
     scp = check({code: f for code, f in findings.items() if "prompts" in f}, {str: SCP}, f"{path}, findings")
-    entries = [(f"findings, {key}", entry) for key, entry in findings.items()]
+    numbers = Counter(number for finding in findings.values() for number in finding["snomed"])
     for key, finding in findings.items():
-        for number in finding["snomed"]:
-            if numbers.setdefault(number, key) != key:
-                raise DataError(f"{path}, findings, {key}: {number} is also of {numbers[number]}")
+        check_words(f"{path}, findings, {key}", finding)
+        if twice := [number for number in finding["snomed"] if numbers[number] > 1]:
+            refuse(f"{path}, findings, {key}", f"{twice[0]} is also of another finding")
     for name, classes in sets.items():
-        where = f"{path}, label_sets, {name}"
+        where, members = f"{path}, label_sets, {name}", {}  # class -> SCP codes
         if name not in KNOWLEDGE["label_sets"]:
-            raise DataError(f"{where}: no such label set; known are {', '.join(LABEL_SETS)}")
+            refuse(where, f"no such label set; known are {', '.join(LABEL_SETS)}")
         check(classes, {str: CLASS} if isinstance(classes, dict) else [str], where)
-        members = {}
         if name in PTBXL_SETS:
             for code, finding in scp.items():
                 members.setdefault(class_in(name, code, finding), []).append(code)
-            for code in set(members) - {None} ^ set(classes):
+            for code in (members.keys() - {None}) ^ set(classes):
                 fault = "has no" if code in members else "has more than the classes of findings:"
-                raise DataError(f"{where}: {fault} {code!r}")
+                refuse(where, f"{fault} {code!r}")
         if isinstance(classes, list):
-            classes = {code: {"name": findings[code]["name"], "prompts": findings[code]["prompts"]} for code in classes}
-        sets[name] = {c: entry | {"findings": members.get(c, []) + entry.get("findings", [])}
-                      for c, entry in classes.items()}
-        for c, entry in sets[name].items():
-            check({"snomed": []} | entry, {"findings": [str], "snomed": [str]}, f"{where}, {c}")
+            sets[name] = classes = {c: {key: findings[c][key] for key in CLASS} for c in classes}
+        for c, entry in classes.items():
+            check(dict.fromkeys(COUNTED, []) | entry, COUNTED, f"{where}, {c}")
+            check_words(f"{where}, {c}", entry)
+            entry["findings"] = members.get(c, []) + entry.get("findings", [])
             if not entry["findings"] or set(entry["findings"]) - findings.keys():
-                raise DataError(f"{where}, {c}: findings: {entry['findings']} are not all keys of findings")
-            entries.append((f"label_sets, {name}, {c}", entry))
+                refuse(f"{where}, {c}", f"{entry['findings']} are no keys of findings")
     for name, words in table["codes"].items():
         for word, code in words.items():
             if code not in findings and code not in numbers:
-                raise DataError(f"{path}, codes, {name}, {word}: {code!r} is of no finding")
-    for where, entry in entries:
-        texts = [entry["name"], *entry.get("also", ()), *(entry.get("prompts", ["x"]) or [""])]
-        if not all(map(WORD.search, texts)):
-            raise DataError(f"{path}, {where}: a name or wording without a word, or no prompts")
+                refuse(f"{path}, codes, {name}, {word}", f"{code!r} is of no finding")
+    for a, others in table["transfer"].items():
+        for b, joined in others.items():
+            for name, classes in ((a, joined), (b, sum(joined.values(), []))):
+                if strange := set(classes) - sets.get(name, {}).keys():
+                    refuse(f"{path}, transfer, {a}, {b}", f"{name} has no class {min(strange)!r}")
     return table
+
+
+def check_words(where, entry):
+    """A class or finding must have words in its name, wordings and prompts. Errors: DataError."""
+    texts = [entry["name"], *entry.get("also", ()), *(entry.get("prompts", ["x"]) or [""])]
+    if not all(map(WORD.search, texts)):
+        refuse(where, "a name or wording without a word, or no prompts")
+
+
+def class_in(name, code, row):
+    """Class of an SCP code in a label set of PTB-XL, or None. row: of scp_statements.csv, or a finding."""
+    column = PTBXL_SETS[name]
+    if name in ("ptbxl_super", "ptbxl_sub"):
+        return row[column] or None
+    return code if column is None or row[column] else None
+
+
+def check_classes(name):
+    """The classes in prompts.json must be those of the scp_statements.csv at hand."""
+    columns = ("", "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
+    published, ours = {line[""]: line for line in read_csv(name, columns)}, knowledge()["findings"]
+    for code in sorted(published.keys() | knowledge()["label_sets"]["ptbxl_all"].keys()):
+        if code not in published or code not in ours or any(
+                class_in(s, code, published[code]) != class_in(s, code, ours[code]) for s in PTBXL_SETS):
+            refuse(name, f"classes of {code} are not those in prompts.json; take the file of PTB-XL 1.0.1")
 
 
 @lru_cache
 def code_words():
-    """Code in lower case -> finding: SNOMED numbers, SCP codes, what the sources write, names and other wordings. Of a
-    word with two meanings the first counts, so AF is atrial fibrillation (CSN's is flutter, see finding_of)."""
-    findings, words = knowledge()["findings"], {}
-    for key, finding in findings.items():
-        words |= dict.fromkeys(finding["snomed"], key)
+    """Code in lower case -> finding: SNOMED numbers, SCP codes, what the sources write, names and wordings.
+    Of a word with two meanings the first counts: AF is fibrillation (CSN's is flutter, see finding_of)."""
+    findings = knowledge()["findings"]
+    words = {number: key for key, finding in findings.items() for number in finding["snomed"]}
     words |= {key.lower(): key for key in findings}
     for codes in knowledge()["codes"].values():
-        for word, code in codes.items():
-            words.setdefault(word.lower(), words.get(code, code))
-    for key, finding in findings.items():
-        for wording in (finding["name"], *finding["also"]):
-            words.setdefault(wording.lower(), key)
-    return words
+        words = {word.lower(): words.get(code, code) for word, code in codes.items()} | words
+    return {wording.lower(): key for wording, key in reversed(wordings())} | words
 
 
 @lru_cache(None)
@@ -1255,44 +1263,44 @@ def resolve(code, source=None):
 def finding_of(code, source=None):
     """Key in knowledge()["findings"] of an SCP code, SNOMED number, acronym, name or other wording, or None.
 
-    source: where the code is from, as in a store: some write what elsewhere has another meaning."""
+    source: where the code is from, as in a store: CPSC2018 and CSN use some in a sense of their own."""
     return resolve(code, source)[1]
 
 
 def label_set(name, records=None):
-    """{class: {"name", "prompts", "findings"}} of a label set: a name in LABEL_SETS, or of a file of one's own ending in
-    .json, {code: {"name", "prompts"}}. records: with codes, for "own" and "simulated". Errors: DataError."""
+    """{class: {"name", "prompts", "findings"}} of a label set: one of LABEL_SETS, or a file of one's own that
+    ends in .json, {code: {"name", "prompts"}}. records: whose codes "own" and "simulated" have; without them
+    all findings. Errors: DataError."""
     findings = knowledge()["findings"]
     if name.endswith(".json"):
         classes = read_json(name, {str: CLASS})
         for code, entry in classes.items():
-            if not entry["prompts"] or not all(map(WORD.search, [entry["name"], *entry["prompts"]])):
-                raise DataError(f"{name}, {code}: a name or prompt without a word, or no prompts")
-        return {code: entry | {"code": code, "findings": [key] if (key := finding_of(code)) else []}
-                for code, entry in classes.items()}
+            check_words(f"{name}, {code}", entry)
+            entry["code"], entry["findings"] = code, [key for key in [finding_of(code)] if key]
+        return classes
     if name not in LABEL_SETS:
         raise DataError(f"unknown label set {name!r}; known are {', '.join(LABEL_SETS)}, or a file NAME.json")
     if name not in OCCURRING:
         return knowledge()["label_sets"][name.removesuffix("_published")]
     keys = findings if records is None else sorted({
         key for source, codes in sourced(records) for code in codes if (key := finding_of(code, source))})
-    return {key: {"name": findings[key]["name"], "prompts": [findings[key]["name"], *findings[key]["also"][:2]],
-                  "findings": [key]} for key in keys}
+    words = {key: [findings[key]["name"], *findings[key]["also"][:2]] for key in keys}
+    return {key: {"name": words[key][0], "prompts": words[key], "findings": [key]} for key in keys}
 
 
 def sourced(records):
     """(source, codes) of each record."""
-    return zip(records["source"] if "source" in records else [None] * len(records), records["codes"])
+    return zip(records.get("source", [None] * len(records)), records["codes"])
 
 
 def label_matrix(records, name):
-    """Records (DataFrame with codes, source) and a label set -> class names (C), labels (R, C) bool, keep (R,) bool.
+    """Records (DataFrame: codes, source), a label set -> class names (C), labels (R, C) bool, keep (R,) bool.
 
-    Every listed code counts whatever its likelihood, as in the published counts. keep: rows with a label of the set
-    (of code_test all: most of its records have none of the six, and all are published as negatives).
-    "csn_published" has MERL's rule, class in "AFIB,TWC", so that AFIB is AF as well (13 % more labels)."""
-    classes, unknown = label_set(name, records), Counter()
-    acronyms = {number: word for word, number in reversed(knowledge()["codes"]["csn"].items())}  # the first of each
+    Every listed code counts whatever its likelihood, as in the published counts. keep: rows with a label of
+    the set (of code_test all: most have none of its six, and all are published). "csn_published" restores
+    MERL's rule, class in "AFIB,TWC", by which AFIB is AF, too (13 % more labels)."""
+    classes, unknown, labels = label_set(name, records), Counter(), []
+    acronyms = {number: word for word, number in reversed(knowledge()["codes"]["csn"].items())}
 
     @lru_cache(None)
     def classes_of(code, source):
@@ -1300,61 +1308,44 @@ def label_matrix(records, name):
         return [c for c, entry in classes.items() if code == entry.get("code") or (
             number in entry["snomed"] if number and "snomed" in entry else finding in entry["findings"])]
 
-    listed = []
     for source, codes in sourced(records):
-        found = [classes_of(code, source) for code in codes]
+        found = set().union(*(classes_of(code, source) for code in codes))
         if name == "csn_published":
-            joined = ",".join(acronyms.get(resolve(code, source)[0]) or ",".join(own) for code, own in zip(codes, found))
-            found = [[c for c in classes if c in joined]]
-        listed.append(set().union(*found))
+            words = [acronyms.get(resolve(code, source)[0]) for code in codes]
+            joined = ",".join([*filter(None, words), *found])
+            found = {c for c in classes if c in joined}
+        labels.append([c in found for c in classes])
         unknown.update(code for code in codes if name in OCCURRING and not finding_of(code, source))
     if unknown:
         print(f"{name}: codes that prompts.json does not know are left out: "
               + ", ".join(f"{code} ({count})" for code, count in unknown.most_common(20)), file=sys.stderr)
-    labels = np.array([[c in row for c in classes] for row in listed], bool).reshape(len(listed), len(classes))
+    labels = np.array(labels, bool).reshape(len(labels), len(classes))
     return list(classes), labels, labels.any(1) | (name == "code_test")
 
 
 def join_classes(source_set, target_set):
-    """{class of target_set: [classes of source_set]} that share a finding, or are joined in prompts.json, "transfer"."""
-    source, target = label_set(source_set), label_set(target_set)
-    source_set, target_set = (name.removesuffix("_published") for name in (source_set, target_set))
-    given = knowledge()["transfer"]
-    pairs = {(s, t) for s in source for t in target if set(source[s]["findings"]) & set(target[t]["findings"])}
-    pairs |= {(s, t) for s, joined in given.get(source_set, {}).get(target_set, {}).items() for t in joined}
-    pairs |= {(s, t) for t, joined in given.get(target_set, {}).get(source_set, {}).items() for s in joined}
-    joined = {t: [s for s in source if (s, t) in pairs] for t in target}
+    """{class of target_set: [classes of source_set]} that share a finding, or are joined in prompts.json."""
+    source, target, given = label_set(source_set), label_set(target_set), knowledge()["transfer"]
+    a, b = source_set.removesuffix("_published"), target_set.removesuffix("_published")
+    there, back = given.get(a, {}).get(b, {}), given.get(b, {}).get(a, {})
+    joined = {t: [s for s in source if t in there.get(s, ()) or s in back.get(t, ()) or
+                  set(source[s]["findings"]) & set(target[t]["findings"])] for t in target}
     return {t: found for t, found in joined.items() if found}
 
 
-def class_in(name, code, row):
-    """Class of an SCP code in a label set of PTB-XL, or None. row: of scp_statements.csv, or a finding."""
-    column = PTBXL_SETS[name]
-    if column in ("diagnostic_class", "diagnostic_subclass"):
-        return row[column] or None
-    return code if column is None or row[column] else None
-
-
-def check_classes(name):
-    """The classes in prompts.json must be those of the scp_statements.csv at hand."""
-    columns = ("", "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
-    published, ours = {line[""]: line for line in read_csv(name, columns)}, knowledge()["findings"]
-    for code in sorted(published.keys() | knowledge()["label_sets"]["ptbxl_all"].keys()):
-        if code not in published or code not in ours or any(
-                class_in(s, code, published[code]) != class_in(s, code, ours[code]) for s in PTBXL_SETS):
-            raise DataError(f"{name}: classes of {code} are not those in prompts.json; take the file of PTB-XL 1.0.1")
-
-
-# ---- report text ----------------------------------------------------------------------------------------------------
+# ---- report text -------------------------------------------------------------------------------------------
 
 LEAD = r"(?:av[rlf]|v[1-6]|i{1,3})\b"
-LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:(?:and|und|och|bis|to)\s+)?{LEAD})*"
+AND = r"(?:and|und|och|bis|to)"
+LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:{AND}\s+)?{LEAD})*"
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
 WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
 # a dot behind one of these ends no sentence
-ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl neg part
-    pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst z.n""".split()
-SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIONS) + r"[.;!?]+(?=\s|$)(?!\s*grad)")
+ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl
+    neg part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst
+    z.n""".split()
+SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIONS)
+                          + r"[.;!?]+(?=\s|$)(?!\s*grad)")
 # a comma ends a statement, unless one word follows it or what follows only goes on
 GOES_ON = "a|an|and|or|but|this|these|which|with|in|at|age|old|due|may|cannot|likely|plus|non|regular|flat"
 COMMA = re.compile(rf",\s+(?=\S+ \S)(?!{LEAD}|\d|(?:{GOES_ON})\b|probab|possib|consi|sugg)")
@@ -1363,7 +1354,6 @@ NEGATED_LIST = re.compile(
     r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal"
     r"|sinus|but|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
 LATE = "not", "never", "absent", "nie", "niemals", "ej", "icke", "inte"  # may stand behind what they negate
-
 
 
 def clean(text):
@@ -1389,7 +1379,7 @@ def split_statements(text):
 def lead_names(text):
     """Leads by their names in standard order: 'v4-6' -> 'v4, v5, v6'; 'iii,f' -> 'iii, avf'."""
     found, last, names = set(), None, [name.lower() for name in LEADS]
-    for gap, name in re.findall(r"(\W*(?:\b(?:and|und|och|bis|to)\b\s*)?)(av[rlf]|v[1-6]|i{1,3}|[1-6rlf])", text):
+    for gap, name in re.findall(rf"(\W*(?:\b{AND}\b\s*)?)(av[rlf]|v[1-6]|i{{1,3}}|[1-6rlf])", text):
         lead = names.index("v" + name if name.isdigit() else "av" + name if name in "rlf" else name)
         is_range = last is not None and re.search("-|bis|to", gap) and names.index("v1") <= last < lead
         found |= set(range(last, lead + 1)) if is_range else {lead}
@@ -1420,9 +1410,11 @@ class Translator:
     What a sentence says is dropped where it holds a word of negation that is in no phrase.
     """
 
-    def __init__(self, lexicon, synonyms=()):
-        """lexicon: of prompts.json; synonyms: (wording, text) that it need not repeat. Errors: DataError."""
-        self.rewrite, self.negations = [], set(lexicon["negations"])
+    def __init__(self, lexicon, synonyms=(), token=TOKEN):
+        """lexicon: of prompts.json; synonyms: (wording, text) that it need not repeat. Errors: DataError.
+
+        token: a word; by TOKEN a list of leads is one, and <leads> in a phrase stands for any."""
+        self.token, self.rewrite, self.negations = token, [], set(lexicon["negations"])
         for i, rule in enumerate(lexicon["rewrite"]):
             try:
                 old, new = rule
@@ -1449,18 +1441,18 @@ class Translator:
         self.longest = max(map(len, self.table))
 
     def sentences(self, text):
-        """List of words of every sentence, rewritten; a list of leads is one word, 'v1, v2'."""
+        """List of words of every sentence, rewritten; leads in standard order, 'v1, v2'."""
         text = one_negation(clean(text))
         for pattern, new in self.rewrite:
             text = pattern.sub(new, text)
-        words = [TOKEN.findall(sentence) for sentence in SENTENCE_END.split(text)]
-        return [[lead_names(w) if re.match(LEAD, w) else w for w in sentence] for sentence in words if sentence]
+        sentences = [self.token.findall(sentence) for sentence in SENTENCE_END.split(text)]
+        return [[lead_names(w) if re.match(LEAD, w) else w for w in words] for words in sentences if words]
 
     def key(self, words):
-        return tuple("<leads>" if re.match(LEAD, word) else word for word in words)
+        return tuple("<leads>" if self.token is TOKEN and re.match(LEAD, word) else word for word in words)
 
     def phrases(self, words):
-        """(kind, English texts, words) of every phrase of a sentence; kind is 'unknown' for a word in none."""
+        """(kind, English texts, words) of every phrase of a sentence; kind 'unknown' for a word in none."""
         while words:
             keys = self.key(words[:self.longest])
             size = next((n for n in range(len(keys), 0, -1) if keys[:n] in self.table), 1)
@@ -1471,12 +1463,13 @@ class Translator:
 
     def parse(self, report):
         """-> (templates, the last innermost; text) of what is said; words understood; words not understood"""
-        out, last, understood, unknown = [], 0, [], []  # out[last:] is what the last phrase said: a suffix changes it
+        out, last, understood, unknown = [], 0, [], []  # out[last:]: of the last phrase; a suffix changes it
         for sentence in self.sentences(report):
-            waiting, used, placed = [], [], False  # prefixes to come and last used; may a place be that of out[last:]?
+            waiting, used, placed = [], [], False  # prefixes to come, last used; is a place of out[last:]?
             begin, doubt, late, early = len(out), False, False, []
             for kind, texts, words in self.phrases(sentence):
-                (unknown if kind == "unknown" else understood).extend(w for w in words if re.search("[a-z]", w))
+                counted = unknown if kind == "unknown" else understood
+                counted.extend(word for word in words if re.search("[a-z]", word))
                 if kind == "suffix" and len(out) == begin and negates(texts[0]):  # "excluded: infarct"
                     kind, early = "prefix", texts
                 if kind == "statements":
@@ -1485,7 +1478,7 @@ class Translator:
                 elif kind == "prefix":
                     waiting = waiting + texts
                     late = len(out) > begin and words[-1] in LATE  # "infarction is not ..."
-                elif kind == "join":  # "no ischemia or infarction": the prefix of the one is that of the other
+                elif kind == "join":  # "no ischemia or infarction": the prefix of the one is the other's
                     waiting = waiting or used
                 elif kind == "suffix" and (placed or not texts[0].startswith("~ in ")):
                     out[last:] = [(texts + templates, text) for templates, text in out[last:]]
@@ -1499,32 +1492,28 @@ class Translator:
                 out[last:] = [(early + templates, text) for templates, text in out[last:]]
         return out, understood, unknown
 
-    def read(self, report):
-        """-> (English statements, words understood, words not understood)"""
-        said, *words = self.parse(report)
-        return list(dict.fromkeys(attach(*each) for each in said)), *words
-
     def __call__(self, report):
         """English statements of a report in its order, each once; none where it says nothing."""
-        return self.read(report)[0]
+        return list(dict.fromkeys(attach(*each) for each in self.parse(report)[0]))
 
     def coverage(self, reports):
         """(word occurrences understood, all of them, Counter of the others)"""
-        read = [self.read(report)[1:] for report in reports]
+        read = [self.parse(report)[1:] for report in reports]
         left = Counter(word for _, unknown in read for word in unknown)
         known = sum(len(understood) for understood, _ in read)
         return known, known + sum(left.values()), left
 
 
-def wordings(text):
-    """(wording, text of its finding) of all findings; text(code, finding)."""
-    return [(wording, text(code, f)) for code, f in knowledge()["findings"].items()
-            for wording in (f["name"], *f["also"])]
+def wordings():
+    """(wording, key of its finding) of all findings."""
+    findings = knowledge()["findings"].items()
+    return [(wording, key) for key, finding in findings for wording in (finding["name"], *finding["also"])]
 
 
 @lru_cache
 def translator():
-    return Translator(knowledge()["lexicon"], wordings(lambda code, finding: finding["name"]))
+    names = [(wording, knowledge()["findings"][key]["name"]) for wording, key in wordings()]
+    return Translator(knowledge()["lexicon"], names)
 
 
 def translate(report):
@@ -1536,7 +1525,7 @@ LANGUAGES = "english", "original", "translated"
 
 
 def report_tags(store, language="english"):
-    """Statements of every record of a store, a list of strings each. language: english (of PTB-XL translated),
+    """Statements of every record of a store, a list of strings each. language: english (PTB-XL's translated),
     original (as written), or translated (whatever the source)."""
     if language not in LANGUAGES:
         raise DataError(f"unknown report language {language!r}: use {', '.join(LANGUAGES)}")
@@ -1582,62 +1571,52 @@ def corpus(specs, language="english"):
     return sorted({text.strip() for text in texts} - {""})
 
 
-class Findings(Translator):
-    """The knowledge table in prompts.json: what findings the statements of a report name, and which waveform features these suggest.
+class Findings:
+    """What findings of prompts.json the statements of a report name, and the waveform features they suggest.
 
-    Findings are recognised by their name and other wordings, longest first, unless they are negated."""
+    Findings are recognised by their name and other wordings, longest first, unless they are negated. Words
+    stay as they are, so that no lead or degree is taken for another."""
 
     def __init__(self):
-        self.features = {code: finding["features"] for code, finding in knowledge()["findings"].items()}
-        lexicon = knowledge()["lexicon"]
+        lexicon, self.known = knowledge()["lexicon"], {}  # statement -> keys: there are fewer than reports
         denied = lambda phrase, english: set(phrase.split()) & set(lexicon["negations"]) or negates(english)
         parts = {kind: {phrase: text for phrase, text in lexicon[kind].items() if denied(phrase, text)}
-                 for kind in ("suffix", "prefix")} | {"rewrite": [], "statements": {}}
-        super().__init__(lexicon | parts, wordings(lambda code, finding: code))
-        self.known = {}  # statement -> codes: there are far fewer statements than reports
-
-    def sentences(self, text):
-        """Words stay as they are, so that no lead or degree is taken for another."""
-        text = one_negation(text.lower())
-        text = re.sub(r"\ba[- :]v(?= block| nodal| dual| sequ| conduc| diss)", "av", text)
-        text = re.sub(r"\b(r|t|atrial|ventricular|dual)-(?=wave|paced|sensed)", r"\1 ", text)
-        return [re.findall(r"[^\s,.;:()]+", sentence) for sentence in SENTENCE_END.split(text)]
-
-    key = staticmethod(tuple)
+                 for kind in ("suffix", "prefix")} | {"rewrite": lexicon["terms"], "statements": {}}
+        self.parse = Translator(lexicon | parts, wordings(), re.compile(r"[^\s,.;:()]+")).parse
 
     def named(self, statements):
-        """SCP codes (or names of further findings) that the statements name, each once."""
+        """Keys of the findings that the statements name, each once."""
         for statement in set(statements) - self.known.keys():
-            self.known[statement] = self.read(statement)
-        return list(dict.fromkeys(code for statement in statements for code in self.known[statement]))
-
-    def read(self, statement):
-        """Codes that one statement names."""
-        return [code for templates, code in self.parse(statement)[0] if not any(map(negates, templates))]
+            said, *_ = self.parse(statement)
+            self.known[statement] = [key for templates, key in said if not any(map(negates, templates))]
+        return list(dict.fromkeys(key for statement in statements for key in self.known[statement]))
 
     def candidates(self, statements):
         """Features that the statements of one report suggest, each once."""
-        return list(dict.fromkeys(feature for code in self.named(statements) for feature in self.features[code]))
+        findings = [knowledge()["findings"][key] for key in self.named(statements)]
+        return list(dict.fromkeys(feature for finding in findings for feature in finding["features"]))
 
 
-# ---- simulator ------------------------------------------------------------------------------------------------------
+# ---- simulator ---------------------------------------------------------------------------------------------
 # Twelve-lead ECG simulator: a moving heart dipole seen through Dower's leads, with true labels and reports.
 #
-# Every wave is a Gaussian lobe with a direction in space (x to the left, y down, z to the back; mV). The dipole becomes
-# I, II, V1-V6 by Dower's matrix (Dower et al., Clin Cardiol 1980; Edenbrandt & Pahlm, J Electrocardiol 1988), perturbed
-# for every patient; the other limb leads follow exactly from I and II (Einthoven, Goldberger). A disease changes lobes
-# (an infarct turns early forces away from its wall, a block adds a late lobe) or the clock that fires them. Codes and
-# features come from the drawn parameters and the noise-free beat: they say what the record shows; a report may say less.
-# Sizes were set by hand until mean beats agreed with those of PTB-XL (folds 1-8); no recording is used when it runs.
-# Left out, because no trace tells them from another code: ANEUR, EL, NT_, TAB_, PRC(S).
+# Every wave is a Gaussian lobe with a direction in space (x to the left, y down, z to the back; mV). The
+# dipole becomes I, II, V1-V6 by Dower's matrix (Dower et al., Clin Cardiol 1980; Edenbrandt & Pahlm, J
+# Electrocardiol 1988), perturbed for every patient; the other limb leads follow exactly from I and II
+# (Einthoven, Goldberger). A disease changes lobes (an infarct turns early forces away from its wall, a block
+# adds a late lobe) or the clock that fires them. Codes and features come from the drawn parameters and the
+# noise-free beat: they say what the record shows; a report may say less. Sizes were set by hand until mean
+# beats agreed with those of PTB-XL (folds 1-8); no recording is used when it runs. Left out, because no trace
+# tells them from another code: ANEUR, EL, NT_, TAB_, PRC(S).
 
 SIMULATED = 4096  # records, if no number is given
-DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132], [-.515, .157, -.917], [.044, .164, -1.387],
-                  [.882, .098, -1.277], [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])  # I, II, V1-V6
-LIMBS = np.eye(12, 8, -4)                                                          # I, II, V1..V6 -> twelve leads
+DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132],  # I, II, V1-V6
+                  [-.515, .157, -.917], [.044, .164, -1.387], [.882, .098, -1.277],
+                  [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])
+LIMBS = np.eye(12, 8, -4)  # I, II, V1..V6 -> twelve leads
 LIMBS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
 LOBES = "QRLSEJHT"
-Q, R, L, S, E, J, H, T = range(8)  # lobes of a beat: septum, apex, free wall, base, extra; ST; rise and top of T
+Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; rise and top of T
 # prompts.json, "simulator" holds what each code does:
 # wall: of the left ventricle, the direction towards it, what each of V1..V6 sees of it beyond the dipole;
 # zone: the wall that INJ.. and ISC.. mean; order: when the lobes Q..E come, as shares of the QRS;
@@ -1649,7 +1628,7 @@ Q, R, L, S, E, J, H, T = range(8)  # lobes of a beat: septum, apex, free wall, b
 
 @lru_cache(1)
 def simulated_block(seed, block, rate):
-    """CHUNK records -> ecg (CHUNK, 12, SECONDS * rate) mV, and lists of peaks, codes, features, statements."""
+    """CHUNK records -> ecg (CHUNK, 12, SECONDS * rate) mV; each one's peaks, codes, features, report, age."""
     return _block(np.random.default_rng((seed, block)), rate, SECONDS)
 
 
@@ -1659,8 +1638,9 @@ def _block(rng, rate, seconds, strongest_noise=False):
     codes, features = _label(c, p, _measure(p))
     ecg, peaks = _fire_all(rng, c, p, _rhythm(rng, c, p, seconds), rate, samples)
     ecg += _atrial_waves(rng, c, p, rate, samples) + _noise(rng, rate, samples, strongest_noise)
-    ecg = LIMBS @ (np.round(ecg * 200) / 200)                                       # steps of 5 microvolt
-    return ecg.astype(np.float32), peaks, codes, features, [_report(rng, *x) for x in zip(codes, features)]
+    ecg = LIMBS @ (np.round(ecg * 200) / 200)  # steps of 5 microvolt
+    reports = [_report(rng, *x) for x in zip(codes, features)]
+    return ecg.astype(np.float32), peaks, codes, features, reports, c["age"]
 
 
 def _diagnoses(rng):
@@ -1677,23 +1657,26 @@ def _diagnoses(rng):
     chance = lambda share: rng.random(n) < share
     sick = c["sick"] = chance(.67)
     c["age"] = np.clip(rng.normal(np.where(sick, 64, 50), 15), 18, 92)
-    draw({"sinus": 48, "SBRAD": 4, "STACH": 7, "SARRH": 4, "AFIB": 12, "AFLT": 3, "SVTAC": 2.5, "PSVT": 2.5, "SVARR": 3,
-          "PACE": 4, "3AVB": 2.3, "2AVB": 2.8}, sick)
+    draw({"sinus": 48, "SBRAD": 4, "STACH": 7, "SARRH": 4, "AFIB": 12, "AFLT": 3, "SVTAC": 2.5, "PSVT": 2.5,
+          "SVARR": 3, "PACE": 4, "3AVB": 2.3, "2AVB": 2.8}, sick)
     c["SARRH"], c["STACH"] = c["SARRH"] | (~sick & chance(.09)), c["STACH"] | (~sick & chance(.04))
     c["sinus"] = c["sinus"] | ~sick | c["SBRAD"] | c["STACH"] | c["SARRH"]
     free = sick & ~c["PACE"]
-    blocked = draw({"none": 54, "CLBBB": 6, "CRBBB": 8.5, "ILBBB": 2.5, "IRBBB": 9, "IVCD": 6, "LAFB": 9, "LPFB": 3,
-                    "WPW": 3}, free)
+    blocked = draw({"none": 54, "CLBBB": 6, "CRBBB": 8.5, "ILBBB": 2.5, "IRBBB": 9, "IVCD": 6, "LAFB": 9,
+                    "LPFB": 3, "WPW": 3}, free)
     c["LAFB"] |= c["CRBBB"] & chance(.35)
     c["WPW"] &= c["sinus"]
-    draw({"WPW left": 1, "WPW right": 1, "WPW septum": 2}, c["WPW"])                # where the accessory pathway lies
+    draw({"WPW left": 1, "WPW right": 1, "WPW septum": 2}, c["WPW"])  # where the accessory pathway lies
     c["1AVB"] = sick & (c["sinus"] | c["SVARR"]) & ~c["WPW"] & chance(.14)
-    early = draw({"none": 76, "PVC": 11, "BIGU": 2.7, "TRIGU": 2.7, "PAC": 7.6}, c["sinus"] & (sick | chance(.04)))
+    where = c["sinus"] & (sick | chance(.04))
+    early = draw({"none": 76, "PVC": 11, "BIGU": 2.7, "TRIGU": 2.7, "PAC": 7.6}, where)
     runs, atrial = c["BIGU"] | c["TRIGU"], chance(.3)
-    c["PVC"], c["PAC"] = c["PVC"] | (runs & ~atrial) | (c["AFIB"] & (early == "PVC")), c["PAC"] | (runs & atrial)
-    free &= ~c["CLBBB"] & ~c["WPW"] & ((blocked == "none") | chance(.65))           # many blocks come alone
-    main = draw({"none": 8, "mi": 52, "injury": 18, "ischemic": 21, "st-t": 24, "LVH": 17, "RVH": 4, "SEHYP": 3}, free)
-    which = rng.random(n)                                                           # inferior, anterior infarct or both
+    c["PVC"] |= (runs & ~atrial) | (c["AFIB"] & (early == "PVC"))
+    c["PAC"] |= runs & atrial
+    free &= ~c["CLBBB"] & ~c["WPW"] & ((blocked == "none") | chance(.65))  # many blocks come alone
+    main = draw({"none": 8, "mi": 52, "injury": 18, "ischemic": 21, "st-t": 24, "LVH": 17, "RVH": 4,
+                 "SEHYP": 3}, free)
+    which = rng.random(n)  # inferior, anterior infarct or both
     draw({"IMI": 56, "ILMI": 13, "IPMI": 13, "IPLMI": 10, "PMI": 10}, c["mi"] & (which < .58))
     draw({"ASMI": 55, "AMI": 17, "ALMI": 15, "LMI": 13}, c["mi"] & (which > .43))
     c["LAFB"] |= c["ASMI"] & (blocked == "none") & chance(.2)
@@ -1720,8 +1703,9 @@ def _turn(v, frontal, horizontal):
 
 
 def _patient(rng, c):
-    """Heart and chest of each patient: lobes v (n, 8, 3), their local part in V1..V6 w (n, 8, 6), P lobes p (n, 2, 3),
-    lead matrix (n, 8, 3), rate (1/min), intervals (s), places and widths of the QRS lobes in shares of it (n, 5)."""
+    """Heart and chest of each patient: lobes v (n, 8, 3), their local part in V1..V6 w (n, 8, 6), P lobes p
+    (n, 2, 3), lead matrix (n, 8, 3), rate (1/min), intervals (s), places and widths of the QRS lobes in
+    shares of it (n, 5)."""
     n, norm, uni = CHUNK, rng.standard_normal, lambda a, b: rng.uniform(a, b, (CHUNK, 1))
     logn = lambda spread, *shape: np.exp(spread * norm((n, *shape)))
     age = (c["age"] - 50) / 15
@@ -1731,7 +1715,7 @@ def _patient(rng, c):
          "frac": np.tile((.22, .46, .6, .73, .85), (n, 1)) + .015 * norm((n, 5)),
          "wide": np.tile((.085, .095, .09, .095, .09), (n, 1)) * logn(.08, 5),
          "p": np.array([[.05, .07, -.03], [.065, .05, .03]]) * logn(.3, 1, 1) + .008 * norm((n, 2, 3)),
-         "dual": c["PACE"] & (rng.random(n) < .5),                                  # P waves sensed or paced as well
+         "dual": c["PACE"] & (rng.random(n) < .5),  # P waves sensed or paced as well
          "spike": ((.3, -.9, .4) + .5 * norm((n, 3))) * rng.lognormal(-2, 1, (n, 1))}
     for k, table in knowledge()["simulator"]["drawn"].items():
         for name, bounds in table.items():
@@ -1743,10 +1727,12 @@ def _patient(rng, c):
     v[:, :4] = v[:, :4] * logn(.25, 4, 1) + .07 * norm((n, 4, 3)) * (1 + c["IVCD"][:, None, None])
     tilt, back = np.clip(1 - 8 * age + 17 * norm(n), -48, 55), 16 * norm(n)
     tilt = np.where(c["LAFB"] | c["LPFB"], .4, 1) * tilt
-    v[:, R:E], v[:, :R] = _turn(v[:, R:E], tilt, back), _turn(v[:, :R], -.3 * tilt, back)  # septum keeps off the axis
+    # septum keeps off the axis
+    v[:, R:E], v[:, :R] = _turn(v[:, R:E], tilt, back), _turn(v[:, :R], -.3 * tilt, back)
     v[:, T] = np.array((.30, .12, -.20)) * (logn(.35) * np.exp(-.1 * age))[:, None]
     v[:, T:] = _turn(v[:, T:], 14 * norm(n), 20 * norm(n))
-    w[:, T] = np.linalg.norm(v[:, T], axis=1)[:, None] * (0, .17, -.05, -.15, 0, 0)  # T is tall in V2, beyond a dipole
+    # T is tall in V2, beyond a dipole
+    w[:, T] = np.linalg.norm(v[:, T], axis=1)[:, None] * (0, .17, -.05, -.15, 0, 0)
     v[:, J] = .14 * v[:, T] + (0, 0, -.03) + .012 * norm((n, 3))
     for k, lobe, stays, added, low, high in knowledge()["simulator"]["moves"]:
         lobe = LOBES.index(lobe)
@@ -1757,7 +1743,8 @@ def _patient(rng, c):
     w[:, J, 1:4] += c["early repolarization"][:, None] * uni(.1, .3) * (1, 1, .5)
     _damage(rng, c, p, v, w)
     size = logn(.26) * np.exp(-.05 * age)
-    size = np.where(c["low"], np.minimum(size, .42 / np.linalg.norm(v[:, :5], axis=2).max(1)), size)[:, None, None]
+    small = np.minimum(size, .42 / np.linalg.norm(v[:, :5], axis=2).max(1))
+    size = np.where(c["low"], small, size)[:, None, None]
     v[:, :5], w[:, :5] = v[:, :5] * size, w[:, :5] * size
     v[:, J] -= .16 * c["DIG"][:, None] * v[:, R] / np.linalg.norm(v[:, R], axis=1)[:, None]
     wide = c["CLBBB"] | c["PACE"]
@@ -1765,25 +1752,27 @@ def _patient(rng, c):
     _oppose(p, v, np.where(wide, uni(1.6, 3.4)[:, 0], (c["ILBBB"] | c["WPW"] | c["IVCD"]) * uni(.6, 2)[:, 0]))
     p["p"][:, 1] += c["LAO/LAE"][:, None] * uni(.6, 1.4) * (.06, .03, .10)
     p["p"][:, 0] += c["RAO/RAE"][:, None] * uni(.6, 1.4) * (.02, .17, -.08)
-    shift = np.clip(.25 * norm((n, 1)) + .12 * norm((n, 6)), -.6, .6)[..., None]    # chest electrodes off by, in gaps
+    # chest electrodes off by, in gaps
+    shift = np.clip(.25 * norm((n, 1)) + .12 * norm((n, 6)), -.6, .6)[..., None]
     chest = np.pad(DOWER[2:], ((1, 1), (0, 0)), mode="edge")
     leads = np.tile(DOWER, (n, 1, 1))
     leads[:, 2:] += abs(shift) * (np.where(shift > 0, chest[2:], chest[:-2]) - DOWER[2:])
-    leads[:, 2:4, 2] += .26, -.12                       # V1 sees less of the back and V2 more than on Dower's torso
+    leads[:, 2:4, 2] += .26, -.12  # V1 sees less of the back and V2 more than on Dower's torso
     leads = leads * np.concatenate([logn(.06, 2), logn(.14, 6)], 1)[..., None] + .04 * norm((n, 8, 3))
     return p | {"v": v, "w": w, "leads": leads}
 
 
 def _oppose(p, v, strength):
     """Secondary ST-T: opposite to the area of the QRS (mV s), times strength (n,) in 1/s. Changes v."""
-    area = (v[:, :5] * (p["wide"] * p["qrs"][:, None])[..., None]).sum(1) * np.sqrt(2 * np.pi) * strength[:, None]
+    area = (v[:, :5] * (p["wide"] * p["qrs"][:, None])[..., None]).sum(1) * np.sqrt(2 * np.pi)
+    area = area * strength[:, None]
     v[:, T], v[:, J] = v[:, T] - area, v[:, J] - .35 * area
 
 
 def _damage(rng, c, p, v, w):
     """Infarction (Q, loss of R, ST and T by age), injury and ischemia of a wall. Changes v, w and p."""
     uni, table = lambda a, b: rng.uniform(a, b, (CHUNK, 1)), knowledge()["simulator"]
-    stage = rng.choice(3, (CHUNK, 1), p=(.78, .15, .07))                            # old, subacute, acute
+    stage = rng.choice(3, (CHUNK, 1), p=(.78, .15, .07))  # old, subacute, acute
 
     def change(k, wall, *parts):
         for lobe, dipole, local in parts:
@@ -1798,8 +1787,8 @@ def _damage(rng, c, p, v, w):
         v[on, T] *= (.4, .6, .9)
         v[on, J] -= (uni(0, .07) * (.8, .3, 0))[on]
         p["frac"][on, Q], p["wide"][on, Q] = p["frac"][on, Q] + .05, 1.35 * p["wide"][on, Q]
-        change(k, k, (Q, -.03 - .3 * size, -.25 * size), (R, -lost, -.45 * size * uni(.2, 1)), (L, -.15 * size, 0),
-               (J, st, .4 * st), (T, t, .4 * t))
+        change(k, k, (Q, -.03 - .3 * size, -.25 * size), (R, -lost, -.45 * size * uni(.2, 1)),
+               (L, -.15 * size, 0), (J, st, .4 * st), (T, t, .4 * t))
     for zone, wall in table["zone"].items():
         for k, low, high in (("INJ" + zone, .06, .2), ("ISC" + zone, 0, .07)):
             if k in c:
@@ -1809,7 +1798,7 @@ def _damage(rng, c, p, v, w):
 
 
 def _times(p, rr):
-    """Centers and widths (n, 8) in s from QRS onset for RR intervals rr (n,): QT by Fridericia's cube root of RR."""
+    """Centers, widths (n, 8) in s from QRS onset for RR intervals rr (n,): QT by Fridericia's root of RR."""
     d, qt = p["qrs"], p["qtc"] * np.cbrt(np.clip(rr, .3, 1.6)) + np.maximum(p["qrs"] - .1, 0)
     top = qt - .078 * np.sqrt(qt / .4)
     return (np.column_stack([p["frac"] * d[:, None], (d + top) / 2, top - .13 * qt, top]),
@@ -1825,13 +1814,14 @@ def _amplitudes(v, w, leads):
 
 
 def _measure(p):
-    """The noise-free beat as a cardiologist measures it in all leads: (n, 12) in mV or s; axis (n,) in degrees."""
+    """The noise-free beat as a cardiologist measures it: (n, 12) in mV or s; axis (n,) in degrees."""
     step, d = .004, p["qrs"][:, None, None]
     t = np.arange(0, .6, step)
     center, width = (x[..., None] for x in _times(p, np.ones(CHUNK)))
-    beat = LIMBS @ (_amplitudes(p["v"], p["w"], p["leads"]).swapaxes(1, 2) @ np.exp(-.5 * ((t - center) / width) ** 2))
+    lobes = np.exp(-.5 * ((t - center) / width) ** 2)
+    beat = LIMBS @ (_amplitudes(p["v"], p["w"], p["leads"]).swapaxes(1, 2) @ lobes)
     qrs, tt = np.where(t < d, beat, 0), np.where((t > d + .08) & (t < p["qtc"][:, None, None] + .02), beat, 0)
-    before, area = np.where(t < qrs.argmax(2)[..., None] * step, qrs, 0), qrs.sum(2)        # before the R peak
+    before, area = np.where(t < qrs.argmax(2)[..., None] * step, qrs, 0), qrs.sum(2)  # before the R peak
     return {"r": qrs.max(2), "s": -qrs.min(2), "q": -before.min(2), "q_wide": (before < -.04).sum(2) * step,
             "st": beat[np.arange(CHUNK), :, ((p["qrs"] + .05) / step).astype(int)],
             "t": np.where(tt.max(2) > -tt.min(2), tt.max(2), tt.min(2)),
@@ -1840,27 +1830,33 @@ def _measure(p):
 
 def _label(c, p, m):
     """Codes (n dicts) and waveform features (n lists) from the drawn truth c, p and the measured beat m."""
-    r, s, st, t, axis, rate, pr, qrs = *(m[k] for k in ("r", "s", "st", "t", "axis")), p["rate"], p["pr"], p["qrs"]
+    r, s, st, t, axis = (m[k] for k in ("r", "s", "st", "t", "axis"))
+    rate, pr, qrs = p["rate"], p["pr"], p["qrs"]
     narrow, sinus = ~(c["CLBBB"] | c["PACE"] | c["WPW"] | c["ILBBB"]), c["sinus"]
     slow, fast, first = sinus & (rate < 60), sinus & (rate > 100), (pr > .2) & (sinus | c["SVARR"])
     some = lambda hit, leads: hit[:, leads].sum(1) > 1
-    groups = {"i and avl": [0, 4], "ii, iii and avf": [1, 2, 5], "v1 to v3": [6, 7, 8], "v1 to v4": [6, 7, 8, 9],
-              "v2 to v4": [7, 8, 9], "v3 to v6": [8, 9, 10, 11], "v4 to v6": [9, 10, 11], "v5 and v6": [10, 11]}
+    groups = {"i and avl": [0, 4], "ii, iii and avf": [1, 2, 5], "v1 to v3": [6, 7, 8],
+              "v1 to v4": [6, 7, 8, 9], "v2 to v4": [7, 8, 9], "v3 to v6": [8, 9, 10, 11],
+              "v4 to v6": [9, 10, 11], "v5 and v6": [10, 11]}
     bad_q = (m["q"] > .1) & (m["q"] > .33 * r) & (m["q_wide"] >= .028) & narrow[:, None]
     q = {g: some(bad_q, leads) for g, leads in groups.items() if g not in ("v1 to v4", "v4 to v6")}
-    q["ii, iii and avf"] &= bad_q[:, 1]                                             # a Q wave in III alone is normal
-    poor_r, plain, six = narrow & (r[:, 8] < .3) & (r[:, 8] < s[:, 8]), narrow & ~c["CRBBB"], [0, 1, 8, 9, 10, 11]
+    q["ii, iii and avf"] &= bad_q[:, 1]  # a Q wave in III alone is normal
+    poor_r, plain = narrow & (r[:, 8] < .3) & (r[:, 8] < s[:, 8]), narrow & ~c["CRBBB"]
+    six = [0, 1, 8, 9, 10, 11]
     low_limbs, low_chest = ((r + s)[:, :6] < .5).all(1), ((r + s)[:, 6:] < 1).all(1)
     sokolow = s[:, 6] + np.maximum(r[:, 10], r[:, 11])
-    odd = {"QWAVE": np.any(list(q.values()), 0), "LVOLT": low_limbs | low_chest, "INVT": narrow & some(t < -.1, six),
-           "LOWT": narrow & (abs(t[:, [0, 1, 9, 10, 11]]) < .12).all(1), "STD_": narrow & some(st < -.05, six + [4, 5])}
+    odd = {"QWAVE": np.any(list(q.values()), 0), "LVOLT": low_limbs | low_chest,
+           "INVT": narrow & some(t < -.1, six), "LOWT": narrow & (abs(t[:, [0, 1, 9, 10, 11]]) < .12).all(1),
+           "STD_": narrow & some(st < -.05, six + [4, 5])}
     odd["ABQRS"] = odd["QWAVE"] | poor_r
     code = {k: c[k] for k in knowledge()["label_sets"]["ptbxl_all"] if k in c} | odd | {
         "SR": sinus & ~slow & ~fast & ~c["SARRH"], "SBRAD": slow, "STACH": fast, "1AVB": first, "LPR": first,
-        "VCLVH": plain & ~c["RVH"] & ((sokolow > 3.5) | (r[:, 4] > 1.1)), "HVOLT": plain & ((r + s)[:, 6:] > 4).any(1),
+        "VCLVH": plain & ~c["RVH"] & ((sokolow > 3.5) | (r[:, 4] > 1.1)),
+        "HVOLT": plain & ((r + s)[:, 6:] > 4).any(1),
         "STE_": plain & ~c["mi"] & ((st[:, 7:9] > .2).any(1) | some(st > .1, [1, 5, 10, 11]))}
     harmless = ("SR", "SARRH", "SBRAD", "STACH", "VCLVH", "HVOLT", "STE_")
-    code["NORM"] = sinus & (rate > 45) & (rate < 110) & ~np.any([on for k, on in code.items() if k not in harmless], 0)
+    ill = np.any([on for k, on in code.items() if k not in harmless], 0)
+    code["NORM"] = sinus & (rate > 45) & (rate < 110) & ~ill
     even = ~(c["AFIB"] | c["SARRH"] | c["PVC"] | c["PAC"] | c["SVARR"])
     f = {f"{wave} in {g}": (sign * x[:, groups[g]] > least).all(1) for wave, x, sign, least, where in (
         ("inverted t waves", t, -1, .08, ("i and avl", "ii, iii and avf", "v1 to v4", "v4 to v6")),
@@ -1871,24 +1867,28 @@ def _label(c, p, m):
         "positive qrs in i and avf": (axis > 0) & (axis < 90), "negative qrs in i": abs(axis) > 90,
         "negative qrs in avf": axis < 0, "heart rate below 60": slow | c["3AVB"],
         "heart rate above 100": fast | c["SVTAC"] | (c["AFIB"] & (rate > 100)),
-        "heart rate above 150": c["SVTAC"] & (rate > 150), "heart rate between 60 and 100": sinus & ~slow & ~fast,
+        "heart rate above 150": c["SVTAC"] & (rate > 150),
+        "heart rate between 60 and 100": sinus & ~slow & ~fast,
         "regular rr intervals": (sinus | c["SVTAC"] | c["PACE"]) & even, "varying rr intervals": ~even,
         "upright p wave in ii before every qrs": sinus & ~c["PVC"],
         "pr interval shorter than 120 ms": sinus & (pr < .12),
-        "normal p waves": sinus & ~c["RAO/RAE"] & ~c["LAO/LAE"], "pause after an early beat": sinus & c["PVC"],
+        "normal p waves": sinus & ~c["RAO/RAE"] & ~c["LAO/LAE"],
+        "pause after an early beat": sinus & c["PVC"],
         "pr interval lengthening before a dropped beat": c["2AVB"] & c["wenckebach"],
         "normal qrs duration": qrs < .1, "qrs between 100 and 120 ms": (qrs >= .1) & (qrs < .12),
         "qrs longer than 120 ms": qrs >= .12, "tall r waves in v5 and v6": r[:, 10:].max(1) > 2.4,
-        "tall r waves in avl": r[:, 4] > 1.1, "tall r waves in v1 and v2": (r[:, 6] > .6) & (r[:, 6] > s[:, 6]),
+        "tall r waves in avl": r[:, 4] > 1.1,
+        "tall r waves in v1 and v2": (r[:, 6] > .6) & (r[:, 6] > s[:, 6]),
         "deep s waves in v1 and v2": s[:, 6:8].max(1) > 1.8,
-        "deep s waves in v5 and v6": (s[:, 10] > .7) & (s[:, 10] > r[:, 10]), "poor r wave progression": poor_r,
+        "deep s waves in v5 and v6": (s[:, 10] > .7) & (s[:, 10] > r[:, 10]),
+        "poor r wave progression": poor_r,
         "normal r wave progression": ~poor_r & (r[:, 9] > s[:, 9]) & (r[:, 6] < s[:, 6]),
         "early r wave transition in chest leads": r[:, 7] > s[:, 7],
-        "late r wave transition in chest leads": r[:, 10] < s[:, 10], "corrected qt longer than 460 ms": p["qtc"] > .46,
-        "corrected qt shorter than 360 ms": p["qtc"] < .36, "isoelectric st segment": (abs(st) < .05).all(1),
-        "upright t waves": (t[:, six] > .08).all(1), "flat t waves": odd["LOWT"],
-        "tall peaked t waves": t[:, 6:].max(1) > 1.2, "qrs below 0.5 mv in limb leads": low_limbs,
-        "qrs below 1 mv in chest leads": low_chest}
+        "late r wave transition in chest leads": r[:, 10] < s[:, 10],
+        "corrected qt longer than 460 ms": p["qtc"] > .46, "corrected qt shorter than 360 ms": p["qtc"] < .36,
+        "isoelectric st segment": (abs(st) < .05).all(1), "upright t waves": (t[:, six] > .08).all(1),
+        "flat t waves": odd["LOWT"], "tall peaked t waves": t[:, 6:].max(1) > 1.2,
+        "qrs below 0.5 mv in limb leads": low_limbs, "qrs below 1 mv in chest leads": low_chest}
     codes = [{k: 100.0 for k, on in code.items() if on[i]} for i in range(CHUNK)]
     shows = knowledge()["simulator"]["always"]
     always = [[x for k in codes[i] if k in shows for x in shows[k].split("; ")] for i in range(CHUNK)]
@@ -1896,26 +1896,30 @@ def _label(c, p, m):
 
 
 def _rhythm(rng, c, p, seconds):
-    """When the heart fires: QRS and P times (n, K) in s (nan: none), which beats are early, RR before; breathing."""
+    """When the heart fires: times of QRS and P (n, K) in s (nan: none), early beats, RR before; breathing."""
     n, norm, uni = CHUNK, rng.standard_normal, lambda a, b: rng.uniform(a, b, CHUNK)
     beats, base, sinus, ventricular = int((seconds + 3) * 3.8), 60 / p["rate"], c["sinus"], c["PVC"]
     breath, phase = uni(.18, .32), uni(0, 2 * np.pi)
     depth = sinus * np.minimum(.03 * np.exp(-.02 * (c["age"] - 50) + .5 * norm(n)), .07)
     depth = np.where(c["SARRH"], uni(.1, .26), depth)
     jitter = np.select([c["AFIB"], c["SVARR"], sinus], [uni(.13, .3), .09, .012], .003)
-    ratio = rng.choice((2, 3, 4, 0), n, p=(.45, .12, .2, .23))                      # flutter waves a QRS; 0: changing
-    change, attack, first = uni(.3, .7) * seconds, 60 / uni(140, 205), rng.random(n) < .5    # PSVT: when, RR, at first?
-    runs, early, period = c["BIGU"] | c["TRIGU"], ventricular | c["PAC"] | c["SVARR"], np.where(c["BIGU"], 2, 3)
-    often, due = np.where(c["SVARR"], .3, .12), uni(.15, .7) * seconds              # by then, one early beat is sure
+    ratio = rng.choice((2, 3, 4, 0), n, p=(.45, .12, .2, .23))  # flutter waves a QRS; 0: changing
+    # PSVT: when, RR, at first?
+    change, attack, first = uni(.3, .7) * seconds, 60 / uni(140, 205), rng.random(n) < .5
+    runs, period = c["BIGU"] | c["TRIGU"], np.where(c["BIGU"], 2, 3)
+    early = ventricular | c["PAC"] | c["SVARR"]
+    often, due = np.where(c["SVARR"], .3, .12), uni(.15, .7) * seconds  # by then, one early beat is sure
     cycle = np.where(c["wenckebach"], rng.integers(3, 6, n), rng.integers(2, 4, n))
     grow = c["2AVB"] * c["wenckebach"] * uni(.04, .09)
-    t, gap, since, was, met, out = -1.5 - uni(0, 1.2) * base, base, np.zeros(n), sinus & False, sinus & False, []
+    t, gap, since, out = -1.5 - uni(0, 1.2) * base, base, np.zeros(n), []
+    was = met = sinus & False
     for k in range(beats):
-        rr = base * (1 + depth * np.sin(2 * np.pi * breath * t + phase)) * np.exp(jitter * np.clip(norm(n), -2.5, 2.5))
+        rr = base * (1 + depth * np.sin(2 * np.pi * breath * t + phase))
+        rr = rr * np.exp(jitter * np.clip(norm(n), -2.5, 2.5))
         rr = np.where(c["AFLT"], rr * np.where(ratio > 0, ratio, rng.integers(2, 5, n)), rr)
         rr = np.where(c["PSVT"] & ((t < change) == first), attack, rr)
         now = early & ~was & np.where(runs, since >= period - 1, (rng.random(n) < often) | ((t > due) & ~met))
-        pause = was & ventricular & ~c["AFIB"]                                      # compensatory
+        pause = was & ventricular & ~c["AFIB"]  # compensatory
         gap = np.where(now & ~c["AFIB"], rr * uni(.52, .75), np.where(pause, 2 * rr - gap, rr))
         t, since, was, met = t + gap, np.where(now, 0, since + 1), now, met | (now & (t > 0))
         dropped = c["2AVB"] & (k % cycle == cycle - 1)
@@ -1923,7 +1927,8 @@ def _rhythm(rng, c, p, seconds):
     qrs, atria, now, rr = (np.stack(x, 1) for x in zip(*out))
     atria[c["AFIB"] | c["AFLT"] | c["SVTAC"] | (c["PACE"] & ~p["dual"])] = np.nan
     atria[(now & ventricular[:, None]) | (c["PSVT"][:, None] & (rr < .45))] = np.nan
-    own = -1.5 + (60 / uni(68, 105))[:, None] * (rng.random((n, 1)) + np.arange(beats))   # the atria's own clock
+    # the atria's own clock
+    own = -1.5 + (60 / uni(68, 105))[:, None] * (rng.random((n, 1)) + np.arange(beats))
     return {"qrs": qrs, "p": np.where(c["3AVB"][:, None], own, atria), "early": now, "rr": rr,
             "breath": lambda at: np.sin(2 * np.pi * breath * at + phase)[:, None, None]}
 
@@ -1941,26 +1946,27 @@ def _ectopic(rng, p):
 
 
 def _fire_all(rng, c, p, clock, rate, samples):
-    """Fire the lobes by the clock: ecg (n, 8, N) mV of the independent leads, and the samples of the R peaks."""
+    """Fire the lobes by the clock: ecg (n, 8, N) mV of the independent leads; the samples of the R peaks."""
     n, leads, early, usual = CHUNK, p["leads"].swapaxes(1, 2), clock["early"], np.nanmedian(clock["rr"], 1)
-    pad, blur = 2 * rate, .2 / rate                     # room for waves that leave the strip; the anti-alias filter
+    pad, blur = 2 * rate, .2 / rate  # room for waves that leave the strip; the anti-alias filter
     out, peaks = np.zeros((n, samples + 2 * pad, 8)), [[] for _ in range(n)]
 
     def fire(when, center, width, amplitude, before, length, qrs=np.zeros(n)):
-        """Add lobes (n, k) to the records with an event at `when` (n,) s, nan: none; gives rows, starts, power while the
-        QRS lasts (qrs, s): after it a tall ST-T would pass for an R peak."""
-        i = np.flatnonzero(np.nan_to_num(abs(when - samples / rate / 2), nan=np.inf) < samples / rate / 2 + .8)
+        """Add lobes (n, k) to the records with an event at `when` (n,) s, nan: none -> rows, starts, power
+        while the QRS lasts (qrs, s): after it a tall ST-T would pass for an R peak."""
+        half = samples / rate / 2
+        i = np.flatnonzero(np.nan_to_num(abs(when - half), nan=np.inf) < half + .8)
         start = np.floor((when[i] - before) * rate).astype(int)
         t = (start[:, None] + np.arange(round(length * rate))) / rate - when[i, None]
         u = (t[:, None] - center[i, :, None]) / np.hypot(width[i, :, None], blur)
-        beat = np.exp(-.5 * u * u).swapaxes(1, 2) @ amplitude[i]                    # (events, samples, 8)
+        beat = np.exp(-.5 * u * u).swapaxes(1, 2) @ amplitude[i]  # (events, samples, 8)
         out[i[:, None], start[:, None] + pad + np.arange(t.shape[1])] += beat
         return i, start, np.where((t > 0) & (t < qrs[i, None]), (beat ** 2).sum(2), 0)
 
     hearts = [(h, _amplitudes(h["v"], h["w"], p["leads"])) for h in (p, _ectopic(rng, p))]
-    sway = .05 * rng.standard_normal((n, 1, 8))                                     # breathing moves the heart
+    sway = .05 * rng.standard_normal((n, 1, 8))  # breathing moves the heart
     p_center, p_width = np.stack([0 * usual, p["p_gap"]], 1) + .036, np.full((n, 2), .019)
-    strange = (p["p"] * (1, -.8, 1.2) + .03 * rng.standard_normal((n, 2, 3))) @ leads      # P from another place
+    strange = (p["p"] * (1, -.8, 1.2) + .03 * rng.standard_normal((n, 2, 3))) @ leads  # P from another place
     spike = np.zeros((n, 1)), np.full((n, 1), .3 / rate), p["spike"][:, None] @ leads * .1 * rate ** .5
     paced_atria = c["PACE"] & p["dual"] & (rng.random(n) < .6)
     for k in range(early.shape[1]):
@@ -1981,13 +1987,14 @@ def _fire_all(rng, c, p, clock, rate, samples):
 def _atrial_waves(rng, c, p, rate, samples):
     """Fibrillation (4-8 Hz, waxing and waning) and flutter (sawtooth, negative in II): (n, 8, N) mV."""
     n, t, uni = CHUNK, np.arange(samples) / rate, lambda a, b, k: rng.uniform(a, b, (CHUNK, k, 1))
-    slow = lambda: np.sin(2 * np.pi * uni(.1, .7, 3) * t + uni(0, 6.3, 3))          # (n, 3, N)
+    slow = lambda: np.sin(2 * np.pi * uni(.1, .7, 3) * t + uni(0, 6.3, 3))  # (n, 3, N)
     angle = 2 * np.pi * (uni(4.2, 7.8, 1) + uni(-.8, .8, 3)) * t + 1.2 * slow() + uni(0, 6.3, 3)
     way = ((-.15, .35, -.6) + .3 * rng.standard_normal((n, 3, 3))) * rng.lognormal(-3.3, .6, (n, 1, 1))
     on = c["AFIB"] | (c["PACE"] & ~p["dual"] & (rng.random(n) < .6))
-    waves = (on[:, None, None] * way).swapaxes(1, 2) @ ((1 + .6 * slow()) * (np.sin(angle) + .3 * np.sin(2 * angle)))
+    wave = (1 + .6 * slow()) * (np.sin(angle) + .3 * np.sin(2 * angle))
+    waves = (on[:, None, None] * way).swapaxes(1, 2) @ wave
     angle = 2 * np.pi * (p["rate"] / 60)[:, None, None] * t + uni(0, 6.3, 1)
-    saw = sum(np.sin(h * angle + .5 * h) / h ** 1.3 for h in (1, 2, 3))             # (n, 1, N)
+    saw = sum(np.sin(h * angle + .5 * h) / h ** 1.3 for h in (1, 2, 3))  # (n, 1, N)
     way = ((.02, -1, -.3) + .25 * rng.standard_normal((n, 3)))[..., None] * uni(.05, .17, 1)
     return p["leads"] @ (waves + c["AFLT"][:, None, None] * way * saw)
 
@@ -1995,7 +2002,7 @@ def _atrial_waves(rng, c, p, rate, samples):
 def _noise(rng, rate, samples, strongest=False):
     """Disturbances of the electrodes RA, LA, LL, V1..V6, seen in I, II, V1..V6: (n, 8, N) mV.
 
-    strongest: every record has all of them, each two standard deviations (of its logarithm) above the median."""
+    strongest: every record has all of them, two standard deviations (of the logarithm) above the median."""
     n, t, f = CHUNK, np.arange(samples) / rate, np.fft.rfftfreq(samples, 1 / rate)
     uni = lambda a, b: rng.uniform(a, b, (n, 1, 1))
     usual = lambda spread: np.exp(2 * spread) if strongest else rng.lognormal(0, spread, (n, 1, 1))
@@ -2007,14 +2014,17 @@ def _noise(rng, rate, samples, strongest=False):
         return x / x.std(-1, keepdims=True)
 
     swell = 1 + .5 * np.sin(2 * np.pi * uni(.05, .5) * t + uni(0, 6.3))
-    x = strength(.02, .9) * colored(np.where((f > .04) & (f < 2), 1 / np.maximum(f, .04), 0))       # breath, skin
-    x += strength(.009, .7) * swell * colored(np.minimum(f / 8, 1) / (1 + (f / 38) ** 4))           # muscle
-    mains = rng.choice((50, 60), (n, 1, 1))             # above Nyquist: taken away by the recorder's filter
-    x += strength(.004, 1) * (uni(0, 1) < (1 if strongest else .4)) * (mains < .49 * rate) * np.sin(2 * np.pi * mains * t + uni(0, 6.3))
-    at, kind = uni(0, samples / rate), uni(0, .125 if strongest else 1)  # one electrode: a step, a burst, or bad throughout
+    x = strength(.02, .9) * colored(np.where((f > .04) & (f < 2), 1 / np.maximum(f, .04), 0))  # breath, skin
+    x += strength(.009, .7) * swell * colored(np.minimum(f / 8, 1) / (1 + (f / 38) ** 4))  # muscle
+    mains = rng.choice((50, 60), (n, 1, 1))  # above Nyquist: taken away by the recorder's filter
+    hum = strength(.004, 1) * (uni(0, 1) < (1 if strongest else .4)) * (mains < .49 * rate)
+    x += hum * np.sin(2 * np.pi * mains * t + uni(0, 6.3))
+    # one electrode: a step, a burst, or bad throughout
+    at, kind = uni(0, samples / rate), uni(0, .125 if strongest else 1)
     step = np.exp(-np.maximum(t - at, 0) / uni(.2, 2)) * (t > at) * uni(.7 if strongest else -.7, .7)
     burst = np.exp(-.5 * ((t - at) / uni(.2, 1)) ** 2) * .1 * rng.standard_normal((n, 1, samples))
-    fault = np.select([kind < .06, kind < .1, kind < .125], [step, burst, .25 * colored(1 / (1 + f / 3), 1)], 0)
+    bad = .25 * colored(1 / (1 + f / 3), 1)
+    fault = np.select([kind < .06, kind < .1, kind < .125], [step, burst, bad], 0)
     x += np.eye(9)[rng.integers(0, 9, n)][..., None] * fault
     electrodes = np.eye(8, 9, 1)
     electrodes[:2, :3], electrodes[2:, :3] = [[-1, 1, 0], [-1, 0, 1]], -1 / 3
@@ -2022,15 +2032,16 @@ def _noise(rng, rate, samples, strongest=False):
 
 
 def _report(rng, codes, features):
-    """Statements of one report: rhythm first, wording varied; a form code is sometimes left out, the features mostly."""
-    rhythm = [k for k in codes if knowledge()["findings"][k]["rhythm"]]
+    """Statements of a report: rhythm first, wording varied; form codes left out at times, features often."""
+    findings = knowledge()["findings"]
+    rhythm = [k for k in codes if findings[k]["rhythm"]]
     rest = [k for k in codes if k not in rhythm
-            and rng.random() < (.9 if knowledge()["findings"][k]["diagnostic"] or k in ("PVC", "PAC") else .7)]
+            and rng.random() < (.9 if findings[k]["diagnostic"] or k in ("PVC", "PAC") else .7)]
     rng.shuffle(rest)
     said = []
     for k in rhythm + rest:
-        word = str(rng.choice([knowledge()["findings"][k]["name"]] * 6 + knowledge()["findings"][k]["also"][:6]))
-        doubt = rng.random() < .07 and knowledge()["findings"][k]["diagnostic"] and k != "NORM"
+        word = str(rng.choice([findings[k]["name"]] * 6 + findings[k]["also"][:6]))
+        doubt = rng.random() < .07 and findings[k]["diagnostic"] and k != "NORM"
         said.append(str(rng.choice(["possible ", "probable "])) + word if doubt else word)
     shown = rng.permutation(features)[:rng.integers(1, 5)] if rng.random() < .4 else []
     return said + [str(x) for x in shown]
@@ -2039,34 +2050,27 @@ def _report(rng, codes, features):
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
 READS = (open_file, read_record, read_header, parse_lead, beside, files_of, measure, read_format16, read_wfdb,
          read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines,
-         read_csv, without_zero, split_by, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP,
-         MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING, NEGATED_LIST, WORD,
-         SENTENCE_END, COMMA)
-MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, years, TOKEN, LATE, lead_names, attach, negates, Translator),
-          "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of, years, SEXES),
-          **dict.fromkeys(HEADERS, (*READS, once, header_rows, worded, reference_label, split_of, years, SEXES, COMMENT,
-                                    REFERENCE, LETTERS)),
-          "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, worded, years, SEXES, TRACINGS,
-                   TRACING_LEADS, TRACING_UNITS),
+         read_csv, without_zero, split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX,
+         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING,
+         NEGATED_LIST, WORD, SENTENCE_END, COMMA)
+MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
+          "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
-                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS)}
+                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS),
+          **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
+          "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
+WORDS = {"ptbxl": ("findings", "lexicon"), "simulated": ("findings", "simulator"), "mimic": (), "csv": ()}
 
 
 @lru_cache
 def maker(source):
     """A checksum of MAKERS[source], of its words in prompts.json, and of the definition of R peaks."""
-    parts, table = [], knowledge()
+    parts = [json.dumps([knowledge()[key] for key in WORDS.get(source, ("findings", "codes"))])]
     for part in MAKERS[source]:
         parts.append(inspect.getsource(part) if callable(part) else getattr(part, "pattern", repr(part)))
-    if source == "simulated":
-        parts.append(json.dumps([table["findings"], table["simulator"]]))
-    else:
+    if source != "simulated":
         parts.append(read_text(os.path.join(HERE, "csrc", "reference.py")))
-    if source == "ptbxl":
-        parts.append(json.dumps([table["lexicon"], wordings(lambda code, finding: finding["name"])]))
-    if source in (*HEADERS, "code"):
-        parts.append(json.dumps([table["findings"], table["codes"]]))
     return zlib.crc32("\n".join(parts).encode())
 
 
