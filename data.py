@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 import threading
@@ -63,30 +62,29 @@ class DataError(ValueError):
 
 # ---- files: what is opened by name is opened here, and what is wrong with it is one sentence ---------------
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+LFS = ": a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
+         dict: "an object", type(None): "null"}
+
+
 def open_file(path):
     """A regular file, opened for reading in binary (a pipe or a device would hang). Errors: OSError."""
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except ValueError as error:
-        raise OSError(errno.EINVAL, "no name of a file (it holds a zero)", str(path)) from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        kind = "a folder, not a file" if stat.S_ISDIR(os.fstat(handle).st_mode) else "no regular file"
-        os.close(handle)
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "no name of a file (it holds a zero)", str(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder, not a file" if os.path.isdir(path) else "no regular file"
         raise OSError(errno.EINVAL, kind, str(path))
-    return open(handle, "rb")
+    return open(path, "rb")
 
 
-LFS = ": a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-
-
-def read_text(path, advice=""):
-    """A text file in UTF-8, whole. advice: what to do where that is not possible. Errors: DataError."""
+def read_text(path):
+    """A text file in UTF-8, whole. Errors: DataError."""
     try:
         with open_file(path) as file:
             text = file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        fault = getattr(error, "strerror", None) or f"not readable ({error})"
-        raise DataError(f"{path}: {fault}{advice and '; ' + advice}") from error
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or f'not readable ({error})'}") from error
     if text.startswith("version https://git-lfs"):
         raise DataError(f"{path}{LFS}")
     return text
@@ -95,28 +93,14 @@ def read_text(path, advice=""):
 def parse_json(text, where):
     """A JSON text whose objects have every key once. Errors: DataError."""
     def once(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{twice!r} occurs twice in one object")
-        return found
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"{key!r} occurs twice in one object")
+        return dict(pairs)
     try:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # a JSONDecodeError says in which line and column
-        raise DataError(f"{where}: {'empty' if not text.strip() else f'no JSON ({error})'}") from error
-
-
-def read_json(path, shape=dict, advice=""):
-    """A JSON file of a shape, see check. Errors: DataError."""
-    text = read_text(path, advice)
-    try:
-        return check(parse_json(text, path), shape, path)
-    except DataError as error:
-        raise DataError(f"{error}{advice and '; ' + advice}") from error
-
-
-KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
-         dict: "an object", type(None): "null"}
+        raise DataError(f"{where}: {f'no JSON ({error})' if text.strip() else 'empty'}") from error
 
 
 def check(value, shape, where):
@@ -125,21 +109,27 @@ def check(value, shape, where):
     A shape is a type or a tuple of types (float takes whole numbers, too); [shape] for a list; {"key": shape}
     for keys that an object must have, {str: shape} for all others."""
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
-    fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
-    if not fits or isinstance(value, bool) and bool not in kinds:
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         raise DataError(f"{where}: must be {wanted}, not {json.dumps(value)[:60]}")
     if isinstance(shape, list):
-        for i, item in enumerate(value):
-            check(item, shape[0], f"{where}, place {i + 1}")
+        for i, item in enumerate(value, 1):
+            check(item, shape[0], f"{where}, place {i}")
     elif isinstance(shape, dict):
-        for key in shape:
-            if key is not str and key not in value:
-                raise DataError(f"{where}: has no {key!r}")
+        if missing := [key for key in shape if key is not str and key not in value]:
+            raise DataError(f"{where}: has no {missing[0]!r}")
         for key, item in value.items():
             if inner := shape.get(key, shape.get(str)):
                 check(item, inner, f"{where}, {key}")
     return value
+
+
+def read_json(path, shape=dict, advice=""):
+    """A JSON file of a shape, see check. advice: what to do where it has another. Errors: DataError."""
+    try:
+        return check(parse_json(read_text(path), path), shape, path)
+    except DataError as error:
+        raise DataError(f"{error}{advice and '; ' + advice}") from error
 
 
 def write_atomic(path, write):
@@ -153,27 +143,25 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
-        fault = getattr(error, "strerror", None) or f"no space left, it seems ({str(error).splitlines()[0]})"
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        fault = getattr(error, "strerror", None) or f"no space left, it seems ({str(error).splitlines()[0]})"
         raise DataError(f"{path}: cannot be written: {fault}; the last whole one is kept") from error
 
 
 def write_text(path, text):
-    """write_atomic of a text."""
     write_atomic(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 @contextlib.contextmanager
 def locked(path, wait=True):
-    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free again
-    when this process ends, however it ends. Where the file system knows no locks: goes on without, and says so.
-    Errors: DataError."""
+    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free when this
+    process ends, however it ends. Where there are no file locks: goes on, and says so. Errors: DataError."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose a folder that can") from error
-    try:
+    with open(handle, "rb"):  # closes it
         mine = True
         try:
             if fcntl is None:
@@ -184,29 +172,22 @@ def locked(path, wait=True):
         except OSError as error:
             print(f"{path}: no file locks here ({error}); do not start the same work twice", file=sys.stderr)
         yield mine
-    finally:
-        os.close(handle)
 
 
 def guarded(main, *errors):
     """Run a script: DataError, errors, and what the system refuses end it with one sentence and status 2."""
     try:
-        main()
-    except (DataError, *errors) as error:
-        sentence = str(error)
-    except OSError as error:
-        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except MemoryError as error:
-        sentence = f"out of memory ({error or 'no more could be had'})"
+        return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    else:
-        return
+    except MemoryError as error:
+        sentence = f"out of memory ({error or 'no more could be had'})"
+    except OSError as error:
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (DataError, *errors) as error:
+        sentence = str(error)
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
-
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
