@@ -2,9 +2,9 @@
 
 Every data set becomes the same thing once, a store (class Store): a folder with
     ecg.i16      records x 12 leads x samples, int16 microvolts, little endian, memory-mapped
-    records.csv  id, patient, split, fold, statements, report, codes, source, leads, features, peaks (R peaks, samples)
+    records.csv  id, patient, split, fold, statements, report, codes, source, leads, features, peaks (R peaks)
     store.json   format version, rate, settings, what was dropped and why, sizes and checksums
-In the program signals are float32 millivolts with leads in the order of LEADS, rates in Hz, positions in samples.
+In the program signals are float32 mV with leads in the order of LEADS, rates in Hz, positions in samples.
 """
 import argparse
 import ast
@@ -20,14 +20,13 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import zlib
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from fractions import Fraction
 from functools import lru_cache, partial, wraps
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +34,7 @@ import numpy as np
 import pandas as pd
 from scipy.signal import resample_poly
 from tqdm import tqdm
+from wfdb.io._signal import BYTES_PER_SAMPLE, INVALID_SAMPLE_VALUE, _rd_dat_signals
 
 try:
     import fcntl
@@ -44,16 +44,17 @@ except ImportError:  # Windows: no locks
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 LEAD_INDEX = {lead.upper(): i for i, lead in enumerate(LEADS)} | {"DI": 0, "DII": 1, "DIII": 2}
 SECONDS = 10       # length of every record in a store; shorter ones are zero-padded at the end
-MAX_GAP = 0.04     # s, longest gap that is interpolated: half a normal QRS, so that no beat is lost or made up
+MAX_GAP = 0.04     # s, longest gap that is interpolated: half a normal QRS, no beat is lost or made up
 MIN_SECONDS = 4.0  # s of valid signal that a lead needs: three beats even at 45 a minute
-CROPS = {"first": (SECONDS, False), "center": (SECONDS, True),  # what is kept of a record: seconds, and whether mid-way
+CROPS = {"first": (SECONDS, False), "center": (SECONDS, True),  # what is kept: seconds, and whether mid-way
          "cpsc-merl": (5, False)}  # MERL's rule for CPSC2018: the first 2,500 samples at 500 Hz, then zeros
-MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3, "v": 1e3, "nv": 1e-6}  # unit -> mV
+MILLIVOLTS = {"mv": 1.0, "v": 1e3, "nv": 1e-6, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,  # unit -> mV
+              r"\xb5v": 1e-3}  # a micro sign in Latin-1, see read_header
 RATES = 50, 20000  # Hz: a header that says anything else is damaged, or not of an ECG
 
 
 class DataError(ValueError):
-    """One sentence for the user: which file or record, what is wrong, what to do. reason: the fault without names."""
+    """One sentence for the user: which file or record, what is wrong, what to do. reason: the fault alone."""
 
     def __init__(self, message, reason=None):
         super().__init__(message)
@@ -190,17 +191,24 @@ def guarded(main, *errors):
     sys.exit(2)
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 class Record(NamedTuple):
-    signal: np.ndarray  # (leads, N) float32 mV in the file's own lead order, NaN where the file marks a sample invalid
+    signal: np.ndarray  # (leads, N) float32 mV in the file's own order, NaN where a sample is marked invalid
     names: list         # of the leads, as written in the file
     fs: float           # Hz
-    checksum_ok: bool   # False: not the header's checksum (looked at in format 16, where all is read)
+    checksum_ok: bool   # False: not the header's checksum (looked at where all is read)
 
 
+class Header(NamedTuple):
+    fs: float       # Hz
+    samples: int    # of a lead
+    segments: list  # (name, samples) of the records that make up this one; where it has none:
+    files: list     # the leads of each signal file, a list of Lead
 
-MOST = dict(header=2**20, leads=256)  # bytes and signals: more is no ECG, and must not eat the memory
+
+Lead = namedtuple("Lead", "file format frame skew offset gain baseline initial checksum name")  # gain: per mV
+MAX_HEADER, MAX_LEADS = 2**20, 256  # bytes, and leads: more is no ECG, and must not eat the memory
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", re.I)
 RECORD_LINE = re.compile(r"[^\s/]+(/(?P<segments>\d{1,9}))?\s+(?P<leads>\d{1,9})"
                          r"(\s+(?P<fs>[^\s/(]+)[/(]?\S*(\s+(?P<samples>\d{1,15})(\s.*)?)?)?")
@@ -208,7 +216,6 @@ SIGNAL_LINE = re.compile(  # numbers: resolution, zero, first sample, checksum, 
     r"(?P<file>\S+)\s+(?P<format>\d{1,4})(x(?P<frame>\d{1,5}))?(:(?P<skew>\d{1,9}))?(\+(?P<offset>\d{1,15}))?"
     r"(\s+(?P<gain>[^\s(/]+)(\((?P<baseline>[-+]?\d{1,15})\))?(/(?P<unit>\S+))?"
     r"(?P<numbers>(\s+[-+]?\d{1,15}(?!\S)){0,5})(\s+(?P<name>\S.*))?)?")
-BYTES = {"8": 1, "80": 1, "16": 2, "61": 2, "160": 2, "24": 3, "32": 4, "212": 1.5, "310": 4/3, "311": 4/3}
 OURS = errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the system lacks is no fault of a record
 ODD = "not readable by wfdb"
 
@@ -217,76 +224,71 @@ def refuse(where, fault, detail=""):
     raise DataError(f"{where}: {fault}{detail and f' ({detail})'}", fault)
 
 
-def read_record(path, fast=True, part=None):
-    """The WFDB record at path (without extension), in any format wfdb reads. DataError says what is wrong with it.
+def read_record(path, part=None):
+    """The WFDB record at path (without extension), in any format that wfdb reads -> Record.
 
-    fast: format 16 (PTB-XL, MIMIC-IV-ECG, LUDB, the Challenges' .mat) is read by numpy instead of wfdb.
     part(samples, Hz) -> (start, stop): what is read of it; the rest of its files is not looked at.
-    """
+    Errors: DataError says what is wrong with it; OSError, MemoryError what the system lacks."""
     path = os.fspath(path)
     try:
-        head, lines = read_header(path)
-        if head["segments"]:
-            return read_segments(path, head, lines, fast, part)
-        leads = [parse_lead(path, line) for line in lines]
-        samples = measure(path, leads, head["samples"])
-        start, stop = part(samples, head["fs"]) if part else (0, samples)
-        plain = fast and all((lead["format"], lead["frame"], lead["skew"]) == ("16", 1, 0) for lead in leads)
-        signal = (read_format16 if plain else read_wfdb)(path, leads, head["fs"], samples, start, stop)
+        header = read_header(path)
+        start, stop = part(header.samples, header.fs) if part else (0, header.samples)
+        return (read_segments if header.segments else read_signals)(path, header, start, stop)
     except OSError as error:
         if error.errno in OURS:
             raise
         known = {FileNotFoundError: "file is missing", PermissionError: "file may not be read"}
         refuse(error.filename or path, known.get(type(error), error.strerror or str(error)))
-    ok = not plain or (start, stop) != (0, samples) or all(lead["adds up"] for lead in leads)
-    signal = signal * [lead["unit"] for lead in leads]
-    with np.errstate(over="ignore"):  # what is beyond float32 is no voltage, and counts as invalid
-        signal = np.ascontiguousarray(signal.T, np.float32)
-    return Record(signal, [lead["name"] for lead in leads], head["fs"], ok)
 
 
 def read_header(path):
-    """path.hea -> {"segments", "fs" (Hz), "samples"}, 0 where it is silent; lines of signals or segments."""
+    """path.hea -> Header, if it fits its signal files."""
     where = f"{path}.hea"
     with open_file(where) as file:
-        raw = file.read(MOST["header"] + 1)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    lines = [line.strip() for line in re.split(r"[\r\n]", text)]
+        raw = file.read(MAX_HEADER + 1)
+    lines = [line.strip() for line in re.split(r"[\r\n]", raw.decode("utf-8-sig", "backslashreplace"))]
     first, *lines = [line for line in lines if line and not line.startswith("#")] or ["(empty)"]
     record = RECORD_LINE.fullmatch(first)
-    if not record or len(raw) > MOST["header"]:
+    if not record or len(raw) > MAX_HEADER:
         refuse(where, ODD, f"record line {first[:60]!r}" + LFS * first.startswith("version https://git-lfs"))
-    segments, leads, fs = int(record["segments"] or 0), int(record["leads"]), record["fs"] or "none is given"
-    if not lines or len(lines) != (segments or leads) or len(lines) > MOST["leads"] and not segments:
+    segments, leads, samples = (int(record[name] or 0) for name in ("segments", "leads", "samples"))
+    if not lines or len(lines) != (segments or leads) or len(lines) > MAX_LEADS and not segments:
         refuse(where, "wrong lead count", f"announces {segments or leads}, has {len(lines)}")
-    if not NUMBER.fullmatch(fs):
-        refuse(where, "sampling rate is no number", fs)
-    if not RATES[0] <= float(fs) <= RATES[1]:
-        refuse(where, "sampling rate is " + ("not {} to {} Hz".format(*RATES) if float(fs) else "zero"), fs)
-    return dict(segments=segments, fs=float(fs), samples=int(record["samples"] or 0)), lines
+    rate = record["fs"] or "none is given"
+    fault = ("is no number" if not NUMBER.fullmatch(rate) else "is zero" if not float(rate) else
+             "is not {} to {} Hz".format(*RATES) if not RATES[0] <= float(rate) <= RATES[1] else None)
+    if fault:
+        refuse(where, f"sampling rate {fault}", rate)
+    if segments:
+        found = [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
+        parts = [(segment[1], int(segment[2])) for segment in found if segment]
+        total = sum(length for _, length in parts)
+        if None in found or samples not in (0, total):
+            refuse(where, ODD, "its segments are not those that it announces")
+        return Header(float(rate), total, parts, [])
+    leads = [parse_lead(path, line, float(rate)) for line in lines]
+    files = [list(group) for _, group in groupby(leads, lambda lead: (lead.file, lead.format, lead.offset))]
+    return Header(float(rate), measure(path, files, samples), [], files)
 
 
-def parse_lead(path, line):
-    """A signal line of path.hea -> a dictionary; file is a path, unit in mV."""
-    lead, where = SIGNAL_LINE.fullmatch(line), f"{path}.hea"
-    numbers = (lead and lead["numbers"] or "").split()
-    if not lead or lead["name"] and len(numbers) < 5 and lead_index(lead["name"]) is None:
+def parse_lead(path, line, fs):
+    """A signal line of path.hea -> Lead. Errors: DataError."""
+    found, where = SIGNAL_LINE.fullmatch(line), f"{path}.hea"
+    numbers = [int(number) for number in (found and found["numbers"] or "").split()]
+    if not found or found["name"] and len(numbers) < 5 and lead_index(found["name"]) is None:
         refuse(where, ODD, f"signal line {line[:60]!r}")
-    _, zero, first, total, *_ = [int(number) for number in numbers] + [None] * 4
-    gain, unit = lead["gain"] or "", (lead["unit"] or "mV").strip("[]()").lower()
-    if not gain or NUMBER.fullmatch(gain) and not float(gain):
-        refuse(where, "zero gain" if gain else "no gain", f"so the samples have no unit: {line[:60]!r}")
-    if not NUMBER.fullmatch(gain):
-        refuse(where, "gain is no number", gain)
-    if unit not in MILLIVOLTS:
-        refuse(where, f"unit {lead['unit']!r} is no voltage")
-    return dict(file=beside(path, lead["file"]), format=lead["format"], frame=int(lead["frame"] or 1),
-                skew=int(lead["skew"] or 0), offset=int(lead["offset"] or 0), gain=float(gain),
-                baseline=int(lead["baseline"] or zero or 0), unit=MILLIVOLTS[unit], zero=zero or 0,
-                first=first or 0, checksum=total, name=lead["name"] or "")
+    _, zero, initial, checksum, *_ = numbers + [None] * 4
+    frame, skew, offset = int(found["frame"] or 1), int(found["skew"] or 0), int(found["offset"] or 0)
+    gain, unit = found["gain"], found["unit"] or "mV"
+    scale = MILLIVOLTS.get(unit.strip("[]()").lower())
+    fault = ("no gain" if not gain else "gain is no number" if not NUMBER.fullmatch(gain) else
+             "zero gain" if not float(gain) else f"unit {unit!r} is no voltage" if not scale else
+             "skew is beyond all measure" if skew > fs else
+             "samples per frame are beyond all measure" if not 0 < frame * fs <= RATES[1] else None)
+    if fault:
+        refuse(where, fault, f"signal line {line[:60]!r}")
+    return Lead(beside(path, found["file"]), found["format"], frame, skew, offset, float(gain) / scale,
+                int(found["baseline"] or zero or 0), initial or 0, checksum, found["name"] or "")
 
 
 def beside(path, name):
@@ -296,108 +298,75 @@ def beside(path, name):
     return os.path.join(os.path.dirname(path), name)
 
 
-def file_size(name):
-    with open_file(name) as file:
-        return os.fstat(file.fileno()).st_size
-
-
-def files_of(leads):
-    """{signal file: the places of its leads}"""
-    files = {}
-    for i, lead in enumerate(leads):
-        files.setdefault(lead["file"], []).append(i)
-    return files
-
-
-def measure(path, leads, samples):
+def measure(path, files, samples):
     """Samples of a record, by the size of its files where the header does not say (0); else that must fit."""
-    for name, own in files_of(leads).items():
-        lead, room = leads[own[0]], file_size(name) - leads[own[0]]["offset"]
-        if any((leads[i]["offset"], leads[i]["format"]) != (lead["offset"], lead["format"]) for i in own):
-            refuse(f"{path}.hea", ODD, "gives one file two formats or offsets")
-        width = sum(leads[i]["frame"] for i in own)
-        frame = width * BYTES.get(lead["format"], 0)  # 0: compressed
+    if len({leads[0].file for leads in files}) < len(files):
+        refuse(f"{path}.hea", ODD, "the leads of a file are apart, or of two formats or offsets")
+    for leads in files:
+        name, width = leads[0].file, sum(lead.frame for lead in leads)
+        with open_file(name) as file:
+            room = file.seek(0, os.SEEK_END) - leads[0].offset
+        frame = width * BYTES_PER_SAMPLE.get(leads[0].format, 0)  # bytes; 0: compressed
         samples = samples or (max(0, int(room / frame)) if frame else 0)
-        text = f"{room} bytes, header: {samples} x {width} samples"
         if not samples:
             refuse(f"{path}.hea", "number of samples is unknown", f"it gives none, and {name} tells none")
-        if lead["format"] == "16" and room != samples * frame:
-            fault = "truncated" if room < samples * frame else "longer than its header says"
+        needed, text = int(samples * frame), f"{room} bytes, header: {samples} x {width} samples"
+        if leads[0].format == "16" and room != needed:
+            fault = "truncated" if room < needed else "longer than its header says"
             refuse(name, f"signal file is {fault}", text)
-        if room < int(samples * frame):
+        if room < needed:
             refuse(path, ODD, f"{name} is truncated: {text}")
     return samples
 
 
-def read_format16(path, leads, fs, samples, start, stop):
-    """Files of interleaved int16, -32768 where invalid -> signal (stop - start, leads) in the header's units.
-
-    Sets "adds up" in leads: do the samples that were read fit the checksum?"""
-    raw = np.empty((stop - start, len(leads)), np.int16)
-    for name, own in files_of(leads).items():
-        with open_file(name) as file:
-            first, count = leads[own[0]]["offset"] + 2 * start * len(own), (stop - start) * len(own)
-            raw[:, own] = np.fromfile(file, "<i2", count, offset=first).reshape(-1, len(own))
-    signal = raw - np.array([float(lead["baseline"]) for lead in leads])
-    signal /= [lead["gain"] for lead in leads]
-    signal[raw == -32768] = np.nan
-    for lead, total in zip(leads, raw.sum(0, dtype=np.int64)):
-        lead["adds up"] = lead["checksum"] is None or (total - lead["checksum"]) % 65536 == 0
-    return signal
-
-
-def read_wfdb(path, leads, fs, samples, start, stop):
-    """Any other format -> the same as read_format16.
-
-    wfdb sees a header of ours beside links to the files: it takes headers for ASCII, and some for damaged."""
-    import wfdb  # takes a second, and most data sets do not need it
-    if any(lead["skew"] > fs or not 0 < lead["frame"] * fs <= RATES[1] for lead in leads):
-        refuse(f"{path}.hea", ODD, "its skew or its samples per frame are beyond all measure")
-    start, skip = (0, start) if leads[0]["format"] == "8" else (start, 0)  # 8: sums of differences
-    with tempfile.TemporaryDirectory() as folder:
-        lines, files = [f"r {len(leads)} {fs} {samples}"], list(files_of(leads))
-        for i, name in enumerate(files):
-            os.symlink(os.path.abspath(name), f"{folder}/{i}.dat")
-        for i, lead in enumerate(leads):
-            line = "{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 "
-            lines.append(line.format(files.index(lead["file"]), **lead) + f"c{i}")
-        Path(f"{folder}/r.hea").write_text("\n".join(lines))
+def read_signals(path, header, start, stop):
+    """A record without segments, from start to stop -> Record. wfdb does not see the header: it takes some
+    for damaged, and needs five times as long for it as for the signals."""
+    signal, names, ok = [], [], True
+    for leads in header.files:
+        each, kind = Lead(*map(list, zip(*leads))), leads[0].format  # each: lists of the leads' fields
+        skip = start if kind == "8" else 0  # sums of differences: read from the beginning
         try:
-            return wfdb.rdrecord(f"{folder}/r", start, stop).p_signal[skip:]
+            rows = _rd_dat_signals(os.path.abspath(each.file[0]), "", None, kind, len(leads), header.samples,
+                                   each.offset[0], each.frame, each.skew, each.initial, start - skip, stop)
         except MemoryError:
             raise
         except Exception as error:  # wfdb fails in many ways on damaged files
-            text = " ".join(str(error).replace(folder, os.path.dirname(path)).split())
-            raise DataError(f"{path}: {ODD} ({type(error).__name__}: {text})", ODD) from error
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(f"{path}: {ODD} ({text})", ODD) from error
+        for lead, row in zip(leads, rows):
+            values = (row.astype(float) - lead.baseline) / lead.gain
+            values[row == INVALID_SAMPLE_VALUE[kind]] = np.nan
+            signal.append(values.reshape(-1, lead.frame).mean(1)[skip:])
+            names.append(lead.name)
+            if lead.checksum is not None and not lead.skew and stop - start == header.samples:
+                ok = ok and (row.sum(dtype=np.int64) - lead.checksum) % 65536 == 0
+    with np.errstate(over="ignore"):  # what is beyond float32 is no voltage, and counts as invalid
+        return Record(np.array(signal, np.float32), names, header.fs, ok)
 
 
-def read_segments(path, head, lines, fast, part):
-    """A record whose header names others, one behind another -> Record; NaN where a lead is in none."""
-    where, segments = f"{path}.hea", [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
-    total = sum(int(segment[2]) for segment in segments if segment)
-    if None in segments or head["samples"] not in (0, total):
-        refuse(where, ODD, "its segments are not those that it announces")
-    start, stop = part(total, head["fs"]) if part else (0, total)
-    found, end = [], 0
-    for name, length in ((segment[1], int(segment[2])) for segment in segments):
+def read_segments(path, header, start, stop):
+    """Records that follow one another, from start to stop -> Record; NaN where a lead is in none of them."""
+    where, found, end = f"{path}.hea", [], 0
+    for name, length in header.segments:
         first, last = max(start - end, 0), min(stop - end, length)
         if first < last and name != "~":  # ~: a gap
-            if read_header(beside(path, name))[0]["segments"]:
+            segment = read_header(beside(path, name))
+            if segment.segments:
                 refuse(where, ODD, f"segment {name} has segments of its own")
-            record = read_record(beside(path, name), fast,
-                                 lambda samples, _: (first, last) if samples == length else (0, 0))
-            if record.fs != head["fs"] or record.signal.shape[1] != last - first:
+            if (segment.fs, segment.samples) != (header.fs, length):
                 refuse(where, ODD, f"segment {name} has another rate or length than announced")
+            record = read_signals(beside(path, name), segment, first, last)
             found.append((slice(end + first - start, end + last - start), record))
         end += length
     names = list(dict.fromkeys(name for _, record in found for name in record.names))
     twice = any(len(set(record.names)) < len(record.names) for _, record in found)
-    if twice or not 0 < len(names) <= MOST["leads"]:
+    if twice or not 0 < len(names) <= MAX_LEADS:
         refuse(where, "a lead occurs twice" if twice else ODD, f"{len(names)} leads in all segments")
     signal = np.full((len(names), stop - start), np.nan, np.float32)
     for place, record in found:
         signal[[names.index(name) for name in record.names], place] = record.signal
-    return Record(signal, names, head["fs"], all(record.checksum_ok for _, record in found))
+    return Record(signal, names, header.fs, all(record.checksum_ok for _, record in found))
 
 
 @lru_cache(4096)
@@ -410,8 +379,7 @@ def lead_index(name):
 def to_twelve(record):
     """Leads by name, whatever case and order -> signal (12, N), zeros where missing, and present (12,) bool.
 
-    Other leads are left out. Missing limb leads are not derived from the others: what is stored was recorded.
-    """
+    Other leads are left out. Missing limb leads are not derived from others: what is stored was recorded."""
     index = [lead_index(name) for name in record.names]
     known = [i for i in index if i is not None]
     if not known or len(set(known)) < len(known):
@@ -423,19 +391,17 @@ def to_twelve(record):
 
 
 def repair(signal, present, fs):
-    """Interpolate gaps (NaN, Inf) up to MAX_GAP, zero longer ones: signal (12, N) -> signal, usable (12,) bool, zeroed.
+    """Interpolate gaps (NaN, Inf) up to MAX_GAP, zero longer ones -> signal (12, N), usable (12,), zeroed.
 
-    A lead that is flat or has less than MIN_SECONDS of valid signal becomes zeros and not usable, like a missing one.
-    A record in which more than half of the leads have that little, or all are flat, is refused.
-    """
+    A lead that is flat or has less than MIN_SECONDS of valid signal becomes zeros and not usable, like a
+    missing one. A record is refused if more than half of its leads have that little, or all are flat."""
     bad, time = ~np.isfinite(signal), np.arange(signal.shape[1])
     signal, long = np.where(bad, 0, signal), np.zeros_like(bad)
-    for lead in np.flatnonzero(bad.any(1)):
-        if not bad[lead].all():
-            signal[lead] = np.interp(time, time[~bad[lead]], signal[lead, ~bad[lead]])
-        edges = np.flatnonzero(np.diff(bad[lead], prepend=False, append=False))
-        for start, stop in zip(edges[::2], edges[1::2]):
-            long[lead, start:stop] = stop - start > MAX_GAP * fs
+    for lead in np.flatnonzero(bad.any(1) & ~bad.all(1)):
+        signal[lead] = np.interp(time, time[~bad[lead]], signal[lead, ~bad[lead]])
+    leads, edges = np.nonzero(np.diff(bad, prepend=False, append=False))
+    for lead, start, stop in zip(leads[::2], edges[::2], edges[1::2]):
+        long[lead, start:stop] = stop - start > MAX_GAP * fs
     enough = present & ((~long).sum(1) >= MIN_SECONDS * fs)
     if 2 * enough.sum() < present.sum():
         fault = "too little valid signal"
@@ -448,7 +414,7 @@ def repair(signal, present, fs):
 
 
 def microvolts(signal, samples):
-    """mV (12, N) -> microvolts (12, samples) int16, cut or zero-padded at the end; number of clipped samples."""
+    """mV (12, N) -> microvolts (12, samples) int16, cut or zero-padded at the end; number of clipped."""
     signal = np.rint(signal[:, :samples] * 1000)
     ecg = np.zeros((12, samples), "<i2")
     ecg[:, :signal.shape[1]] = np.clip(signal, -32767, 32767)
@@ -456,14 +422,14 @@ def microvolts(signal, samples):
 
 
 def load_record(path, rate, crop="first"):
-    """A record as a store keeps it: microvolts (12, SECONDS * rate) int16, usable (12,) bool, notes {text: amount}."""
+    """A record as a store keeps it: microvolts (12, SECONDS * rate) int16, usable (12,), {note: amount}."""
     def part(samples, fs):
         seconds, middle = CROPS[crop]
-        length = round(seconds * fs)
-        start = max(0, (samples - length) // 2) if middle else 0
-        return start, min(samples, start + length)
+        length = min(samples, round(seconds * fs))
+        start = (samples - length) // 2 if middle else 0
+        return start, start + length
 
-    record = read_record(path, part=part)
+    record = read_record(path, part)
     try:
         signal, present = to_twelve(record)
         signal, usable, zeroed = repair(signal, present, record.fs)
@@ -474,7 +440,8 @@ def load_record(path, rate, crop="first"):
         signal = resample_poly(signal, ratio.numerator, ratio.denominator, axis=1, padtype="line")
     ecg, clipped = microvolts(signal, SECONDS * rate)
     notes = {"samples of long gaps zeroed": zeroed, "samples clipped at 32.767 mV": clipped,
-             "leads missing": int((~present).sum()), "leads flat or mostly invalid": int((present & ~usable).sum()),
+             "leads missing": int((~present).sum()),
+             "leads flat or mostly invalid": int((present & ~usable).sum()),
              "checksum in the header is wrong": int(not record.checksum_ok)}
     return ecg, usable, {text: amount for text, amount in notes.items() if amount}
 
@@ -512,7 +479,7 @@ class Store:
         Errors: DataError."""
         file, (size, crc) = os.path.join(self.path, name), self.meta["files"][name]
         try:
-            found = file_size(file)
+            found = os.path.getsize(file)
             if found != size or content and crc_of(file) != crc:
                 raise DataError(f"{file}: damaged ({found} of {size} bytes, or other content); {AGAIN}")
         except OSError as error:
@@ -1744,10 +1711,10 @@ def _report(rng, codes, features):
 
 
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
-READS = (open_file, read_record, read_header, parse_lead, beside, files_of, measure, read_format16, read_wfdb,
-         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines,
+READS = (open_file, read_record, read_header, parse_lead, beside, measure, read_signals, read_segments,
+         lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines,
          read_csv, without_zero, split_by, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP,
-         MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING, NEGATED_LIST, WORD,
+         MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST, WORD,
          SENTENCE_END, COMMA)
 MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
