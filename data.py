@@ -446,7 +446,7 @@ def load_record(path, rate, crop="first"):
     return ecg, usable, {text: amount for text, amount in notes.items() if amount}
 
 
-# ---- the store ------------------------------------------------------------------------------------------------------
+# ---- the store ---------------------------------------------------------------------------------------------
 
 FORMAT = ["ecg-language store", 3]  # name and version
 CHUNK = 256  # records of a task: what is written at once, and what the simulator draws at once
@@ -458,41 +458,52 @@ UNFINISHED = "preparing it did not finish; run the same prepare command again"
 
 
 class Store:
-    """A prepared data set, read-only. records: DataFrame, JSON_COLUMNS parsed, fold 0 where the source has no folds;
-    leads: a character each, 0 where the stored lead is zeros because it was missing, flat or mostly invalid."""
+    """A prepared data set, read-only. records: DataFrame, JSON_COLUMNS parsed, fold 0 where there is none;
+    leads: a character each, 0 where the stored lead is zeros as it was missing, flat or mostly invalid."""
 
     def __init__(self, path, verify=False):
         self.path, self.meta = str(path), read_state(str(path))
         self.rate, self.samples = self.meta["rate"], self.meta["samples"]
-        for name in self.meta["files"]:
-            self.verify(name, verify or name == "records.csv")
+        self.verify("ecg.i16", verify)
+        self.verify("records.csv")
         self.records = pd.read_csv(os.path.join(self.path, "records.csv"), dtype=str, keep_default_na=False)
-        if self.meta["files"]["ecg.i16"][0] != len(self) * 24 * self.samples:
-            raise DataError(f"{path}: ecg.i16 and records.csv differ in the number of records; {AGAIN}")
         for column in JSON_COLUMNS:
             self.records[column] = [json.loads(text) for text in self.records[column]]
         self.records["fold"] = self.records["fold"].replace("", "0").astype(int)
 
     def verify(self, name="ecg.i16", content=True):
-        """Compare a file's size, and the checksum of its content (0.1 s a GB), with what was written.
-
-        Errors: DataError."""
+        """Is a file of the size, and its content (0.1 s a GB), what was written? Errors: DataError."""
         file, (size, crc) = os.path.join(self.path, name), self.meta["files"][name]
         try:
-            found = os.path.getsize(file)
-            if found != size or content and crc_of(file) != crc:
-                raise DataError(f"{file}: damaged ({found} of {size} bytes, or other content); {AGAIN}")
+            right = os.path.getsize(file) == size and (not content or crc_of(file) == crc)
+            fault = None if right else f"not the {size} bytes that were written"
         except OSError as error:
-            raise DataError(f"{file}: damaged ({error.strerror}); {AGAIN}") from error
+            fault = error.strerror
+        if fault:
+            raise DataError(f"{file}: damaged ({fault}); {AGAIN}")
 
     def __len__(self):
         return len(self.records)
 
     def ecg(self, indices):
-        """float32 mV (B, 12, samples). Mapped anew each time: cheap, and a Store stays small when sent to a process."""
+        """float32 mV (B, 12, samples). Mapped anew each time, so that a Store is small for other processes."""
         shape = len(self), 12, self.samples
         signals = np.memmap(os.path.join(self.path, "ecg.i16"), "<i2", "r", shape=shape)
         return signals[indices].astype(np.float32) / 1000
+
+
+def crc_of(name):
+    return zlib.crc32(np.memmap(name, "u1", "r")) if os.path.getsize(name) else 0
+
+
+def checksum(state):
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def write_state(folder, state):
+    """Replace store.json in one step: after a crash it is the old one or the new one."""
+    text = json.dumps(state | {"checksum": checksum(state)}, indent=1)
+    write_text(os.path.join(folder, "store.json"), text)
 
 
 def read_state(folder, finished=True):
@@ -513,33 +524,20 @@ def read_state(folder, finished=True):
     return state
 
 
-def checksum(state):
-    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
-
-
-def write_state(folder, state):
-    """Replace store.json in one step: after a crash it is the old one or the new one."""
-    text = json.dumps(state | {"checksum": checksum(state)}, indent=1)
-    write_text(os.path.join(folder, "store.json"), text)
-
-
-def crc_of(name):
-    return zlib.crc32(np.memmap(name, "u1", "r")) if os.path.getsize(name) else 0
-
-
 def open_data(spec, rate=100, cache=None, **options):
-    """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "simulated", "simulated:N", "store:DIR"; options as of prepare().
+    """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "simulated", "simulated:N", "store:DIR".
 
     All but a store are prepared on first use into `cache`, or $ECG_CACHE, or ~/.cache/ecg-language.
-    rate: Hz; None: the store's own, or 100. Errors: DataError.
-    """
+    rate: Hz; None: the store's own, or 100. options: of prepare. Errors: DataError."""
     source, _, src = spec.partition(":")
+    src = os.path.expanduser(src)
     if source == "store":
-        store = Store(os.path.expanduser(src))
+        store = Store(src)
         if rate not in (None, store.rate):
-            raise DataError(f"{src}: holds records at {store.rate} Hz, not {rate}; prepare another or ask for its rate")
+            raise DataError(f"{src}: holds records at {store.rate} Hz, not {rate}; "
+                            "prepare another or ask for its rate")
         return store
-    rate, src = 100 if rate is None else rate, os.path.expanduser(src)
+    rate = 100 if rate is None else rate
     key = json.dumps(settings_of(source, src, rate, **options))
     cache = cache or os.environ.get("ECG_CACHE") or os.path.expanduser("~/.cache/ecg-language")
     with contextlib.suppress(OSError):  # told where something is to be written
@@ -566,23 +564,21 @@ def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
 def prepare(source, src, dst, rate=100, workers=None, **options):
     """Make the store dst, or go on where a killed run stopped, or check the one that is there -> Store.
 
-    source: a key of SOURCES; options: crop, a key of CROPS; min_words of a MIMIC report (MERL: 4); seed of the simulator.
-    A second process that prepares dst waits for the first. Errors: DataError.
-    """
-    dst, settings = os.path.abspath(dst), settings_of(source, src, rate, **options)
-    dst = os.path.realpath(dst) if os.path.islink(dst) else dst
-    plan, total, readable = survey(settings)
+    source: a key of SOURCES; options: crop, a key of CROPS; min_words of a MIMIC report (MERL: 4); seed of
+    the simulator. A second process that prepares dst waits for the first. Errors: DataError."""
+    dst, settings = os.path.realpath(dst), settings_of(source, src, rate, **options)
+    plan, total = survey(settings)
     if workers is not None and workers < 1:
         raise DataError(f"{workers} workers cannot prepare anything; name 1 or more")
-    pays = CHUNK if workers else 4000  # starting one costs some thousand records
-    workers = min(workers or os.cpu_count(), 1 + readable // pays)
+    workers = workers or min(os.cpu_count(), 1 + total // 4000)  # starting one costs some thousand records
+    vacant = lambda: not os.path.lexists(dst) or os.path.isdir(dst) and not os.listdir(dst)
     try:
-        if vacant(dst):
+        if vacant():
             if os.path.ismount(dst):
                 raise DataError(f"{dst}: a volume is mounted here; name a folder inside of it")
             os.makedirs(os.path.dirname(dst), exist_ok=True)
             with locked(dst + ".lock"):  # a second process waits here
-                if vacant(dst):
+                if vacant():
                     build(settings, plan, total, dst, workers)
                     with contextlib.suppress(OSError):
                         os.unlink(dst + ".lock")  # whoever waits for it, or comes later, finds dst
@@ -601,70 +597,61 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
     return store
 
 
-def vacant(dst):
-    """Is there nothing at dst, or an empty folder?"""
-    return not os.path.lexists(dst) or os.path.isdir(dst) and not os.listdir(dst)
-
-
 def survey(settings):
-    """A cheap pass over the source: a checksum of what is prepared and how, number of rows, of usable ones.
+    """A cheap pass over the source -> a checksum of what is prepared and how, and the number of rows.
 
-    Of the rows everything counts, and size and time of change of the files that they name."""
-    digest, total, readable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
+    Of a row everything counts, and size and time of change of its header and of the signal file beside it."""
+    digest, total = hashlib.sha256(json.dumps(settings).encode()), 0
     if settings["source"] == "simulated":  # the settings say all
-        return digest.hexdigest(), int(settings["src"]), int(settings["src"])
-    for row in SOURCES[settings["source"]](settings):
-        digest.update(json.dumps([row, *stamps(row.get("path"))]).encode())
-        total, readable = total + 1, readable + ("skip" not in row)
-    return digest.hexdigest(), total, readable
-
-
-def stamps(path):
-    """(name, size, time of change) of a record's header and of the signal file beside it, if they exist."""
-    found = []
-    for suffix in (".hea", ".dat", ".mat") if path else ():
-        try:
-            status = os.stat(path + suffix)
-        except (OSError, ValueError):
-            continue
-        found.append((suffix, status.st_size, status.st_mtime_ns))
-        if len(found) == 2:
-            break
-    return found
+        return digest.hexdigest(), int(settings["src"])
+    for total, row in enumerate(SOURCES[settings["source"]](settings), 1):
+        found = []
+        for suffix in (".hea", ".dat", ".mat") if "path" in row else ():
+            with contextlib.suppress(OSError, ValueError):
+                status = os.stat(row["path"] + suffix)
+                found.append((suffix, status.st_size, status.st_mtime_ns))
+        digest.update(json.dumps([row, found]).encode())
+    return digest.hexdigest(), total
 
 
 def build(settings, plan, total, dst, workers):
     """Write dst.partial task by task, then rename it to dst.
 
-    The data of a task is on disk before store.json gives its length: a run killed at any moment is continued by
-    cutting the files to the lengths in store.json.
-    """
-    folder = dst + ".partial"
-    os.makedirs(folder, exist_ok=True)
-    state = dict(format=FORMAT, complete=False, plan=plan, rate=settings["rate"], samples=SECONDS * settings["rate"],
+    The data of a task is on disk before store.json gives its length: a run killed at any moment is continued
+    by cutting the files to the lengths in store.json."""
+    folder, source, samples = dst + ".partial", settings["source"], SECONDS * settings["rate"]
+    header = (",".join(COLUMNS) + "\n").encode()
+    state = dict(format=FORMAT, complete=False, plan=plan, rate=settings["rate"], samples=samples,
                  leads=LEADS, settings=settings, rows=0, dropped={}, warnings={},
-                 files={"ecg.i16": [0, 0], "records.csv": [0, 0]})  # bytes, crc32
+                 files={"ecg.i16": [0, 0], "records.csv": [len(header), zlib.crc32(header)]})  # bytes, crc32
+    files = {name: os.path.join(folder, name) for name in state["files"]}
+    os.makedirs(folder, exist_ok=True)
     if os.path.lexists(os.path.join(folder, "store.json")):
         state = read_state(folder, finished=False)
         if state["plan"] != plan:
             raise DataError(f"{folder}: left by a run with other settings, other code or records; {AGAIN}")
-    size, free = (total - state["rows"]) * 24 * state["samples"], shutil.disk_usage(folder).free
-    if settings["source"] == "simulated" and size > free:  # of other sources, not every row has a record
+    else:
+        Path(files["records.csv"]).write_bytes(header)
+    size, free = (total - state["rows"]) * 24 * samples, shutil.disk_usage(folder).free
+    if source == "simulated" and size > free:  # of other sources, not every row has a record
         text = f"{total} records need {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
         raise DataError(f"{folder}: {text}")
-    rows = islice(SOURCES[settings["source"]](settings), state["rows"], None)
+    for name, (size, crc) in state["files"].items():
+        with open(files[name], "ab") as file:
+            file.truncate(size)
+        if crc_of(files[name]) != crc:
+            raise DataError(f"{files[name]}: damaged; delete {folder} and prepare the data set again")
+    rows = islice(SOURCES[source](settings), state["rows"], None)
     tasks = iter(lambda: list(islice(rows, CHUNK)), [])
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(os.path.join(folder, name), "ab")) for name in state["files"]}
-        for name, (size, crc) in state["files"].items():
-            files[name].truncate(size)
-            if crc_of(files[name].name) != crc:
-                raise DataError(f"{files[name].name}: damaged; delete {folder} and prepare the data set again")
-        if not state["rows"]:
-            append(files, state, {"records.csv": (",".join(COLUMNS) + "\n").encode()})
-        bar = stack.enter_context(tqdm(total=total, initial=state["rows"], desc="preparing", unit=" records"))
+    with tqdm(total=total, initial=state["rows"], desc="preparing", unit=" records") as bar:
         for count, blocks, notes in in_order(partial(work, settings), tasks, workers):
-            append(files, state, blocks)
+            for name, block in blocks.items():
+                with open(files[name], "ab") as file:
+                    file.write(block)
+                    file.flush()
+                    os.fsync(file.fileno())
+                size, crc = state["files"][name]
+                state["files"][name] = [size + len(block), zlib.crc32(block, crc)]
             for kind, text, amount, example in notes:
                 entry = state[kind].setdefault(text, dict(records=0, amount=0, examples=[]))
                 entry["records"] += 1
@@ -678,27 +665,16 @@ def build(settings, plan, total, dst, workers):
         faults = [f"{text}, e.g. {entry['examples'][0]}" for text, entry in state["dropped"].items()]
         raise DataError(f"{settings['src']}: no usable record; {'; '.join(faults) or 'the list is empty'}")
     write_state(folder, state | dict(complete=True))
-    if os.path.isdir(dst):
-        os.rmdir(dst)  # empty, see vacant
-    os.rename(folder, dst)
-
-
-def append(files, state, blocks):
-    """Write blocks {file name: bytes} through to the disk and keep account of them."""
-    for name, block in blocks.items():
-        files[name].write(block)
-        files[name].flush()
-        os.fsync(files[name].fileno())
-        size, crc = state["files"][name]
-        state["files"][name] = [size + len(block), zlib.crc32(block, crc)]
+    os.replace(folder, dst)
 
 
 def in_order(function, items, workers):
-    """function(item) for every item, in order, in processes; at most 2 * workers results wait, so memory stays flat."""
+    """function(item) of every item, in order, in processes; at most 2 * workers results wait."""
     if workers == 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=die_with_parent) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=die_with_parent) as pool:
         waiting = deque(pool.submit(function, item) for item in islice(items, 2 * workers))
         while waiting:
             yield waiting.popleft().result()
@@ -707,11 +683,14 @@ def in_order(function, items, workers):
 
 def die_with_parent():
     """A worker whose parent is killed would wait for work for ever: leave with it."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def work(settings, rows):
-    """A task: rows of a source -> their number, {file name: bytes}, notes (dropped or warnings, text, amount, id)."""
+    """Rows of a source -> their number, {file: more bytes}, notes (dropped or warnings, text, amount, id)."""
     kept, signals, notes = [], [], []
     for row in rows:
         try:
@@ -721,42 +700,30 @@ def work(settings, rows):
                                      load_record(row["path"], settings["rate"], settings["crop"]))
             if "statements" not in row:
                 row["statements"] = translate(row["report"])
-        except DataError as error:
-            notes.append(("dropped", error.reason, 1, str(error)))
-            continue
         except Exception as error:  # whatever it is, it is a fault of this record and not of the next
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in OURS:
                 raise
-            text = " ".join(f"{row.get('path', row['id'])}: {type(error).__name__}: {error}".split())
-            notes.append(("dropped", f"not readable ({type(error).__name__})", 1, text))
+            if not isinstance(error, DataError):
+                text = " ".join(f"{row.get('path', row['id'])}: {type(error).__name__}: {error}".split())
+                error = DataError(text, f"not readable ({type(error).__name__})")
+            notes.append(("dropped", error.reason, 1, str(error)))
             continue
-        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable)) | row)
         signals.append(ecg)
+        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable)) | row)
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
         if strange := [code for code in row["codes"] if code not in knowledge()["findings"]]:
             notes.append(("warnings", STRANGE, len(strange), f"{row['id']}: {', '.join(strange)[:200]}"))
-    unknown = [i for i, row in enumerate(kept) if "peaks" not in row]  # the simulator knows them
-    for i, peaks in zip(unknown, r_peaks([signals[i] for i in unknown], settings["rate"])):
-        kept[i]["peaks"] = peaks
-    return len(rows), {"ecg.i16": b"".join(ecg.tobytes() for ecg in signals), "records.csv": csv_lines(kept)}, notes
-
-
-def r_peaks(signals, rate):
-    """Lists of R peaks (samples) of records, each (12, N) int16 microvolts."""
-    import torch  # with csrc it takes two seconds, which reading a store can do without
-    from csrc import segment_beats
-    if not signals:
-        return []
-    peaks, count = segment_beats(torch.from_numpy(np.stack(signals)), rate)
-    return [row[:n].tolist() for row, n in zip(peaks, count)]
-
-
-def csv_lines(rows):
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, quoting=csv.QUOTE_ALL, lineterminator="\n")
-    for row in rows:
-        writer.writerow({c: json.dumps(row[c], ensure_ascii=False) if c in JSON_COLUMNS else row[c] for c in COLUMNS})
-    return table.getvalue().encode()
+    if kept and "peaks" not in kept[0]:  # the simulator knows them
+        import torch  # with csrc it takes two seconds, which reading a store can do without
+        from csrc import segment_beats
+        peaks, counts = segment_beats(torch.from_numpy(np.stack(signals)), settings["rate"])
+        for row, places, count in zip(kept, peaks, counts):
+            row["peaks"] = places[:count].tolist()
+    table = pd.DataFrame(kept, columns=COLUMNS)
+    for column in JSON_COLUMNS:
+        table[column] = [json.dumps(value, ensure_ascii=False) for value in table[column]]
+    lines = table.to_csv(header=False, index=False, quoting=csv.QUOTE_ALL, lineterminator="\n").encode()
+    return len(rows), {"ecg.i16": b"".join(ecg.tobytes() for ecg in signals), "records.csv": lines}, notes
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------
@@ -1712,13 +1679,13 @@ def _report(rng, codes, features):
 
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
 READS = (open_file, read_record, read_header, parse_lead, beside, measure, read_signals, read_segments,
-         lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines,
+         lead_index, to_twelve, repair, microvolts, load_record, work,
          read_csv, without_zero, split_by, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP,
          MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST, WORD,
          SENTENCE_END, COMMA)
 MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
-          "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block,
+          "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
                         _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS)}
 
