@@ -1705,49 +1705,68 @@ def maker(source):
     return zlib.crc32("\n".join(parts).encode())
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------------------
 
 def describe(store):
-    print(f"{store.path}: {len(store)} of {store.meta['rows']} records, {SECONDS} s at {store.rate} Hz, "
-          + ", ".join(f"{name} {count}" for name, count in store.records["split"].value_counts().items()))
+    splits = [f"{name} {count}" for name, count in store.records["split"].value_counts().items()]
+    print(f"{store.path}: {len(store)} of {store.meta['rows']} records, {SECONDS} s at {store.rate} Hz,",
+          ", ".join(splits))
     for kind in ("dropped", "warnings"):
         for text, entry in store.meta[kind].items():
-            print(f"{kind:9s}{entry['records']:7d} records: {text} ({entry['amount']}), e.g. {entry['examples'][0]}")
+            print(f"{kind:9s}{entry['records']:7d} records: {text} ({entry['amount']}), "
+                  f"e.g. {entry['examples'][0]}")
 
 
 def print_coverage(src):
     """How much of PTB-XL's reports the lexicon understands, and what is left by frequency."""
     reports = [line["report"] for line in read_csv(os.path.join(src, "ptbxl_database.csv"), ("report",))]
     known, total, left = translator().coverage(reports)
-    print(f"{len(reports)} reports: {known} of {total} word occurrences understood ({100 * known / total:.2f} %); left over:")
+    print(f"{len(reports)} reports: {known} of {total} word occurrences understood "
+          f"({100 * known / total:.2f} %); left over:")
     print(", ".join(f"{word} {count}" for word, count in left.most_common(100)))
 
 
+def draw_ecg(axes, ecg, rate, title=""):
+    """(12, N) mV at rate Hz as on paper: 25 mm/s, 10 mm/mV, three rows of four leads, lead II as the rhythm
+    strip below, calibration pulses (1 mV, 200 ms) on the left. x: s, y: mV of the strip; a row is 3 mV."""
+    from matplotlib.ticker import MultipleLocator
+    up = -(-500 // rate)  # interpolated, since 100 Hz has corners at this scale
+    ecg, seconds = resample_poly(ecg, up, 1, axis=1, padtype="line"), ecg.shape[1] / rate
+    time, quarter = np.arange(ecg.shape[1]) / (up * rate), seconds / 4
+    ink = dict(color="black", lw=0.7, solid_joinstyle="round")
+    for height, row in zip((9, 6, 3, 0), (*np.arange(12).reshape(4, 3).T, [1])):
+        axes.plot([-0.5, -0.4, -0.4, -0.2, -0.2, -0.1], height + np.array([0, 0, 1, 1, 0, 0]), **ink)
+        for column, lead in enumerate(row):
+            begin, end = column * quarter, (column + 1) * quarter if len(row) > 1 else seconds
+            part = slice(*np.searchsorted(time, (begin, end)))
+            axes.plot(time[part], height + ecg[lead, part], **ink)
+            axes.plot([begin, begin], [height - 0.3, height + 0.3], **ink)
+            axes.text(begin + 0.06, height + 1.15, LEADS[lead], fontsize=8, weight="bold")
+    for locate, small, large in ((axes.xaxis, 0.04, 0.2), (axes.yaxis, 0.1, 0.5)):  # 1 and 5 mm
+        locate.set_minor_locator(MultipleLocator(small))
+        locate.set_major_locator(MultipleLocator(large))
+    axes.grid(which="minor", color="#f7d6d6", lw=0.3)
+    axes.grid(which="major", color="#eba9a9", lw=0.5)
+    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
+    axes.set(xlim=(-0.6, seconds + 0.2), ylim=(-2, 11), aspect=10 / 25, axisbelow=True)
+    axes.text(0, -1.85, "25 mm/s   10 mm/mV", fontsize=7)
+    axes.set_title(title, fontsize=9, parse_math=False)  # a $ is no formula
+
+
 def plot(store, ids, path):
-    """Records of a store as on paper (25 mm/s, 10 mm/mV), II below, R peaks marked -> PNG."""
+    """Records of a store as on paper, true to scale, R peaks marked -> PNG."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 5 * len(ids)), layout="constrained")
+    figure = Figure(figsize=(11.2, 5.8 * len(ids)), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(len(ids), 1)), ids):
         found = np.flatnonzero(store.records["id"] == name)
         if not len(found):
             raise DataError(f"{store.path}: holds no record {name!r}")
-        record, ecg = store.records.iloc[found[0]], store.ecg(found[:1])[0]
-        quarter = store.samples // 4
-        for i, lead in enumerate(LEADS):
-            column, row = divmod(i, 3)
-            part = slice(column * quarter, (column + 1) * quarter)
-            axes.plot(np.arange(store.samples)[part] / store.rate, ecg[i, part] - 2.2 * row, "k", lw=0.8)
-            axes.text(column * quarter / store.rate + 0.05, 0.85 - 2.2 * row, lead, fontsize=9)
-        axes.plot(np.arange(store.samples) / store.rate, ecg[1] - 6.6, "k", lw=0.8)
-        axes.plot(np.array(record["peaks"]) / store.rate, np.full(len(record["peaks"]), -7.7), "^", color="#3367a8", ms=4)
-        axes.text(0.05, 0.85 - 6.6, "II", fontsize=9)
-        axes.set_xticks(np.arange(0, SECONDS + 0.1, 0.2), minor=True)
-        axes.set_yticks(np.arange(-8, 1.6, 0.5), minor=True)
-        axes.grid(which="both", color="#f3c6c6", lw=0.5)
-        axes.set(xlim=(0, SECONDS), ylim=(-8, 1.5), xticks=range(SECONDS + 1), yticks=[], xlabel="s")
+        record = store.records.iloc[found[0]]
         title = f"{record['source']} {name}: {'; '.join(record['statements'])}"
-        axes.set_title(title, parse_math=False)  # a $ is no formula
-    figure.savefig(path, dpi=100, format="png")
+        draw_ecg(axes, store.ecg(found[:1])[0], store.rate, title)
+        peaks = np.array(record["peaks"]) / store.rate
+        axes.plot(peaks, np.full(len(peaks), -1.3), "^", color="#3367a8", ms=4)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def main():
@@ -1755,11 +1774,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="make a store from a data set")
     command.add_argument("source", choices=SOURCES)
-    command.add_argument("src", help="folder of the data set; csv: the csv file; simulated: number of records")
+    command.add_argument("src", help="folder of the data set, a csv file, or the number of simulated records")
     command.add_argument("dst", help="folder of the store")
     command.add_argument("--rate", type=int, default=100, help="Hz [100]")
-    command.add_argument("--crop", choices=CROPS, default="first", help="which part of a longer record is kept [first]")
-    command.add_argument("--min-words", type=int, default=0, help="leave out MIMIC reports with fewer words [0]")
+    command.add_argument("--crop", choices=CROPS, default="first", help="part of a long record that is kept")
+    command.add_argument("--min-words", type=int, default=0, help="that a report of MIMIC must have [0]")
     command.add_argument("--seed", type=int, default=0, help="of the simulator [0]")
     command.add_argument("--workers", type=int, help="processes [as many as pay]")
     command = commands.add_parser("info", help="describe a store")
