@@ -486,7 +486,7 @@ class Store:
         return len(self.records)
 
     def ecg(self, indices):
-        """float32 mV (B, 12, samples). Mapped anew each time, so that a Store is small for other processes."""
+        """float32 mV (B, 12, samples). Mapped anew each time, so that a Store is small to send."""
         shape = len(self), 12, self.samples
         signals = np.memmap(os.path.join(self.path, "ecg.i16"), "<i2", "r", shape=shape)
         return signals[indices].astype(np.float32) / 1000
@@ -567,10 +567,10 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
     source: a key of SOURCES; options: crop, a key of CROPS; min_words of a MIMIC report (MERL: 4); seed of
     the simulator. A second process that prepares dst waits for the first. Errors: DataError."""
     dst, settings = os.path.realpath(dst), settings_of(source, src, rate, **options)
-    plan, total = survey(settings)
+    plan, total, usable = survey(settings)
     if workers is not None and workers < 1:
         raise DataError(f"{workers} workers cannot prepare anything; name 1 or more")
-    workers = workers or min(os.cpu_count(), 1 + total // 4000)  # starting one costs some thousand records
+    workers = workers or min(os.cpu_count(), 1 + usable // 4000)  # starting one costs some thousand records
     vacant = lambda: not os.path.lexists(dst) or os.path.isdir(dst) and not os.listdir(dst)
     try:
         if vacant():
@@ -598,20 +598,21 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
 
 
 def survey(settings):
-    """A cheap pass over the source -> a checksum of what is prepared and how, and the number of rows.
+    """A cheap pass over the source -> a checksum of what is prepared and how, number of rows, of usable ones.
 
     Of a row everything counts, and size and time of change of its header and of the signal file beside it."""
-    digest, total = hashlib.sha256(json.dumps(settings).encode()), 0
+    digest, total, usable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
     if settings["source"] == "simulated":  # the settings say all
-        return digest.hexdigest(), int(settings["src"])
-    for total, row in enumerate(SOURCES[settings["source"]](settings), 1):
+        return digest.hexdigest(), int(settings["src"]), int(settings["src"])
+    for row in SOURCES[settings["source"]](settings):
         found = []
         for suffix in (".hea", ".dat", ".mat") if "path" in row else ():
             with contextlib.suppress(OSError, ValueError):
                 status = os.stat(row["path"] + suffix)
                 found.append((suffix, status.st_size, status.st_mtime_ns))
         digest.update(json.dumps([row, found]).encode())
-    return digest.hexdigest(), total
+        total, usable = total + 1, usable + ("skip" not in row)
+    return digest.hexdigest(), total, usable
 
 
 def build(settings, plan, total, dst, workers):
