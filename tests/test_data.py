@@ -86,8 +86,15 @@ def test_formats_of_wfdb_and_odd_headers():
 @pytest.mark.parametrize("fmt", ["16", "212", "24", "32", "80", "516", "524"])  # the last two are FLAC
 def test_written_formats(tmp_path, fmt):
     signal = np.round(beats() * (50 if fmt == "80" else 1000)) / 1000  # format 80 has 8 bits
-    record = data.read_record(write(tmp_path / "a", signal, fmt=fmt))
+    path = write(tmp_path / "a", signal, fmt=fmt)
+    record = data.read_record(path)
     np.testing.assert_allclose(record.signal, signal, atol=1e-6)
+    assert record.checksum_ok
+    head = path.with_suffix(".hea").read_text().split("\n")
+    checksum = head[3].split()[6]
+    edit(path.with_suffix(".hea"), f" {checksum} ", f" {int(checksum) ^ 1} ")
+    assert not data.read_record(path).checksum_ok
+    assert data.read_record(path, lambda samples, fs: (0, samples - 2)).checksum_ok  # not looked at
 
 
 def test_invalid_samples_units_and_checksum(tmp_path):
@@ -324,6 +331,17 @@ def test_leads_in_several_files(plain):
         (path.parent / f"{name}.dat").write_bytes(b"head" * (name == "y") + raw[:, columns].tobytes())
     header(path, "a 12 500", [" ".join(["x.dat", "16", *f[2:]] if i < 5 else ["y.dat", "16+4", *f[2:]]) for i, f in enumerate(fields)])
     np.testing.assert_allclose(data.read_record(path).signal, signal, atol=1e-6)
+
+
+def test_leads_of_a_file_that_are_apart_are_refused(plain):
+    """The format wants the lines of a file's leads one behind another."""
+    path, _, fields = plain
+    raw = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(-1, 12)
+    for name, columns in (("x", slice(0, 12, 2)), ("y", slice(1, 12, 2))):
+        (path.parent / f"{name}.dat").write_bytes(raw[:, columns].tobytes())
+    header(path, "a 12 500", [" ".join([f"{'xy'[i % 2]}.dat", *f[1:]]) for i, f in enumerate(fields)])
+    with pytest.raises(data.DataError, match="not readable by wfdb .the leads of a file are apart"):
+        data.read_record(path)
 
 
 def test_segments(tmp_path):
@@ -995,6 +1013,22 @@ def test_a_store_is_plotted_at_its_own_rate(tmp_path):
     data.prepare("csv", csv_source(tmp_path / "src", 1, "a $ and a $x_{"), tmp_path / "dst", rate=500)
     result = subprocess.run([*COMMAND[:-1], "plot", f"store:{tmp_path / 'dst'}", "r0", "--out", str(tmp_path / "x.png")], capture_output=True)
     assert result.returncode == 0 and (tmp_path / "x.png").stat().st_size > 10000
+
+
+def test_paper_is_to_scale():
+    """A square of 0.2 s and 0.5 mV is one; the pulse is 1 mV and 200 ms; a lead is where it was measured."""
+    from matplotlib.figure import Figure
+    figure = Figure()
+    axes, ecg = figure.subplots(), beats(n=1000, fs=100)
+    data.draw_ecg(axes, ecg, 100, "a $ and a $x_{")
+    figure.draw_without_rendering()
+    origin, right, up = axes.transData.transform([(0, 0), (0.2, 0), (0, 0.5)])
+    assert right[0] - origin[0] == pytest.approx(up[1] - origin[1])
+    pulse, strip = axes.lines[0].get_xydata(), max((line.get_xydata() for line in axes.lines), key=len)
+    assert np.ptp(pulse[:, 1]) == 1 and np.ptp(pulse[pulse[:, 1] == pulse[:, 1].max(), 0]) == pytest.approx(0.2)
+    np.testing.assert_allclose(strip[::5, 0], np.arange(1000) / 100, atol=1e-9)
+    np.testing.assert_allclose(strip[::5, 1], ecg[1], atol=0.01)
+    assert {text.get_text() for text in axes.texts} >= set(data.LEADS)
 
 
 def test_split_specs(tmp_path, monkeypatch):
