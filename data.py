@@ -5,7 +5,7 @@ Every data set becomes the same thing once, a store (class Store): a folder with
     records.csv  id, patient, split, fold, statements, report, codes, source, leads, features, peaks (R peaks,
                  samples), age (years), sex (F or M)
     store.json   format version, rate, settings, what was dropped and why, sizes and checksums
-In the program signals are float32 millivolts with leads in the order of LEADS, rates in Hz, positions in samples.
+In the program signals are float32 mV with leads in the order of LEADS, rates in Hz, positions in samples.
 """
 import argparse
 import ast
@@ -20,16 +20,14 @@ import multiprocessing
 import os
 import re
 import shutil
-import stat
 import sys
-import tempfile
 import threading
 import zlib
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from fractions import Fraction
 from functools import lru_cache, partial, wraps
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +35,7 @@ import numpy as np
 import pandas as pd
 from scipy.signal import resample_poly
 from tqdm import tqdm
+from wfdb.io._signal import BYTES_PER_SAMPLE, INVALID_SAMPLE_VALUE, _rd_dat_signals
 
 try:
     import fcntl
@@ -46,16 +45,17 @@ except ImportError:  # Windows: no locks
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 LEAD_INDEX = {lead.upper(): i for i, lead in enumerate(LEADS)} | {"DI": 0, "DII": 1, "DIII": 2}
 SECONDS = 10       # length of every record in a store; shorter ones are zero-padded at the end
-MAX_GAP = 0.04     # s, longest gap that is interpolated: half a normal QRS, so that no beat is lost or made up
+MAX_GAP = 0.04     # s, longest gap that is interpolated: half a normal QRS, no beat is lost or made up
 MIN_SECONDS = 4.0  # s of valid signal that a lead needs: three beats even at 45 a minute
-CROPS = {"first": (SECONDS, False), "center": (SECONDS, True),  # what is kept of a record: seconds, and whether mid-way
+CROPS = {"first": (SECONDS, False), "center": (SECONDS, True),  # what is kept: seconds, and whether mid-way
          "cpsc-merl": (5, False)}  # MERL's rule for CPSC2018: the first 2,500 samples at 500 Hz, then zeros
-MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3, "v": 1e3, "nv": 1e-6}  # unit -> mV
+MILLIVOLTS = {"mv": 1.0, "v": 1e3, "nv": 1e-6, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,  # unit -> mV
+              r"\xb5v": 1e-3}  # a micro sign in Latin-1, see read_header
 RATES = 50, 20000  # Hz: a header that says anything else is damaged, or not of an ECG
 
 
 class DataError(ValueError):
-    """One sentence for the user: which file or record, what is wrong, what to do. reason: the fault without names."""
+    """One sentence for the user: which file or record, what is wrong, what to do. reason: the fault alone."""
 
     def __init__(self, message, reason=None):
         super().__init__(message)
@@ -64,30 +64,29 @@ class DataError(ValueError):
 
 # ---- files: what is opened by name is opened here, and what is wrong with it is one sentence ---------------
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+LFS = ": a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
+         dict: "an object", type(None): "null"}
+
+
 def open_file(path):
     """A regular file, opened for reading in binary (a pipe or a device would hang). Errors: OSError."""
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except ValueError as error:
-        raise OSError(errno.EINVAL, "no name of a file (it holds a zero)", str(path)) from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        kind = "a folder, not a file" if stat.S_ISDIR(os.fstat(handle).st_mode) else "no regular file"
-        os.close(handle)
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "no name of a file (it holds a zero)", str(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder, not a file" if os.path.isdir(path) else "no regular file"
         raise OSError(errno.EINVAL, kind, str(path))
-    return open(handle, "rb")
+    return open(path, "rb")
 
 
-LFS = ": a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-
-
-def read_text(path, advice=""):
-    """A text file in UTF-8, whole. advice: what to do where that is not possible. Errors: DataError."""
+def read_text(path):
+    """A text file in UTF-8, whole. Errors: DataError."""
     try:
         with open_file(path) as file:
             text = file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        fault = getattr(error, "strerror", None) or f"not readable ({error})"
-        raise DataError(f"{path}: {fault}{advice and '; ' + advice}") from error
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or f'not readable ({error})'}") from error
     if text.startswith("version https://git-lfs"):
         raise DataError(f"{path}{LFS}")
     return text
@@ -96,28 +95,14 @@ def read_text(path, advice=""):
 def parse_json(text, where):
     """A JSON text whose objects have every key once. Errors: DataError."""
     def once(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{twice!r} occurs twice in one object")
-        return found
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"{key!r} occurs twice in one object")
+        return dict(pairs)
     try:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # a JSONDecodeError says in which line and column
-        raise DataError(f"{where}: {'empty' if not text.strip() else f'no JSON ({error})'}") from error
-
-
-def read_json(path, shape=dict, advice=""):
-    """A JSON file of a shape, see check. Errors: DataError."""
-    text = read_text(path, advice)
-    try:
-        return check(parse_json(text, path), shape, path)
-    except DataError as error:
-        raise DataError(f"{error}{advice and '; ' + advice}") from error
-
-
-KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
-         dict: "an object", type(None): "null"}
+        raise DataError(f"{where}: {f'no JSON ({error})' if text.strip() else 'empty'}") from error
 
 
 def check(value, shape, where):
@@ -126,21 +111,27 @@ def check(value, shape, where):
     A shape is a type or a tuple of types (float takes whole numbers, too); [shape] for a list; {"key": shape}
     for keys that an object must have, {str: shape} for all others."""
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
-    fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
-    if not fits or isinstance(value, bool) and bool not in kinds:
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         raise DataError(f"{where}: must be {wanted}, not {json.dumps(value)[:60]}")
     if isinstance(shape, list):
-        for i, item in enumerate(value):
-            check(item, shape[0], f"{where}, place {i + 1}")
+        for i, item in enumerate(value, 1):
+            check(item, shape[0], f"{where}, place {i}")
     elif isinstance(shape, dict):
-        for key in shape:
-            if key is not str and key not in value:
-                raise DataError(f"{where}: has no {key!r}")
+        if missing := [key for key in shape if key is not str and key not in value]:
+            raise DataError(f"{where}: has no {missing[0]!r}")
         for key, item in value.items():
             if inner := shape.get(key, shape.get(str)):
                 check(item, inner, f"{where}, {key}")
     return value
+
+
+def read_json(path, shape=dict, advice=""):
+    """A JSON file of a shape, see check. advice: what to do where it has another. Errors: DataError."""
+    try:
+        return check(parse_json(read_text(path), path), shape, path)
+    except DataError as error:
+        raise DataError(f"{error}{advice and '; ' + advice}") from error
 
 
 def write_atomic(path, write):
@@ -154,27 +145,25 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
-        fault = getattr(error, "strerror", None) or f"no space left, it seems ({str(error).splitlines()[0]})"
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        fault = getattr(error, "strerror", None) or f"no space left, it seems ({str(error).splitlines()[0]})"
         raise DataError(f"{path}: cannot be written: {fault}; the last whole one is kept") from error
 
 
 def write_text(path, text):
-    """write_atomic of a text."""
     write_atomic(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 @contextlib.contextmanager
 def locked(path, wait=True):
-    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free again
-    when this process ends, however it ends. Where the file system knows no locks: goes on without, and says so.
-    Errors: DataError."""
+    """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free when this
+    process ends, however it ends. Where there are no file locks: goes on, and says so. Errors: DataError."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose a folder that can") from error
-    try:
+    with open(handle, "rb"):  # closes it
         mine = True
         try:
             if fcntl is None:
@@ -185,42 +174,42 @@ def locked(path, wait=True):
         except OSError as error:
             print(f"{path}: no file locks here ({error}); do not start the same work twice", file=sys.stderr)
         yield mine
-    finally:
-        os.close(handle)
 
 
 def guarded(main, *errors):
     """Run a script: DataError, errors, and what the system refuses end it with one sentence and status 2."""
     try:
-        main()
-    except (DataError, *errors) as error:
-        sentence = str(error)
-    except OSError as error:
-        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except MemoryError as error:
-        sentence = f"out of memory ({error or 'no more could be had'})"
+        return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    else:
-        return
+    except MemoryError as error:
+        sentence = f"out of memory ({error or 'no more could be had'})"
+    except OSError as error:
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (DataError, *errors) as error:
+        sentence = str(error)
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 class Record(NamedTuple):
-    signal: np.ndarray  # (leads, N) float32 mV in the file's own lead order, NaN where the file marks a sample invalid
+    signal: np.ndarray  # (leads, N) float32 mV in the file's own order, NaN where a sample is marked invalid
     names: list         # of the leads, as written in the file
     fs: float           # Hz
-    checksum_ok: bool   # False: not the header's checksum (looked at in format 16, where all is read)
+    checksum_ok: bool   # False: not the header's checksum (looked at where all is read)
 
 
+class Header(NamedTuple):
+    fs: float       # Hz
+    samples: int    # of a lead
+    segments: list  # (name, samples) of the records that make up this one; where it has none:
+    files: list     # the leads of each signal file, a list of Lead
 
-MOST = dict(header=2**20, leads=256)  # bytes and signals: more is no ECG, and must not eat the memory
+
+Lead = namedtuple("Lead", "file format frame skew offset gain baseline initial checksum name")  # gain: per mV
+MAX_HEADER, MAX_LEADS = 2**20, 256  # bytes, and leads: more is no ECG, and must not eat the memory
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", re.I)
 RECORD_LINE = re.compile(r"[^\s/]+(/(?P<segments>\d{1,9}))?\s+(?P<leads>\d{1,9})"
                          r"(\s+(?P<fs>[^\s/(]+)[/(]?\S*(\s+(?P<samples>\d{1,15})(\s.*)?)?)?")
@@ -228,7 +217,6 @@ SIGNAL_LINE = re.compile(  # numbers: resolution, zero, first sample, checksum, 
     r"(?P<file>\S+)\s+(?P<format>\d{1,4})(x(?P<frame>\d{1,5}))?(:(?P<skew>\d{1,9}))?(\+(?P<offset>\d{1,15}))?"
     r"(\s+(?P<gain>[^\s(/]+)(\((?P<baseline>[-+]?\d{1,15})\))?(/(?P<unit>\S+))?"
     r"(?P<numbers>(\s+[-+]?\d{1,15}(?!\S)){0,5})(\s+(?P<name>\S.*))?)?")
-BYTES = {"8": 1, "80": 1, "16": 2, "61": 2, "160": 2, "24": 3, "32": 4, "212": 1.5, "310": 4/3, "311": 4/3}
 OURS = errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the system lacks is no fault of a record
 ODD = "not readable by wfdb"
 
@@ -237,76 +225,71 @@ def refuse(where, fault, detail=""):
     raise DataError(f"{where}: {fault}{detail and f' ({detail})'}", fault)
 
 
-def read_record(path, fast=True, part=None):
-    """The WFDB record at path (without extension), in any format wfdb reads. DataError says what is wrong with it.
+def read_record(path, part=None):
+    """The WFDB record at path (without extension), in any format that wfdb reads -> Record.
 
-    fast: format 16 (PTB-XL, MIMIC-IV-ECG, LUDB, the Challenges' .mat) is read by numpy instead of wfdb.
     part(samples, Hz) -> (start, stop): what is read of it; the rest of its files is not looked at.
-    """
+    Errors: DataError says what is wrong with it; OSError, MemoryError what the system lacks."""
     path = os.fspath(path)
     try:
-        head, lines = read_header(path)
-        if head["segments"]:
-            return read_segments(path, head, lines, fast, part)
-        leads = [parse_lead(path, line) for line in lines]
-        samples = measure(path, leads, head["samples"])
-        start, stop = part(samples, head["fs"]) if part else (0, samples)
-        plain = fast and all((lead["format"], lead["frame"], lead["skew"]) == ("16", 1, 0) for lead in leads)
-        signal = (read_format16 if plain else read_wfdb)(path, leads, head["fs"], samples, start, stop)
+        header = read_header(path)
+        start, stop = part(header.samples, header.fs) if part else (0, header.samples)
+        return (read_segments if header.segments else read_signals)(path, header, start, stop)
     except OSError as error:
         if error.errno in OURS:
             raise
         known = {FileNotFoundError: "file is missing", PermissionError: "file may not be read"}
         refuse(error.filename or path, known.get(type(error), error.strerror or str(error)))
-    ok = not plain or (start, stop) != (0, samples) or all(lead["adds up"] for lead in leads)
-    signal = signal * [lead["unit"] for lead in leads]
-    with np.errstate(over="ignore"):  # what is beyond float32 is no voltage, and counts as invalid
-        signal = np.ascontiguousarray(signal.T, np.float32)
-    return Record(signal, [lead["name"] for lead in leads], head["fs"], ok)
 
 
 def read_header(path):
-    """path.hea -> {"segments", "fs" (Hz), "samples"}, 0 where it is silent; lines of signals or segments."""
+    """path.hea -> Header, if it fits its signal files."""
     where = f"{path}.hea"
     with open_file(where) as file:
-        raw = file.read(MOST["header"] + 1)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    lines = [line.strip() for line in re.split(r"[\r\n]", text)]
+        raw = file.read(MAX_HEADER + 1)
+    lines = [line.strip() for line in re.split(r"[\r\n]", raw.decode("utf-8-sig", "backslashreplace"))]
     first, *lines = [line for line in lines if line and not line.startswith("#")] or ["(empty)"]
     record = RECORD_LINE.fullmatch(first)
-    if not record or len(raw) > MOST["header"]:
+    if not record or len(raw) > MAX_HEADER:
         refuse(where, ODD, f"record line {first[:60]!r}" + LFS * first.startswith("version https://git-lfs"))
-    segments, leads, fs = int(record["segments"] or 0), int(record["leads"]), record["fs"] or "none is given"
-    if not lines or len(lines) != (segments or leads) or len(lines) > MOST["leads"] and not segments:
+    segments, leads, samples = (int(record[name] or 0) for name in ("segments", "leads", "samples"))
+    if not lines or len(lines) != (segments or leads) or len(lines) > MAX_LEADS and not segments:
         refuse(where, "wrong lead count", f"announces {segments or leads}, has {len(lines)}")
-    if not NUMBER.fullmatch(fs):
-        refuse(where, "sampling rate is no number", fs)
-    if not RATES[0] <= float(fs) <= RATES[1]:
-        refuse(where, "sampling rate is " + ("not {} to {} Hz".format(*RATES) if float(fs) else "zero"), fs)
-    return dict(segments=segments, fs=float(fs), samples=int(record["samples"] or 0)), lines
+    rate = record["fs"] or "none is given"
+    fault = ("is no number" if not NUMBER.fullmatch(rate) else "is zero" if not float(rate) else
+             "is not {} to {} Hz".format(*RATES) if not RATES[0] <= float(rate) <= RATES[1] else None)
+    if fault:
+        refuse(where, f"sampling rate {fault}", rate)
+    if segments:
+        found = [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
+        parts = [(segment[1], int(segment[2])) for segment in found if segment]
+        total = sum(length for _, length in parts)
+        if None in found or samples not in (0, total):
+            refuse(where, ODD, "its segments are not those that it announces")
+        return Header(float(rate), total, parts, [])
+    leads = [parse_lead(path, line, float(rate)) for line in lines]
+    files = [list(group) for _, group in groupby(leads, lambda lead: (lead.file, lead.format, lead.offset))]
+    return Header(float(rate), measure(path, files, samples), [], files)
 
 
-def parse_lead(path, line):
-    """A signal line of path.hea -> a dictionary; file is a path, unit in mV."""
-    lead, where = SIGNAL_LINE.fullmatch(line), f"{path}.hea"
-    numbers = (lead and lead["numbers"] or "").split()
-    if not lead or lead["name"] and len(numbers) < 5 and lead_index(lead["name"]) is None:
+def parse_lead(path, line, fs):
+    """A signal line of path.hea -> Lead. Errors: DataError."""
+    found, where = SIGNAL_LINE.fullmatch(line), f"{path}.hea"
+    numbers = [int(number) for number in (found and found["numbers"] or "").split()]
+    if not found or found["name"] and len(numbers) < 5 and lead_index(found["name"]) is None:
         refuse(where, ODD, f"signal line {line[:60]!r}")
-    _, zero, first, total, *_ = [int(number) for number in numbers] + [None] * 4
-    gain, unit = lead["gain"] or "", (lead["unit"] or "mV").strip("[]()").lower()
-    if not gain or NUMBER.fullmatch(gain) and not float(gain):
-        refuse(where, "zero gain" if gain else "no gain", f"so the samples have no unit: {line[:60]!r}")
-    if not NUMBER.fullmatch(gain):
-        refuse(where, "gain is no number", gain)
-    if unit not in MILLIVOLTS:
-        refuse(where, f"unit {lead['unit']!r} is no voltage")
-    return dict(file=beside(path, lead["file"]), format=lead["format"], frame=int(lead["frame"] or 1),
-                skew=int(lead["skew"] or 0), offset=int(lead["offset"] or 0), gain=float(gain),
-                baseline=int(lead["baseline"] or zero or 0), unit=MILLIVOLTS[unit], zero=zero or 0,
-                first=first or 0, checksum=total, name=lead["name"] or "")
+    _, zero, initial, checksum, *_ = numbers + [None] * 4
+    frame, skew, offset = int(found["frame"] or 1), int(found["skew"] or 0), int(found["offset"] or 0)
+    gain, unit = found["gain"], found["unit"] or "mV"
+    scale = MILLIVOLTS.get(unit.strip("[]()").lower())
+    fault = ("no gain" if not gain else "gain is no number" if not NUMBER.fullmatch(gain) else
+             "zero gain" if not float(gain) else f"unit {unit!r} is no voltage" if not scale else
+             "skew is beyond all measure" if skew > fs else
+             "samples per frame are beyond all measure" if not 0 < frame * fs <= RATES[1] else None)
+    if fault:
+        refuse(where, fault, f"signal line {line[:60]!r}")
+    return Lead(beside(path, found["file"]), found["format"], frame, skew, offset, float(gain) / scale,
+                int(found["baseline"] or zero or 0), initial or 0, checksum, found["name"] or "")
 
 
 def beside(path, name):
@@ -316,108 +299,75 @@ def beside(path, name):
     return os.path.join(os.path.dirname(path), name)
 
 
-def file_size(name):
-    with open_file(name) as file:
-        return os.fstat(file.fileno()).st_size
-
-
-def files_of(leads):
-    """{signal file: the places of its leads}"""
-    files = {}
-    for i, lead in enumerate(leads):
-        files.setdefault(lead["file"], []).append(i)
-    return files
-
-
-def measure(path, leads, samples):
+def measure(path, files, samples):
     """Samples of a record, by the size of its files where the header does not say (0); else that must fit."""
-    for name, own in files_of(leads).items():
-        lead, room = leads[own[0]], file_size(name) - leads[own[0]]["offset"]
-        if any((leads[i]["offset"], leads[i]["format"]) != (lead["offset"], lead["format"]) for i in own):
-            refuse(f"{path}.hea", ODD, "gives one file two formats or offsets")
-        width = sum(leads[i]["frame"] for i in own)
-        frame = width * BYTES.get(lead["format"], 0)  # 0: compressed
+    if len({leads[0].file for leads in files}) < len(files):
+        refuse(f"{path}.hea", ODD, "the leads of a file are apart, or of two formats or offsets")
+    for leads in files:
+        name, width = leads[0].file, sum(lead.frame for lead in leads)
+        with open_file(name) as file:
+            room = file.seek(0, os.SEEK_END) - leads[0].offset
+        frame = width * BYTES_PER_SAMPLE.get(leads[0].format, 0)  # bytes; 0: compressed
         samples = samples or (max(0, int(room / frame)) if frame else 0)
-        text = f"{room} bytes, header: {samples} x {width} samples"
         if not samples:
             refuse(f"{path}.hea", "number of samples is unknown", f"it gives none, and {name} tells none")
-        if lead["format"] == "16" and room != samples * frame:
-            fault = "truncated" if room < samples * frame else "longer than its header says"
+        needed, text = int(samples * frame), f"{room} bytes, header: {samples} x {width} samples"
+        if leads[0].format == "16" and room != needed:
+            fault = "truncated" if room < needed else "longer than its header says"
             refuse(name, f"signal file is {fault}", text)
-        if room < int(samples * frame):
+        if room < needed:
             refuse(path, ODD, f"{name} is truncated: {text}")
     return samples
 
 
-def read_format16(path, leads, fs, samples, start, stop):
-    """Files of interleaved int16, -32768 where invalid -> signal (stop - start, leads) in the header's units.
-
-    Sets "adds up" in leads: do the samples that were read fit the checksum?"""
-    raw = np.empty((stop - start, len(leads)), np.int16)
-    for name, own in files_of(leads).items():
-        with open_file(name) as file:
-            first, count = leads[own[0]]["offset"] + 2 * start * len(own), (stop - start) * len(own)
-            raw[:, own] = np.fromfile(file, "<i2", count, offset=first).reshape(-1, len(own))
-    signal = raw - np.array([float(lead["baseline"]) for lead in leads])
-    signal /= [lead["gain"] for lead in leads]
-    signal[raw == -32768] = np.nan
-    for lead, total in zip(leads, raw.sum(0, dtype=np.int64)):
-        lead["adds up"] = lead["checksum"] is None or (total - lead["checksum"]) % 65536 == 0
-    return signal
-
-
-def read_wfdb(path, leads, fs, samples, start, stop):
-    """Any other format -> the same as read_format16.
-
-    wfdb sees a header of ours beside links to the files: it takes headers for ASCII, and some for damaged."""
-    import wfdb  # takes a second, and most data sets do not need it
-    if any(lead["skew"] > fs or not 0 < lead["frame"] * fs <= RATES[1] for lead in leads):
-        refuse(f"{path}.hea", ODD, "its skew or its samples per frame are beyond all measure")
-    start, skip = (0, start) if leads[0]["format"] == "8" else (start, 0)  # 8: sums of differences
-    with tempfile.TemporaryDirectory() as folder:
-        lines, files = [f"r {len(leads)} {fs} {samples}"], list(files_of(leads))
-        for i, name in enumerate(files):
-            os.symlink(os.path.abspath(name), f"{folder}/{i}.dat")
-        for i, lead in enumerate(leads):
-            line = "{}.dat {format}x{frame}:{skew}+{offset} {gain:.17g}({baseline})/mV 16 {zero} {first} 0 0 "
-            lines.append(line.format(files.index(lead["file"]), **lead) + f"c{i}")
-        Path(f"{folder}/r.hea").write_text("\n".join(lines))
+def read_signals(path, header, start, stop):
+    """A record without segments, from start to stop -> Record. wfdb does not see the header: it takes some
+    for damaged, and needs five times as long for it as for the signals."""
+    signal, names, ok = [], [], True
+    for leads in header.files:
+        each, kind = Lead(*map(list, zip(*leads))), leads[0].format  # each: lists of the leads' fields
+        skip = start if kind == "8" else 0  # sums of differences: read from the beginning
         try:
-            return wfdb.rdrecord(f"{folder}/r", start, stop).p_signal[skip:]
+            rows = _rd_dat_signals(os.path.abspath(each.file[0]), "", None, kind, len(leads), header.samples,
+                                   each.offset[0], each.frame, each.skew, each.initial, start - skip, stop)
         except MemoryError:
             raise
         except Exception as error:  # wfdb fails in many ways on damaged files
-            text = " ".join(str(error).replace(folder, os.path.dirname(path)).split())
-            raise DataError(f"{path}: {ODD} ({type(error).__name__}: {text})", ODD) from error
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(f"{path}: {ODD} ({text})", ODD) from error
+        for lead, row in zip(leads, rows):
+            values = (row.astype(float) - lead.baseline) / lead.gain
+            values[row == INVALID_SAMPLE_VALUE[kind]] = np.nan
+            signal.append(values.reshape(-1, lead.frame).mean(1)[skip:])
+            names.append(lead.name)
+            if lead.checksum is not None and not lead.skew and stop - start == header.samples:
+                ok = ok and (row.sum(dtype=np.int64) - lead.checksum) % 65536 == 0
+    with np.errstate(over="ignore"):  # what is beyond float32 is no voltage, and counts as invalid
+        return Record(np.array(signal, np.float32), names, header.fs, ok)
 
 
-def read_segments(path, head, lines, fast, part):
-    """A record whose header names others, one behind another -> Record; NaN where a lead is in none."""
-    where, segments = f"{path}.hea", [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
-    total = sum(int(segment[2]) for segment in segments if segment)
-    if None in segments or head["samples"] not in (0, total):
-        refuse(where, ODD, "its segments are not those that it announces")
-    start, stop = part(total, head["fs"]) if part else (0, total)
-    found, end = [], 0
-    for name, length in ((segment[1], int(segment[2])) for segment in segments):
+def read_segments(path, header, start, stop):
+    """Records that follow one another, from start to stop -> Record; NaN where a lead is in none of them."""
+    where, found, end = f"{path}.hea", [], 0
+    for name, length in header.segments:
         first, last = max(start - end, 0), min(stop - end, length)
         if first < last and name != "~":  # ~: a gap
-            if read_header(beside(path, name))[0]["segments"]:
+            segment = read_header(beside(path, name))
+            if segment.segments:
                 refuse(where, ODD, f"segment {name} has segments of its own")
-            record = read_record(beside(path, name), fast,
-                                 lambda samples, _: (first, last) if samples == length else (0, 0))
-            if record.fs != head["fs"] or record.signal.shape[1] != last - first:
+            if (segment.fs, segment.samples) != (header.fs, length):
                 refuse(where, ODD, f"segment {name} has another rate or length than announced")
+            record = read_signals(beside(path, name), segment, first, last)
             found.append((slice(end + first - start, end + last - start), record))
         end += length
     names = list(dict.fromkeys(name for _, record in found for name in record.names))
     twice = any(len(set(record.names)) < len(record.names) for _, record in found)
-    if twice or not 0 < len(names) <= MOST["leads"]:
+    if twice or not 0 < len(names) <= MAX_LEADS:
         refuse(where, "a lead occurs twice" if twice else ODD, f"{len(names)} leads in all segments")
     signal = np.full((len(names), stop - start), np.nan, np.float32)
     for place, record in found:
         signal[[names.index(name) for name in record.names], place] = record.signal
-    return Record(signal, names, head["fs"], all(record.checksum_ok for _, record in found))
+    return Record(signal, names, header.fs, all(record.checksum_ok for _, record in found))
 
 
 @lru_cache(4096)
@@ -430,8 +380,7 @@ def lead_index(name):
 def to_twelve(record):
     """Leads by name, whatever case and order -> signal (12, N), zeros where missing, and present (12,) bool.
 
-    Other leads are left out. Missing limb leads are not derived from the others: what is stored was recorded.
-    """
+    Other leads are left out. Missing limb leads are not derived from others: what is stored was recorded."""
     index = [lead_index(name) for name in record.names]
     known = [i for i in index if i is not None]
     if not known or len(set(known)) < len(known):
@@ -443,19 +392,17 @@ def to_twelve(record):
 
 
 def repair(signal, present, fs):
-    """Interpolate gaps (NaN, Inf) up to MAX_GAP, zero longer ones: signal (12, N) -> signal, usable (12,) bool, zeroed.
+    """Interpolate gaps (NaN, Inf) up to MAX_GAP, zero longer ones -> signal (12, N), usable (12,), zeroed.
 
-    A lead that is flat or has less than MIN_SECONDS of valid signal becomes zeros and not usable, like a missing one.
-    A record in which more than half of the leads have that little, or all are flat, is refused.
-    """
+    A lead that is flat or has less than MIN_SECONDS of valid signal becomes zeros and not usable, like a
+    missing one. A record is refused if more than half of its leads have that little, or all are flat."""
     bad, time = ~np.isfinite(signal), np.arange(signal.shape[1])
     signal, long = np.where(bad, 0, signal), np.zeros_like(bad)
-    for lead in np.flatnonzero(bad.any(1)):
-        if not bad[lead].all():
-            signal[lead] = np.interp(time, time[~bad[lead]], signal[lead, ~bad[lead]])
-        edges = np.flatnonzero(np.diff(bad[lead], prepend=False, append=False))
-        for start, stop in zip(edges[::2], edges[1::2]):
-            long[lead, start:stop] = stop - start > MAX_GAP * fs
+    for lead in np.flatnonzero(bad.any(1) & ~bad.all(1)):
+        signal[lead] = np.interp(time, time[~bad[lead]], signal[lead, ~bad[lead]])
+    leads, edges = np.nonzero(np.diff(bad, prepend=False, append=False))
+    for lead, start, stop in zip(leads[::2], edges[::2], edges[1::2]):
+        long[lead, start:stop] = stop - start > MAX_GAP * fs
     enough = present & ((~long).sum(1) >= MIN_SECONDS * fs)
     if 2 * enough.sum() < present.sum():
         fault = "too little valid signal"
@@ -468,7 +415,7 @@ def repair(signal, present, fs):
 
 
 def microvolts(signal, samples):
-    """mV (12, N) -> microvolts (12, samples) int16, cut or zero-padded at the end; number of clipped samples."""
+    """mV (12, N) -> microvolts (12, samples) int16, cut or zero-padded at the end; number of clipped."""
     signal = np.rint(signal[:, :samples] * 1000)
     ecg = np.zeros((12, samples), "<i2")
     ecg[:, :signal.shape[1]] = np.clip(signal, -32767, 32767)
@@ -476,14 +423,14 @@ def microvolts(signal, samples):
 
 
 def load_record(path, rate, crop="first", read=read_record):
-    """A record as a store keeps it: microvolts (12, SECONDS * rate) int16, usable (12,) bool, notes {text: amount}."""
+    """A record as a store keeps it: microvolts (12, SECONDS * rate) int16, usable (12,), {note: amount}."""
     def part(samples, fs):
         seconds, middle = CROPS[crop]
-        length = round(seconds * fs)
-        start = max(0, (samples - length) // 2) if middle else 0
-        return start, min(samples, start + length)
+        length = min(samples, round(seconds * fs))
+        start = (samples - length) // 2 if middle else 0
+        return start, start + length
 
-    record = read(path, part=part)
+    record = read(path, part)
     try:
         signal, present = to_twelve(record)
         signal, usable, zeroed = repair(signal, present, record.fs)
@@ -494,12 +441,13 @@ def load_record(path, rate, crop="first", read=read_record):
         signal = resample_poly(signal, ratio.numerator, ratio.denominator, axis=1, padtype="line")
     ecg, clipped = microvolts(signal, SECONDS * rate)
     notes = {"samples of long gaps zeroed": zeroed, "samples clipped at 32.767 mV": clipped,
-             "leads missing": int((~present).sum()), "leads flat or mostly invalid": int((present & ~usable).sum()),
+             "leads missing": int((~present).sum()),
+             "leads flat or mostly invalid": int((present & ~usable).sum()),
              "checksum in the header is wrong": int(not record.checksum_ok)}
     return ecg, usable, {text: amount for text, amount in notes.items() if amount}
 
 
-# ---- the store ------------------------------------------------------------------------------------------------------
+# ---- the store ---------------------------------------------------------------------------------------------
 
 FORMAT = ["ecg-language store", 4]  # name and version
 CHUNK = 256  # records of a task: what is written at once, and what the simulator draws at once
@@ -512,41 +460,52 @@ UNFINISHED = "preparing it did not finish; run the same prepare command again"
 
 
 class Store:
-    """A prepared data set, read-only. records: DataFrame, JSON_COLUMNS parsed, fold 0 where the source has no folds;
-    leads: a character each, 0 where the stored lead is zeros because it was missing, flat or mostly invalid."""
+    """A prepared data set, read-only. records: DataFrame, JSON_COLUMNS parsed, fold 0 where there is none;
+    leads: a character each, 0 where the stored lead is zeros as it was missing, flat or mostly invalid."""
 
     def __init__(self, path, verify=False):
         self.path, self.meta = str(path), read_state(str(path))
         self.rate, self.samples = self.meta["rate"], self.meta["samples"]
-        for name in self.meta["files"]:
-            self.verify(name, verify or name == "records.csv")
+        self.verify("ecg.i16", verify)
+        self.verify("records.csv")
         self.records = pd.read_csv(os.path.join(self.path, "records.csv"), dtype=str, keep_default_na=False)
-        if self.meta["files"]["ecg.i16"][0] != len(self) * 24 * self.samples:
-            raise DataError(f"{path}: ecg.i16 and records.csv differ in the number of records; {AGAIN}")
         for column in JSON_COLUMNS:
             self.records[column] = [json.loads(text) for text in self.records[column]]
         self.records["fold"] = self.records["fold"].replace("", "0").astype(int)
 
     def verify(self, name="ecg.i16", content=True):
-        """Compare a file's size, and the checksum of its content (0.1 s a GB), with what was written.
-
-        Errors: DataError."""
+        """Is a file of the size, and its content (0.1 s a GB), what was written? Errors: DataError."""
         file, (size, crc) = os.path.join(self.path, name), self.meta["files"][name]
         try:
-            found = file_size(file)
-            if found != size or content and crc_of(file) != crc:
-                raise DataError(f"{file}: damaged ({found} of {size} bytes, or other content); {AGAIN}")
+            right = os.path.getsize(file) == size and (not content or crc_of(file) == crc)
+            fault = None if right else f"not the {size} bytes that were written"
         except OSError as error:
-            raise DataError(f"{file}: damaged ({error.strerror}); {AGAIN}") from error
+            fault = error.strerror
+        if fault:
+            raise DataError(f"{file}: damaged ({fault}); {AGAIN}")
 
     def __len__(self):
         return len(self.records)
 
     def ecg(self, indices):
-        """float32 mV (B, 12, samples). Mapped anew each time: cheap, and a Store stays small when sent to a process."""
+        """float32 mV (B, 12, samples). Mapped anew each time, so that a Store is small to send."""
         shape = len(self), 12, self.samples
         signals = np.memmap(os.path.join(self.path, "ecg.i16"), "<i2", "r", shape=shape)
         return signals[indices].astype(np.float32) / 1000
+
+
+def crc_of(name):
+    return zlib.crc32(np.memmap(name, "u1", "r")) if os.path.getsize(name) else 0
+
+
+def checksum(state):
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def write_state(folder, state):
+    """Replace store.json in one step: after a crash it is the old one or the new one."""
+    text = json.dumps(state | {"checksum": checksum(state)}, indent=1)
+    write_text(os.path.join(folder, "store.json"), text)
 
 
 def read_state(folder, finished=True):
@@ -567,33 +526,20 @@ def read_state(folder, finished=True):
     return state
 
 
-def checksum(state):
-    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
-
-
-def write_state(folder, state):
-    """Replace store.json in one step: after a crash it is the old one or the new one."""
-    text = json.dumps(state | {"checksum": checksum(state)}, indent=1)
-    write_text(os.path.join(folder, "store.json"), text)
-
-
-def crc_of(name):
-    return zlib.crc32(np.memmap(name, "u1", "r")) if os.path.getsize(name) else 0
-
-
 def open_data(spec, rate=100, cache=None, **options):
-    """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "simulated", "simulated:N", "store:DIR"; options as of prepare().
+    """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "simulated", "simulated:N", "store:DIR".
 
     All but a store are prepared on first use into `cache`, or $ECG_CACHE, or ~/.cache/ecg-language.
-    rate: Hz; None: the store's own, or 100. Errors: DataError.
-    """
+    rate: Hz; None: the store's own, or 100. options: of prepare. Errors: DataError."""
     source, _, src = spec.partition(":")
+    src = os.path.expanduser(src)
     if source == "store":
-        store = Store(os.path.expanduser(src))
+        store = Store(src)
         if rate not in (None, store.rate):
-            raise DataError(f"{src}: holds records at {store.rate} Hz, not {rate}; prepare another or ask for its rate")
+            raise DataError(f"{src}: holds records at {store.rate} Hz, not {rate}; "
+                            "prepare another or ask for its rate")
         return store
-    rate, src = 100 if rate is None else rate, os.path.expanduser(src)
+    rate = 100 if rate is None else rate
     key = json.dumps(settings_of(source, src, rate, **options))
     cache = cache or os.environ.get("ECG_CACHE") or os.path.expanduser("~/.cache/ecg-language")
     with contextlib.suppress(OSError):  # told where something is to be written
@@ -620,23 +566,21 @@ def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
 def prepare(source, src, dst, rate=100, workers=None, **options):
     """Make the store dst, or go on where a killed run stopped, or check the one that is there -> Store.
 
-    source: a key of SOURCES; options: crop, a key of CROPS; min_words of a MIMIC report (MERL: 4); seed of the simulator.
-    A second process that prepares dst waits for the first. Errors: DataError.
-    """
-    dst, settings = os.path.abspath(dst), settings_of(source, src, rate, **options)
-    dst = os.path.realpath(dst) if os.path.islink(dst) else dst
-    plan, total, readable = survey(settings)
+    source: a key of SOURCES; options: crop, a key of CROPS; min_words of a MIMIC report (MERL: 4); seed of
+    the simulator. A second process that prepares dst waits for the first. Errors: DataError."""
+    dst, settings = os.path.realpath(dst), settings_of(source, src, rate, **options)
+    plan, total, usable = survey(settings)
     if workers is not None and workers < 1:
         raise DataError(f"{workers} workers cannot prepare anything; name 1 or more")
-    pays = CHUNK if workers else 4000  # starting one costs some thousand records
-    workers = min(workers or os.cpu_count(), 1 + readable // pays)
+    workers = workers or min(os.cpu_count(), 1 + usable // 4000)  # starting one costs some thousand records
+    vacant = lambda: not os.path.lexists(dst) or os.path.isdir(dst) and not os.listdir(dst)
     try:
-        if vacant(dst):
+        if vacant():
             if os.path.ismount(dst):
                 raise DataError(f"{dst}: a volume is mounted here; name a folder inside of it")
             os.makedirs(os.path.dirname(dst), exist_ok=True)
             with locked(dst + ".lock"):  # a second process waits here
-                if vacant(dst):
+                if vacant():
                     build(settings, plan, total, dst, workers)
                     with contextlib.suppress(OSError):
                         os.unlink(dst + ".lock")  # whoever waits for it, or comes later, finds dst
@@ -655,70 +599,62 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
     return store
 
 
-def vacant(dst):
-    """Is there nothing at dst, or an empty folder?"""
-    return not os.path.lexists(dst) or os.path.isdir(dst) and not os.listdir(dst)
-
-
 def survey(settings):
-    """A cheap pass over the source: a checksum of what is prepared and how, number of rows, of usable ones.
+    """A cheap pass over the source -> a checksum of what is prepared and how, number of rows, of usable ones.
 
-    Of the rows everything counts, and size and time of change of the files that they name."""
-    digest, total, readable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
+    Of a row everything counts, and size and time of change of its header and of the signal file beside it."""
+    digest, total, usable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
     if settings["source"] == "simulated":  # the settings say all
         return digest.hexdigest(), int(settings["src"]), int(settings["src"])
     for row in SOURCES[settings["source"]](settings):
-        digest.update(json.dumps([row, *stamps(row.get("path"))]).encode())
-        total, readable = total + 1, readable + ("skip" not in row)
-    return digest.hexdigest(), total, readable
-
-
-def stamps(path):
-    """(name, size, time of change) of a record's header and of the signal file beside it, if they exist."""
-    found = []
-    for suffix in (".hea", ".dat", ".mat") if path else ():
-        try:
-            status = os.stat(path + suffix)
-        except (OSError, ValueError):
-            continue
-        found.append((suffix, status.st_size, status.st_mtime_ns))
-        if len(found) == 2:
-            break
-    return found
+        found = []
+        for suffix in (".hea", ".dat", ".mat") if "path" in row else ():
+            with contextlib.suppress(OSError, ValueError):
+                status = os.stat(row["path"] + suffix)
+                found.append((suffix, status.st_size, status.st_mtime_ns))
+        digest.update(json.dumps([row, found]).encode())
+        total, usable = total + 1, usable + ("skip" not in row)
+    return digest.hexdigest(), total, usable
 
 
 def build(settings, plan, total, dst, workers):
     """Write dst.partial task by task, then rename it to dst.
 
-    The data of a task is on disk before store.json gives its length: a run killed at any moment is continued by
-    cutting the files to the lengths in store.json.
-    """
-    folder = dst + ".partial"
-    os.makedirs(folder, exist_ok=True)
-    state = dict(format=FORMAT, complete=False, plan=plan, rate=settings["rate"], samples=SECONDS * settings["rate"],
+    The data of a task is on disk before store.json gives its length: a run killed at any moment is continued
+    by cutting the files to the lengths in store.json."""
+    folder, source, samples = dst + ".partial", settings["source"], SECONDS * settings["rate"]
+    header = (",".join(COLUMNS) + "\n").encode()
+    state = dict(format=FORMAT, complete=False, plan=plan, rate=settings["rate"], samples=samples,
                  leads=LEADS, settings=settings, rows=0, dropped={}, warnings={},
-                 files={"ecg.i16": [0, 0], "records.csv": [0, 0]})  # bytes, crc32
+                 files={"ecg.i16": [0, 0], "records.csv": [len(header), zlib.crc32(header)]})  # bytes, crc32
+    files = {name: os.path.join(folder, name) for name in state["files"]}
+    os.makedirs(folder, exist_ok=True)
     if os.path.lexists(os.path.join(folder, "store.json")):
         state = read_state(folder, finished=False)
         if state["plan"] != plan:
             raise DataError(f"{folder}: left by a run with other settings, other code or records; {AGAIN}")
-    size, free = (total - state["rows"]) * 24 * state["samples"], shutil.disk_usage(folder).free
-    if settings["source"] == "simulated" and size > free:  # of other sources, not every row has a record
+    else:
+        Path(files["records.csv"]).write_bytes(header)
+    size, free = (total - state["rows"]) * 24 * samples, shutil.disk_usage(folder).free
+    if source == "simulated" and size > free:  # of other sources, not every row has a record
         text = f"{total} records need {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
         raise DataError(f"{folder}: {text}")
-    rows = islice(SOURCES[settings["source"]](settings), state["rows"], None)
+    for name, (size, crc) in state["files"].items():
+        with open(files[name], "ab") as file:
+            file.truncate(size)
+        if crc_of(files[name]) != crc:
+            raise DataError(f"{files[name]}: damaged; delete {folder} and prepare the data set again")
+    rows = islice(SOURCES[source](settings), state["rows"], None)
     tasks = iter(lambda: list(islice(rows, CHUNK)), [])
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(os.path.join(folder, name), "ab")) for name in state["files"]}
-        for name, (size, crc) in state["files"].items():
-            files[name].truncate(size)
-            if crc_of(files[name].name) != crc:
-                raise DataError(f"{files[name].name}: damaged; delete {folder} and prepare the data set again")
-        if not state["rows"]:
-            append(files, state, {"records.csv": (",".join(COLUMNS) + "\n").encode()})
-        bar = stack.enter_context(tqdm(total=total, initial=state["rows"], desc="preparing", unit=" records"))
+    with tqdm(total=total, initial=state["rows"], desc="preparing", unit=" records") as bar:
         for count, blocks, notes in in_order(partial(work, settings), tasks, workers):
-            append(files, state, blocks)
+            for name, block in blocks.items():
+                with open(files[name], "ab") as file:
+                    file.write(block)
+                    file.flush()
+                    os.fsync(file.fileno())
+                size, crc = state["files"][name]
+                state["files"][name] = [size + len(block), zlib.crc32(block, crc)]
             for kind, text, amount, example in notes:
                 entry = state[kind].setdefault(text, dict(records=0, amount=0, examples=[]))
                 entry["records"] += 1
@@ -732,27 +668,16 @@ def build(settings, plan, total, dst, workers):
         faults = [f"{text}, e.g. {entry['examples'][0]}" for text, entry in state["dropped"].items()]
         raise DataError(f"{settings['src']}: no usable record; {'; '.join(faults) or 'the list is empty'}")
     write_state(folder, state | dict(complete=True))
-    if os.path.isdir(dst):
-        os.rmdir(dst)  # empty, see vacant
-    os.rename(folder, dst)
-
-
-def append(files, state, blocks):
-    """Write blocks {file name: bytes} through to the disk and keep account of them."""
-    for name, block in blocks.items():
-        files[name].write(block)
-        files[name].flush()
-        os.fsync(files[name].fileno())
-        size, crc = state["files"][name]
-        state["files"][name] = [size + len(block), zlib.crc32(block, crc)]
+    os.replace(folder, dst)
 
 
 def in_order(function, items, workers):
-    """function(item) for every item, in order, in processes; at most 2 * workers results wait, so memory stays flat."""
+    """function(item) of every item, in order, in processes; at most 2 * workers results wait."""
     if workers == 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=die_with_parent) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=die_with_parent) as pool:
         waiting = deque(pool.submit(function, item) for item in islice(items, 2 * workers))
         while waiting:
             yield waiting.popleft().result()
@@ -761,11 +686,14 @@ def in_order(function, items, workers):
 
 def die_with_parent():
     """A worker whose parent is killed would wait for work for ever: leave with it."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def work(settings, rows):
-    """A task: rows of a source -> their number, {file name: bytes}, notes (dropped or warnings, text, amount, id)."""
+    """Rows of a source -> their number, {file: more bytes}, notes (dropped or warnings, text, amount, id)."""
     kept, signals, notes = [], [], []
     for row in rows:
         try:
@@ -776,42 +704,30 @@ def work(settings, rows):
                                      load_record(row["path"], settings["rate"], settings["crop"]))
             if "statements" not in row:
                 row["statements"] = translate(row["report"])
-        except DataError as error:
-            notes.append(("dropped", error.reason, 1, str(error)))
-            continue
         except Exception as error:  # whatever it is, it is a fault of this record and not of the next
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in OURS:
                 raise
-            text = " ".join(f"{row.get('path', row['id'])}: {type(error).__name__}: {error}".split())
-            notes.append(("dropped", f"not readable ({type(error).__name__})", 1, text))
+            if not isinstance(error, DataError):
+                text = " ".join(f"{row.get('path', row['id'])}: {type(error).__name__}: {error}".split())
+                error = DataError(text, f"not readable ({type(error).__name__})")
+            notes.append(("dropped", error.reason, 1, str(error)))
             continue
-        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable), age="", sex="") | row)
         signals.append(ecg)
+        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable), age="", sex="") | row)
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
         if strange := [code for code in row["codes"] if not finding_of(code, row["source"])]:
             notes.append(("warnings", STRANGE, len(strange), f"{row['id']}: {', '.join(strange)[:200]}"))
-    unknown = [i for i, row in enumerate(kept) if "peaks" not in row]  # the simulator knows them
-    for i, peaks in zip(unknown, r_peaks([signals[i] for i in unknown], settings["rate"])):
-        kept[i]["peaks"] = peaks
-    return len(rows), {"ecg.i16": b"".join(ecg.tobytes() for ecg in signals), "records.csv": csv_lines(kept)}, notes
-
-
-def r_peaks(signals, rate):
-    """Lists of R peaks (samples) of records, each (12, N) int16 microvolts."""
-    import torch  # with csrc it takes two seconds, which reading a store can do without
-    from csrc import segment_beats
-    if not signals:
-        return []
-    peaks, count = segment_beats(torch.from_numpy(np.stack(signals)), rate)
-    return [row[:n].tolist() for row, n in zip(peaks, count)]
-
-
-def csv_lines(rows):
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, quoting=csv.QUOTE_ALL, lineterminator="\n")
-    for row in rows:
-        writer.writerow({c: json.dumps(row[c], ensure_ascii=False) if c in JSON_COLUMNS else row[c] for c in COLUMNS})
-    return table.getvalue().encode()
+    if kept and "peaks" not in kept[0]:  # the simulator knows them
+        import torch  # with csrc it takes two seconds, which reading a store can do without
+        from csrc import segment_beats
+        peaks, counts = segment_beats(torch.from_numpy(np.stack(signals)), settings["rate"])
+        for row, places, count in zip(kept, peaks, counts):
+            row["peaks"] = places[:count].tolist()
+    table = pd.DataFrame(kept, columns=COLUMNS)
+    for column in JSON_COLUMNS:
+        table[column] = [json.dumps(value, ensure_ascii=False) for value in table[column]]
+    lines = table.to_csv(header=False, index=False, quoting=csv.QUOTE_ALL, lineterminator="\n").encode()
+    return len(rows), {"ecg.i16": b"".join(ecg.tobytes() for ecg in signals), "records.csv": lines}, notes
 
 
 # ---- data sets ---------------------------------------------------------------------------------------------
@@ -2048,14 +1964,14 @@ def _report(rng, codes, features):
 
 
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
-READS = (open_file, read_record, read_header, parse_lead, beside, files_of, measure, read_format16, read_wfdb,
-         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, r_peaks, csv_lines,
+READS = (open_file, read_record, read_header, parse_lead, beside, measure, read_signals, read_segments,
+         lead_index, to_twelve, repair, microvolts, load_record, work,
          read_csv, without_zero, split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX,
-         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, BYTES, NOTHING,
-         NEGATED_LIST, WORD, SENTENCE_END, COMMA)
+         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST, WORD,
+         SENTENCE_END, COMMA)
 MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
-          "simulated": (microvolts, work, csv_lines, split_by, simulated_rows, load_simulated, _block,
+          "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
                         _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS),
           **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
@@ -2074,49 +1990,68 @@ def maker(source):
     return zlib.crc32("\n".join(parts).encode())
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------------------
 
 def describe(store):
-    print(f"{store.path}: {len(store)} of {store.meta['rows']} records, {SECONDS} s at {store.rate} Hz, "
-          + ", ".join(f"{name} {count}" for name, count in store.records["split"].value_counts().items()))
+    splits = [f"{name} {count}" for name, count in store.records["split"].value_counts().items()]
+    print(f"{store.path}: {len(store)} of {store.meta['rows']} records, {SECONDS} s at {store.rate} Hz,",
+          ", ".join(splits))
     for kind in ("dropped", "warnings"):
         for text, entry in store.meta[kind].items():
-            print(f"{kind:9s}{entry['records']:7d} records: {text} ({entry['amount']}), e.g. {entry['examples'][0]}")
+            print(f"{kind:9s}{entry['records']:7d} records: {text} ({entry['amount']}), "
+                  f"e.g. {entry['examples'][0]}")
 
 
 def print_coverage(src):
     """How much of PTB-XL's reports the lexicon understands, and what is left by frequency."""
     reports = [line["report"] for line in read_csv(os.path.join(src, "ptbxl_database.csv"), ("report",))]
     known, total, left = translator().coverage(reports)
-    print(f"{len(reports)} reports: {known} of {total} word occurrences understood ({100 * known / total:.2f} %); left over:")
+    print(f"{len(reports)} reports: {known} of {total} word occurrences understood "
+          f"({100 * known / total:.2f} %); left over:")
     print(", ".join(f"{word} {count}" for word, count in left.most_common(100)))
 
 
+def draw_ecg(axes, ecg, rate, title=""):
+    """(12, N) mV at rate Hz as on paper: 25 mm/s, 10 mm/mV, three rows of four leads, lead II as the rhythm
+    strip below, calibration pulses (1 mV, 200 ms) on the left. x: s, y: mV of the strip; a row is 3 mV."""
+    from matplotlib.ticker import MultipleLocator
+    up = -(-500 // rate)  # interpolated, since 100 Hz has corners at this scale
+    ecg, seconds = resample_poly(ecg, up, 1, axis=1, padtype="line"), ecg.shape[1] / rate
+    time, quarter = np.arange(ecg.shape[1]) / (up * rate), seconds / 4
+    ink = dict(color="black", lw=0.7, solid_joinstyle="round")
+    for height, row in zip((9, 6, 3, 0), (*np.arange(12).reshape(4, 3).T, [1])):
+        axes.plot([-0.5, -0.4, -0.4, -0.2, -0.2, -0.1], height + np.array([0, 0, 1, 1, 0, 0]), **ink)
+        for column, lead in enumerate(row):
+            begin, end = column * quarter, (column + 1) * quarter if len(row) > 1 else seconds
+            part = slice(*np.searchsorted(time, (begin, end)))
+            axes.plot(time[part], height + ecg[lead, part], **ink)
+            axes.plot([begin, begin], [height - 0.3, height + 0.3], **ink)
+            axes.text(begin + 0.06, height + 1.15, LEADS[lead], fontsize=8, weight="bold")
+    for locate, small, large in ((axes.xaxis, 0.04, 0.2), (axes.yaxis, 0.1, 0.5)):  # 1 and 5 mm
+        locate.set_minor_locator(MultipleLocator(small))
+        locate.set_major_locator(MultipleLocator(large))
+    axes.grid(which="minor", color="#f7d6d6", lw=0.3)
+    axes.grid(which="major", color="#eba9a9", lw=0.5)
+    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
+    axes.set(xlim=(-0.6, seconds + 0.2), ylim=(-2, 11), aspect=10 / 25, axisbelow=True)
+    axes.text(0, -1.85, "25 mm/s   10 mm/mV", fontsize=7)
+    axes.set_title(title, fontsize=9, parse_math=False)  # a $ is no formula
+
+
 def plot(store, ids, path):
-    """Records of a store as on paper (25 mm/s, 10 mm/mV), II below, R peaks marked -> PNG."""
+    """Records of a store as on paper, true to scale, R peaks marked -> PNG."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 5 * len(ids)), layout="constrained")
+    figure = Figure(figsize=(11.2, 5.8 * len(ids)), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(len(ids), 1)), ids):
         found = np.flatnonzero(store.records["id"] == name)
         if not len(found):
             raise DataError(f"{store.path}: holds no record {name!r}")
-        record, ecg = store.records.iloc[found[0]], store.ecg(found[:1])[0]
-        quarter = store.samples // 4
-        for i, lead in enumerate(LEADS):
-            column, row = divmod(i, 3)
-            part = slice(column * quarter, (column + 1) * quarter)
-            axes.plot(np.arange(store.samples)[part] / store.rate, ecg[i, part] - 2.2 * row, "k", lw=0.8)
-            axes.text(column * quarter / store.rate + 0.05, 0.85 - 2.2 * row, lead, fontsize=9)
-        axes.plot(np.arange(store.samples) / store.rate, ecg[1] - 6.6, "k", lw=0.8)
-        axes.plot(np.array(record["peaks"]) / store.rate, np.full(len(record["peaks"]), -7.7), "^", color="#3367a8", ms=4)
-        axes.text(0.05, 0.85 - 6.6, "II", fontsize=9)
-        axes.set_xticks(np.arange(0, SECONDS + 0.1, 0.2), minor=True)
-        axes.set_yticks(np.arange(-8, 1.6, 0.5), minor=True)
-        axes.grid(which="both", color="#f3c6c6", lw=0.5)
-        axes.set(xlim=(0, SECONDS), ylim=(-8, 1.5), xticks=range(SECONDS + 1), yticks=[], xlabel="s")
+        record = store.records.iloc[found[0]]
         title = f"{record['source']} {name}: {'; '.join(record['statements'])}"
-        axes.set_title(title, parse_math=False)  # a $ is no formula
-    figure.savefig(path, dpi=100, format="png")
+        draw_ecg(axes, store.ecg(found[:1])[0], store.rate, title)
+        peaks = np.array(record["peaks"]) / store.rate
+        axes.plot(peaks, np.full(len(peaks), -1.3), "^", color="#3367a8", ms=4)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def main():
@@ -2124,11 +2059,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="make a store from a data set")
     command.add_argument("source", choices=SOURCES)
-    command.add_argument("src", help="folder of the data set; csv: the csv file; simulated: number of records")
+    command.add_argument("src", help="folder of the data set, a csv file, or the number of simulated records")
     command.add_argument("dst", help="folder of the store")
     command.add_argument("--rate", type=int, default=100, help="Hz [100]")
-    command.add_argument("--crop", choices=CROPS, default="first", help="which part of a longer record is kept [first]")
-    command.add_argument("--min-words", type=int, default=0, help="leave out MIMIC reports with fewer words [0]")
+    command.add_argument("--crop", choices=CROPS, default="first", help="part of a long record that is kept")
+    command.add_argument("--min-words", type=int, default=0, help="that a report of MIMIC must have [0]")
     command.add_argument("--seed", type=int, default=0, help="of the simulator [0]")
     command.add_argument("--workers", type=int, help="processes [as many as pay]")
     command = commands.add_parser("info", help="describe a store")

@@ -64,15 +64,13 @@ def csv_source(folder, count, report="sinus rhythm. normal ecg"):
 @real
 @pytest.mark.parametrize("pattern, every", [("ptbxl/records100/*/*.hea", 20), ("ptbxl/records500/*/*.hea", 6),
                                             ("ludb/data/*.hea", 2), ("cpsc2018/*.hea", 3), ("csn/*.hea", 3)])
-def test_fast_path_equals_wfdb(pattern, every, monkeypatch):
+def test_reading_equals_wfdb(pattern, every):
     paths = [str(p.with_suffix("")) for p in sorted(REAL.glob(pattern))][::every]
     assert len(paths) >= 6
-    slow = [data.read_record(p, fast=False) for p in paths]
-    monkeypatch.setattr(data, "read_wfdb", None)  # the fast path must not fall back to it
-    for path, expected in zip(paths, slow):
-        record = data.read_record(path)
-        assert (record.names, record.fs) == (expected.names, expected.fs) and record.checksum_ok
-        np.testing.assert_array_equal(record.signal, expected.signal)
+    for path in paths:
+        record, expected = data.read_record(path), wfdb.rdrecord(path)
+        assert (record.names, record.fs) == (expected.sig_name, expected.fs) and record.checksum_ok
+        np.testing.assert_array_equal(record.signal, expected.p_signal.T.astype(np.float32))
 
 
 @real
@@ -88,17 +86,23 @@ def test_formats_of_wfdb_and_odd_headers():
 @pytest.mark.parametrize("fmt", ["16", "212", "24", "32", "80", "516", "524"])  # the last two are FLAC
 def test_written_formats(tmp_path, fmt):
     signal = np.round(beats() * (50 if fmt == "80" else 1000)) / 1000  # format 80 has 8 bits
-    record = data.read_record(write(tmp_path / "a", signal, fmt=fmt))
+    path = write(tmp_path / "a", signal, fmt=fmt)
+    record = data.read_record(path)
     np.testing.assert_allclose(record.signal, signal, atol=1e-6)
+    assert record.checksum_ok
+    head = path.with_suffix(".hea").read_text().split("\n")
+    checksum = head[3].split()[6]
+    edit(path.with_suffix(".hea"), f" {checksum} ", f" {int(checksum) ^ 1} ")
+    assert not data.read_record(path).checksum_ok
+    assert data.read_record(path, lambda samples, fs: (0, samples - 2)).checksum_ok  # not looked at
 
 
 def test_invalid_samples_units_and_checksum(tmp_path):
     signal = beats()
     signal[3, 100:110] = np.nan
     path = write(tmp_path / "a", signal)
-    for fast in (True, False):
-        record = data.read_record(path, fast)
-        np.testing.assert_allclose(record.signal, signal, atol=1e-6)
+    record = data.read_record(path)
+    np.testing.assert_allclose(record.signal, signal, atol=1e-6)
     for unit, factor in (("uV", 1e-3), ("V", 1e3)):
         edit(path.with_suffix(".hea"), "/mV", f"/{unit}")
         np.testing.assert_allclose(data.read_record(path).signal[0], signal[0] * factor, rtol=1e-6)
@@ -247,10 +251,9 @@ SPOILT_RECORD_LINES = {  # record line -> the reason
 
 
 @pytest.mark.parametrize("line", RECORD_LINES)
-@pytest.mark.parametrize("fast", [True, False])
-def test_record_lines(plain, line, fast):
+def test_record_lines(plain, line):
     path, signal, fields = plain
-    record = data.read_record(header(path, line, map(" ".join, fields), "\t# Age: 61\n #Dx: 1\n"), fast)
+    record = data.read_record(header(path, line, map(" ".join, fields), "\t# Age: 61\n #Dx: 1\n"))
     np.testing.assert_allclose(record.signal, signal, atol=1e-6)
     assert record.fs == 500
 
@@ -279,14 +282,13 @@ SPOILT_SIGNAL_LINES = {
 
 
 @pytest.mark.parametrize("form", SIGNAL_LINES)
-@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("encoding, newline", [("utf-8", "\n"), ("latin-1", "\r\n")])
-def test_signal_lines(plain, form, fast, encoding, newline):
+def test_signal_lines(plain, form, encoding, newline):
     path, signal, fields = plain
     change, factor = SIGNAL_LINES[form]
     encoding = "utf-8" if form == "Greek mu" else encoding  # Latin-1 has no Greek
     header(path, "a 12 500 5000", [" ".join(change(f)) for f in fields], newline=newline, encoding=encoding)
-    record = data.read_record(path, fast)
+    record = data.read_record(path)
     np.testing.assert_allclose(record.signal, factor * signal, atol=1e-6)
     assert data.to_twelve(record)[1].all() and record.checksum_ok
 
@@ -310,27 +312,36 @@ def test_a_header_does_not_lead_out_of_its_folder(plain, name):
             data.read_record(header(path, line, lines))
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_several_samples_a_frame_and_skew(plain, fast):
+def test_several_samples_a_frame_and_skew(plain):
     path, signal, fields = plain
     raw = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(-1, 12)
     header(path, "a 12 500 5000", [" ".join([f[0], "16:2" if i == 0 else "16", *f[2:]]) for i, f in enumerate(fields)])
-    record = data.read_record(path, fast)
+    record = data.read_record(path)
     np.testing.assert_allclose(record.signal[0, :-2], signal[0, 2:], atol=1e-6)
     np.testing.assert_allclose(record.signal[1:], signal[1:], atol=1e-6)
     raw.reshape(2500, 2, 12).transpose(0, 2, 1).tofile(path.with_suffix(".dat"))
     header(path, "a 12 250", [" ".join([f[0], "16x2", *f[2:]]) for f in fields])
-    np.testing.assert_allclose(data.read_record(path, fast).signal, signal.reshape(12, -1, 2).mean(2), atol=0.00051)
+    np.testing.assert_allclose(data.read_record(path).signal, signal.reshape(12, -1, 2).mean(2), atol=0.00051)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_leads_in_several_files(plain, fast):
+def test_leads_in_several_files(plain):
     path, signal, fields = plain
     raw = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(-1, 12)
     for name, columns in (("x", slice(0, 5)), ("y", slice(5, 12))):
         (path.parent / f"{name}.dat").write_bytes(b"head" * (name == "y") + raw[:, columns].tobytes())
     header(path, "a 12 500", [" ".join(["x.dat", "16", *f[2:]] if i < 5 else ["y.dat", "16+4", *f[2:]]) for i, f in enumerate(fields)])
-    np.testing.assert_allclose(data.read_record(path, fast).signal, signal, atol=1e-6)
+    np.testing.assert_allclose(data.read_record(path).signal, signal, atol=1e-6)
+
+
+def test_leads_of_a_file_that_are_apart_are_refused(plain):
+    """The format wants the lines of a file's leads one behind another."""
+    path, _, fields = plain
+    raw = np.fromfile(path.with_suffix(".dat"), "<i2").reshape(-1, 12)
+    for name, columns in (("x", slice(0, 12, 2)), ("y", slice(1, 12, 2))):
+        (path.parent / f"{name}.dat").write_bytes(raw[:, columns].tobytes())
+    header(path, "a 12 500", [" ".join([f"{'xy'[i % 2]}.dat", *f[1:]]) for i, f in enumerate(fields)])
+    with pytest.raises(data.DataError, match="not readable by wfdb .the leads of a file are apart"):
+        data.read_record(path)
 
 
 def test_segments(tmp_path):
@@ -371,7 +382,7 @@ def test_only_what_is_kept_is_read(tmp_path, fmt):
         text = path.with_suffix(".hea").read_text().splitlines()
         lines = [line.split() for line in text[1:13]]
         header(path, text[0], [" ".join([f[0], fmt, *f[2:5], str(first[i]), *f[6:]]) for i, f in enumerate(lines)])
-    whole = data.read_record(path, fast=False).signal
+    whole = data.read_record(path).signal
     np.testing.assert_allclose(whole, signal, atol=1e-6)
     for crop, part in (("first", slice(0, 5000)), ("center", slice(7500, 12500)), ("cpsc-merl", slice(0, 2500))):
         kept = data.load_record(path, 500, crop)[0]
@@ -1002,6 +1013,22 @@ def test_a_store_is_plotted_at_its_own_rate(tmp_path):
     data.prepare("csv", csv_source(tmp_path / "src", 1, "a $ and a $x_{"), tmp_path / "dst", rate=500)
     result = subprocess.run([*COMMAND[:-1], "plot", f"store:{tmp_path / 'dst'}", "r0", "--out", str(tmp_path / "x.png")], capture_output=True)
     assert result.returncode == 0 and (tmp_path / "x.png").stat().st_size > 10000
+
+
+def test_paper_is_to_scale():
+    """A square of 0.2 s and 0.5 mV is one; the pulse is 1 mV and 200 ms; a lead is where it was measured."""
+    from matplotlib.figure import Figure
+    figure = Figure()
+    axes, ecg = figure.subplots(), beats(n=1000, fs=100)
+    data.draw_ecg(axes, ecg, 100, "a $ and a $x_{")
+    figure.draw_without_rendering()
+    origin, right, up = axes.transData.transform([(0, 0), (0.2, 0), (0, 0.5)])
+    assert right[0] - origin[0] == pytest.approx(up[1] - origin[1])
+    pulse, strip = axes.lines[0].get_xydata(), max((line.get_xydata() for line in axes.lines), key=len)
+    assert np.ptp(pulse[:, 1]) == 1 and np.ptp(pulse[pulse[:, 1] == pulse[:, 1].max(), 0]) == pytest.approx(0.2)
+    np.testing.assert_allclose(strip[::5, 0], np.arange(1000) / 100, atol=1e-9)
+    np.testing.assert_allclose(strip[::5, 1], ecg[1], atol=0.01)
+    assert {text.get_text() for text in axes.texts} >= set(data.LEADS)
 
 
 def test_split_specs(tmp_path, monkeypatch):
