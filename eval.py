@@ -1430,6 +1430,7 @@ def parse(argv):
             (not {"look", *TASKS} & given.keys(), "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
             ("compare" in given and {"run", "checkpoint", "look"} & given.keys(), "--compare names its own runs: drop --run, "
              "--ckpt and --look"),
+            ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
             (len(given.get("look", "ok")) < 2, "--look RECORD TEXT...")):
         if wrong:
             parser.error(sentence)
@@ -1452,7 +1453,9 @@ def main(argv=None):
         run = given.get("run") or (Path(checkpoint).parent if checkpoint else newest_run())
     print(f"run {run}")
     if "generate" in wanted:
-        wanted["generate"] = wanted["generate"] or [read_config(run)[0].data.partition(":")[0]]
+        config = read_config(run)[0]
+        store = open_store(options["data"][0] if "data" in options else config.data, config.rate)
+        wanted["generate"] = wanted["generate"] or [source_of(store)]
     if wanted:
         report(run, wanted, **options)
     if "look" in given:
