@@ -466,7 +466,8 @@ def recover_features(method, store, rows, tags, config, run, device):
     scores, kept = np.zeros(len(ecg_of), np.float32), np.zeros(len(ecg_of), bool)
     quantiles = np.maximum(0, 1 - config.keep_share * np.bincount(feature_of, minlength=len(features)) / len(rows))
     method.eval()
-    ecg = evaluation.embed_records(method, store, rows, device, "scoring candidates")           # (R, dim)
+    ecg = evaluation.embed_records(method, store, rows, device, "scoring candidates")["rhythm"]
+    ecg = torch.from_numpy(ecg)                                                                # (R, dim)
     for start in range(0, len(features), 256):  # a language model may propose many thousands
         part = slice(start, start + 256)
         table = (ecg @ method.encode_text(features[part]).report.float().cpu().T).numpy()       # (R, F)
@@ -907,8 +908,7 @@ def main(argv=None):
     leave_processes()
     if finished and sets and first:
         try:
-            own = None if source.store.records["source"].iloc[0] in ("ptbxl", "simulated") else config.data
-            evaluation.report(run, sets, spec=own, device=device)
+            evaluation.report(run, {"zeroshot": sets}, device=device)
         except KeyboardInterrupt:
             print(f"training is finished; the table: python eval.py --zeroshot {' '.join(sets)} --run {run}",
                   file=sys.stderr)

@@ -73,7 +73,8 @@ def main():
     if "melp-cardiolm" in names:
         train(LANGUAGE_MODEL, ["--method", "cardiolm", *common])
     train_all(runs, args.jobs)
-    evaluation.compare([ROOT / "runs" / name for name in runs], ["ptbxl"], folds=[9, 10],
+    sets = {"zeroshot": list(evaluation.GROUPS["ptbxl"])}
+    evaluation.compare([ROOT / "runs" / name for name in runs], sets, folds=[9, 10],
                        device="cuda" if torch.cuda.is_available() else "cpu")
 
 
