@@ -1095,23 +1095,26 @@ def look(run, record, texts, ask):
 
 def plot_look(ecg, rate, title, rows, weight, path):
     """The record on ECG paper; below, a strip for each text, as dark as the text is seen there, with a triangle
-    over every beat that carries more than one and a half times its share."""
+    under every beat that carries more than one and a half times its share."""
     from matplotlib.figure import Figure
-    count, samples = len(weight), ecg.shape[1]
-    figure = Figure(figsize=(12, 7 + 0.55 * count), layout="constrained")
-    axes = figure.subplots(1 + count, 1, sharex=True, squeeze=False, height_ratios=[12] + [1] * count)[:, 0]
-    data.draw_ecg(axes[0], ecg, rate, title)
+    seconds, step = ecg.shape[1] / rate, 0.5
+    width, paper, height = (seconds + 0.8) * 25 / 25.4, 13 * 10 / 25.4, 0.6 + step * len(weight)  # inches, to scale
+    figure = Figure(figsize=(width + 0.4, paper + height))
+    place = lambda x, y, w, h: (x / (width + 0.4), y / (paper + height), w / (width + 0.4), h / (paper + height))
+    axes = figure.add_axes(place(0.2, height - 0.35, width, paper))
+    data.draw_ecg(axes, ecg, rate, textwrap.shorten(title, 150))
     peaks = segment_beats(torch.from_numpy(ecg)[None], rate)[0][0]
     peaks = peaks[peaks >= 0].tolist()
-    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), samples]
-    for strip, (text, facts), w in zip(axes[1:], rows.items(), weight):
-        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, samples / rate, 0, 1), vmin=0)
-        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * samples > 1.5]
-        strip.plot(strong, [1.25] * len(strong), "v", color="#c03030", ms=5, clip_on=False)
+    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), ecg.shape[1]]
+    for i, ((text, facts), w) in enumerate(zip(rows.items(), weight)):
+        strip = figure.add_axes(place(0.2, height - 0.8 - step * i, width, 0.2))
+        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, seconds, 0, 1), vmin=0)
+        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * len(w) > 1.5]
+        strip.plot(strong, [-0.35] * len(strong), "^", color="#c03030", ms=5, clip_on=False)
         quantile = f", higher than {facts['higher than']}" if "higher than" in facts else ""
-        strip.set_title(f"{text}: {facts['similarity']:.3f}{quantile}", loc="left", fontsize=9, parse_math=False)
-        strip.set_yticks([])
-    axes[-1].set_xlabel("s")
+        strip.text(0, 1.25, f"{text}: {facts['similarity']:.3f}{quantile}", fontsize=8, parse_math=False)
+        strip.set(xlim=axes.get_xlim(), ylim=(0, 1), xticks=[], yticks=[])
+        strip.spines[:].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
