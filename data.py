@@ -1085,8 +1085,8 @@ def code_rows(settings):
     src, classes = settings["src"], list(label_set("code_test"))
     name, attributes = os.path.join(src, "ecg_tracings.hdf5"), os.path.join(src, "attributes.csv")
     count, some = read_tracings(src, slice(None, None, 8))
-    heights = np.ptp(some, axis=1)
-    height = np.median(heights[heights > 0]) if (heights > 0).any() else 0
+    heights = np.ptp(np.nan_to_num(some.astype(float), posinf=0, neginf=0), axis=1)
+    height = np.median(heights[heights > 0]) if heights.any() else 0
     unit = next((unit for unit, factor in UNITS.items() if 0.5 <= height * factor <= 3), None)
     if not unit:
         refuse(name, f"a median QRS of {height:g} is 0.5 to 3 mV high in none of {', '.join(UNITS)}")
