@@ -785,7 +785,7 @@ def work(settings, rows):
             text = " ".join(f"{row.get('path', row['id'])}: {type(error).__name__}: {error}".split())
             notes.append(("dropped", f"not readable ({type(error).__name__})", 1, text))
             continue
-        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable), age="", sex="") | row)
+        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable)) | row)
         signals.append(ecg)
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
         if strange := [code for code in row["codes"] if not finding_of(code, row["source"])]:
@@ -936,7 +936,7 @@ def mimic_rows(settings):
         statements = [text for text in map(clean, texts) if WORD.search(text)]
         words = sum(len(text.split()) for text in statements)
         row = dict(id=study, patient=patient, split=split_by(patient, 0.98, 0.01), fold="", source="mimic",
-                   codes={}, report=". ".join(texts),
+                   codes={}, age="", sex="", report=". ".join(texts),
                    statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
         skip = ("study_id or subject_id is empty" if not (study and patient) else
                 "report is empty" if not words else
@@ -1120,7 +1120,8 @@ def load_tracing(settings, row):
 def simulated_rows(settings):
     for i in range(int(settings["src"])):
         name = f"{settings['seed']}-{i}"
-        yield dict(id=name, patient=name, split=split_by(name, 0.8, 0), fold="", source="simulated", number=i)
+        yield dict(id=name, patient=name, split=split_by(name, 0.8, 0), fold="", sex="", source="simulated",
+                   number=i)
 
 
 def load_simulated(settings, row):
