@@ -1342,8 +1342,8 @@ LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:{AND
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
 WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
 # a dot behind one of these ends no sentence
-ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl
-    neg part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst
+ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl
+    mögl neg part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst
     z.n""".split()
 SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIONS)
                           + r"[.;!?]+(?=\s|$)(?!\s*grad)")
