@@ -650,8 +650,14 @@ def text_scores(run, question, name, ask):
 def zeroshot(run, name, ask):
     """Classes told apart by the similarity of the ECG with their texts; no label is used."""
     question = ask_set(name, run.config, ask)
-    scores, (_, labels, patients) = text_scores(run, question, name, ask), question.test
-    return {"": {"zero-shot": score_classes(question.classes, scores, labels, patients)}}
+    scores, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
+    found = {"": {"zero-shot": score_classes(question.classes, scores, labels, patients)}}
+    if source_of(question.store) == "code" and name == "code_test":  # beside it doctors, students and the authors' network
+        ids = question.store.records["id"].iloc[rows].astype(int)
+        for who, marks in data.code_annotations(question.store.meta["settings"]["src"]).items():
+            if who != "gold_standard":
+                found[who] = {"zero-shot": score_classes(question.classes, marks[ids].astype(float), labels, patients)}
+    return found
 
 
 GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "balanced")
@@ -1217,8 +1223,9 @@ def show(folder, task, name, rows, ask):
                                           for row, columns in rows.items() for column, m in columns.items()}
     picture = Path(folder) / f"{task}_{file_name(title)}.png"
     if task == "zeroshot":
-        [metrics] = lines.values()
-        print_table(f"zero-shot {name}: {metrics['records']} records", class_rows(metrics))
+        metrics = rows[""]["zero-shot"]
+        for label, m in lines.items():
+            print_table(f"{label} {name}: {m['records']} records", class_rows(m))
         known = {f"{c} ({r['positives']})": ([r["auroc"]], r["interval"])
                  for c, r in sorted(metrics["classes"].items(), key=lambda c: -c[1].get("auroc", 0)) if "auroc" in r}
         value = headline(metrics)[0]
