@@ -1044,7 +1044,7 @@ def attention_over_time(method, ecg, text):
         weight = torch.stack([each.softmax(1).mean(0) for each in like])                       # (C, T)
     elif "beat" in method.scales and getattr(config, "beats", "") != "query" or config.align == "tag":
         beats = views.beats[0] if views.beat_count is None else views.beats[0, :views.beat_count[0]]
-        weight = (text.sentences[:, 0] @ beats.T * method.beat_options["beat_temperatures"][0]).softmax(1)
+        weight = (text.sentences[:, 0] @ beats.T * method.beat_options()["beat_temperatures"][0]).softmax(1)
     else:
         raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep --align "
                                 "word or tag, and melp --beats rpeak, see them at a place")
