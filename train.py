@@ -204,7 +204,7 @@ def from_first(value=None):
 
 class Stop:
     """While it is entered, SIGINT and SIGTERM ask for a stop: the loop saves and leaves before its next
-    update. A second one ends at once, but not under torchrun, where Ctrl-C comes twice (terminal, agent)."""
+    batch. A second one ends at once, but not under torchrun, where Ctrl-C comes twice (terminal, agent)."""
 
     def __enter__(self):
         self.asked = 0
@@ -275,14 +275,9 @@ def make_optimiser(method, config):
                               {"params": others, "weight_decay": 0.0}], config.lr, (0.9, config.beta2))
 
 
-def warmup_updates(updates, config):
-    """How many of a stage's updates the learning rate rises over."""
-    return max(1, round(config.warmup * updates)) if config.warmup else 0
-
-
 def rate_at(update, updates, config):
     """Learning rate of one update of a stage: linear warm-up, then cosine to zero."""
-    warmup = warmup_updates(updates, config)
+    warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
     if update < warmup:
         return config.lr * (update + 1) / warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup)))
@@ -295,7 +290,7 @@ def new_folder(config, made_by):
     source, now = Path(config.data.split(":")[0]).stem, time.strftime("%Y%m%d-%H%M%S")
     base = config.name or f"{config.method}-{source}-{now}"
     for number in itertools.count(1):
-        run = Path("runs") / (base if number == 1 else f"{base}-{number}")
+        run = Path("runs", base if number == 1 else f"{base}-{number}")
         try:
             run.mkdir(parents=True)
             break
@@ -385,7 +380,7 @@ def restore(state, run, method, optimiser):
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         fault = f"not of {run / 'config.json'} ({models.first_line(error)})"
         raise data.DataError(f"{run / 'checkpoint.pt'}: {fault}; train anew") from error
-    if (before := state["processes"]) != models.world():
+    if rank() == 0 and (before := state["processes"]) != models.world():
         print(f"{run}: {models.world()} process(es) go on where {before} were, with other random numbers")
     return state["update"]
 
@@ -395,11 +390,11 @@ def restore(state, run, method, optimiser):
 MOST_FEATURES, MOST_WORDS = 8, 10  # of one answer, of one feature
 LLM_TOKENS, LLM_BATCH = 192, 32    # of one answer (eight phrases take about 80), sets of tags asked at once
 QUESTION = """Which waveform features are most likely to be seen on a twelve-lead ECG with this report? Think
-of P wave, PR interval, QRS complex, ST segment, T wave, QT interval, rate and regularity of the rhythm. Answer
+of P wave, PR interval, QRS complex, ST segment, T wave, QT interval, rate and regularity of rhythm. Answer
 with nothing but a JSON list of at most 8 short English phrases in lower case.
 
 Report: atrial fibrillation; left ventricular hypertrophy
-Features: ["absent p waves", "fibrillatory baseline", "tall r waves in v5 and v6", "deep s waves in v1 and v2"]
+Features: ["absent p waves", "fibrillatory baseline", "tall r waves in v5 and v6"]
 
 Report: first degree av block
 Features: ["pr interval longer than 200 ms", "upright p wave in ii before every qrs"]
@@ -411,9 +406,9 @@ Features:"""
 def ask_llm(run, name, reports, device):
     """Ask a language model for the waveform features of R reports (lists of tags) -> R lists of phrases.
 
-    Each distinct set of tags is asked once; run/llm_answers.json keeps the answers, whole batches that are
-    the same in a resumed run: padding moves the last bits of a score, and so might change an answer. The
-    longest are asked first: too little memory shows at once. Errors: ModelError, DataError."""
+    Each distinct set of tags is asked once, the longest first: too little memory shows at once. Answers are
+    kept in run/llm_answers.json by whole batches, so that a resumed run forms the same: padding moves the
+    last bits of a score, and so might change an answer. Errors: ModelError, DataError."""
     path, known = run / "llm_answers.json", {"model": name, "answers": {}}
     if path.exists():
         known = data.read_json(path, {"model": str, "answers": {str: str}})
@@ -421,11 +416,11 @@ def ask_llm(run, name, reports, device):
         raise data.DataError(f"{path} holds the answers of {known['model']}, not of {name}: move it away")
     answers, sets = known["answers"], ["; ".join(sorted(set(tags))) for tags in reports]
     distinct = sorted(sorted(set(sets)), key=len, reverse=True)
-    batches = [distinct[start:start + LLM_BATCH] for start in range(0, len(distinct), LLM_BATCH)]
-    if left := [batch for batch in batches if not answers.keys() >= set(batch)]:
+    if left := [one for one in distinct if one not in answers]:
         with torch.random.fork_rng(devices=[]):  # loading may draw random numbers
             lm, tokenizer = load_llm(name, device)
-        for batch in tqdm(left, desc="asking the language model"):
+        for start in tqdm(range(0, len(left), LLM_BATCH), desc="asking the language model"):
+            batch = left[start:start + LLM_BATCH]
             answers.update(zip(batch, generate(lm, tokenizer, batch)))
             data.write_text(path, json.dumps(known, indent=1))
         del lm
@@ -508,15 +503,9 @@ def recover_features(method, store, tags, rows, proposals, config, run, device):
     write_lines(run / "recovered.jsonl", lines).close()
 
 
-def recovery_quality(lines, truth):
-    """truth: {row: features that a simulated record shows and its report leaves out}. Sums over records."""
-    hits, wanted = sum(line["feature"] in truth[line["row"]] for line in lines), sum(map(len, truth.values()))
-    return {"features": len(lines), "precision": hits / max(1, len(lines)), "recall": hits / max(1, wanted)}
-
-
 def enrich(store, tags, rows, config, run):
     """Tags of every record with the recovered features that were kept. Prints how many are, and on simulated
-    records how right: run/recovery.json. Errors: DataError."""
+    records how right, summed over all: run/recovery.json. Errors: DataError."""
     shape = {"row": int, "feature": str, "cosine": float, "kept": bool}
     lines, enriched, quality = read_lines(run / "recovered.jsonl", shape), [list(row) for row in tags], {}
     kept = [line for line in lines if line["kept"]]
@@ -525,11 +514,12 @@ def enrich(store, tags, rows, config, run):
     if rank() == 0:
         print(f"recovered features: {len(lines)} candidates, {len(kept)} kept")
     if rank() == 0 and any(store.records["features"]) and not config.llm:  # which has words of its own
-        truth = {row: set(store.records["features"].iloc[row]) - set(tags[row]) for row in rows}
+        missing = {row: set(store.records["features"].iloc[row]) - set(tags[row]) for row in rows}
         for name, part in (("all candidates", lines), ("kept by the filter", kept)):
-            quality[name] = q = recovery_quality(part, truth)
-            print(f"  {name:<20} {q['features']:7d} features   precision {q['precision']:.3f}   "
-                  f"recall {q['recall']:.3f}")
+            hits = sum(line["feature"] in missing[line["row"]] for line in part)
+            precision, recall = hits / max(1, len(part)), hits / max(1, sum(map(len, missing.values())))
+            quality[name] = {"features": len(part), "precision": precision, "recall": recall}
+            print(f"  {name:<20} {len(part):7d} features   precision {precision:.3f}   recall {recall:.3f}")
         data.write_text(run / "recovery.json", json.dumps(quality, indent=1))
     return enriched
 
@@ -554,16 +544,15 @@ class Watch:
     def look(self):
         """Sentence on what looks wrong, or ""."""
         self.method.eval()
-        towers = {"ECG": self.method.encode_ecg(self.probe.ecg).rhythm,
-                  "text": self.method.encode_text(self.probe.texts).report}
+        views = {"ECG": self.method.encode_ecg(self.probe.ecg).rhythm,
+                 "text": self.method.encode_text(self.probe.texts).report}
         self.method.train()
-        spreads = {name: (x - x.mean(0)).square().sum(1).mean().item()  # 1: all over the sphere, 0: one point
-                   for name, x in towers.items()}
-        before, recent = self.state["flat"], self.state["recent"]
-        self.state["flat"] = [name for name, spread in spreads.items() if spread < 0.01]
-        if still := sorted(set(self.state["flat"]) & set(before)):
-            spread = spreads[still[0]]
-            return (f"COLLAPSE: all {still[0]} embeddings are nearly the same (spread {spread:.4f}). "
+        spreads = {name: (x - x.mean(0)).square().sum(1).mean().item() for name, x in views.items()}
+        flat = {name: spread for name, spread in spreads.items() if spread < 0.01}  # 1: all over the sphere
+        still, self.state["flat"] = [name for name in flat if name in self.state["flat"]], list(flat)
+        recent = self.state["recent"]
+        if still:
+            return (f"COLLAPSE: all {still[0]} embeddings are nearly the same (spread {flat[still[0]]:.4f}). "
                     "Stop this run; use warm-up (--warmup 0.1), a lower --lr, or a larger --batch-size.")
         if len(recent) == 50 and min(recent) > 0.98 * self.chance:
             return (f"STUCK: the contrastive loss has stayed at {np.mean(recent):.3f}, guessing within the "
@@ -572,14 +561,17 @@ class Watch:
         return ""
 
 
-def do_update(parallel, optimiser, batches, update, config, device):
+def do_update(parallel, optimiser, batches, update, config, device, stop):
     """One update, from the gradients of config.accumulate batches -> its part of the log: {"loss", "terms",
-    "grad_norm"}. Errors: DataError where the loss or the gradient is not finite."""
+    "grad_norm"}; None where a stop was asked for: half an update is left undone. Errors: DataError where the
+    loss or the gradient is not finite."""
     method, terms, ids = getattr(parallel, "module", parallel), defaultdict(float), []
     weighted = lambda terms: sum(method.weights.get(name, 1.0) * value for name, value in terms.items())
     amp = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     optimiser.zero_grad(set_to_none=True)
     for left in reversed(range(config.accumulate)):
+        if stop.anywhere(device):
+            return None
         batch = next(batches)
         batch = batch._replace(ecg=batch.ecg.to(device, non_blocking=True),
                                peaks=batch.peaks.to(device, non_blocking=True))
@@ -602,40 +594,41 @@ def do_update(parallel, optimiser, batches, update, config, device):
     return {"loss": weighted(terms), "terms": terms, "grad_norm": norm}
 
 
-def train_stage(stage, update, parallel, optimiser, batches, config, run, device, log, watch):
-    """Do the updates of a stage behind number `update` -> updates done. log and watch are process 0's."""
+def train_stage(stage, done, parallel, optimiser, batches, config, run, device, log, watch):
+    """Do the updates of a stage, of which the run has done some -> updates done. log, watch: process 0's."""
     method, batches = getattr(parallel, "module", parallel).train(), iter(batches)
     updates = stage.end - stage.first
-    bar = tqdm(total=updates, initial=update - stage.first, desc=stage.name, disable=rank() > 0, unit="rec",
-               unit_scale=config.batch_size * config.accumulate)
+    bar = tqdm(range(done, stage.end), stage.name, updates, initial=done - stage.first, disable=rank() > 0,
+               unit="rec", unit_scale=config.batch_size * config.accumulate)
     with Stop() as stop, bar:
-        while update < stage.end and not stop.anywhere(device):
+        for update in bar:
             began, rate = time.perf_counter(), rate_at(update - stage.first, updates, config)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             # every process draws numbers of its own, and a resumed run needs the state of none
             seed = np.random.SeedSequence((config.seed, rank(), update)).generate_state(1, np.uint64)
             torch.manual_seed(int(seed[0]))
-            done = do_update(parallel, optimiser, batches, update, config, device)
-            update += 1
+            found = do_update(parallel, optimiser, batches, update, config, device, stop)
+            if found is None:
+                break
+            done = update + 1
             if rank() > 0:
                 continue
-            add_line(log, {"update": update, "stage": stage.name, **done, "lr": rate,
+            add_line(log, {"update": done, "stage": stage.name, **found, "lr": rate,
                            "seconds": round(time.perf_counter() - began, 6)})
-            bar.set_postfix({name: f"{value:.3f}" for name, value in done["terms"].items()}, refresh=False)
-            bar.update()
-            if watch and update - stage.first > warmup_updates(updates, config):
-                watch.note(done["terms"])  # in warm-up every loss is stuck
-            if watch and update % 50 == 0 and (warning := watch.look()):
-                add_line(log, {"update": update, "warning": warning})
-                bar.write(f"update {update}: {warning}")
-            if update % config.save_every == 0 and update < stage.end:
-                save_checkpoint(run, method, optimiser, update, watch)
+            bar.set_postfix({name: f"{value:.3f}" for name, value in found["terms"].items()}, refresh=False)
+            if watch and done - stage.first > config.warmup * updates:  # until then every loss is stuck
+                watch.note(found["terms"])
+            if watch and done % 50 == 0 and (warning := watch.look()):
+                add_line(log, {"update": done, "warning": warning})
+                bar.write(f"update {done}: {warning}")
+            if done % config.save_every == 0 and done < stage.end:
+                save_checkpoint(run, method, optimiser, done, watch)
         if rank() == 0:
-            save_checkpoint(run, method, optimiser, update, watch)
-        if rank() == 0 and update < stage.end:
-            bar.write(f"stopped and saved at update {update}; continue with: python train.py --resume {run}")
-    return update
+            save_checkpoint(run, method, optimiser, done, watch)
+        if rank() == 0 and done < stage.end:
+            bar.write(f"stopped and saved at update {done}; continue with: python train.py --resume {run}")
+    return done
 
 
 def train(config, run, source, device):
@@ -689,9 +682,8 @@ def train(config, run, source, device):
 
 
 def finish(config, run, store, records, method, device):
-    """Write what a finished run has more than a running one: weights, curves.png and training.json, of which
-    seconds are of all sessions, records_per_second is of the median update (a busy machine makes some slow);
-    device, processes, threads and memory (process 0's) are of the session that ended the run."""
+    """Write weights, curves.png and training.json. Of that, seconds are of all sessions, records_per_second
+    of the median update (a busy machine makes some slow), the rest of the session that ended the run."""
     lines, gpu = read_log(run), device if device.type == "cuda" else None
     updates = [line for line in lines if "terms" in line]
     if updates and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
@@ -745,7 +737,8 @@ def main(argv=None):
             raise data.DataError(f"{run}: another process is training it")
         if resumed and before["store"] != made_by["store"]:
             raise data.DataError(f"{run}: its training data have changed since it began; train anew")
-        if changed := [f"{k} {old} -> {made_by[k]}" for k, old in before.items() if old != made_by[k]]:
+        changed = [f"{k} {old} -> {made_by[k]}" for k, old in before.items() if old != made_by[k]]
+        if first and changed:
             print(f"{run} goes on with other versions: {'; '.join(changed)}; the last digits may be others")
         try:
             finished = train(config, run, source, device)
@@ -755,13 +748,10 @@ def main(argv=None):
             raise
     leave_processes()
     if finished and sets and first:
-        try:
-            spec = None if store.records["source"].iloc[0] in ("ptbxl", "simulated") else config.data
-            evaluation.report(run, sets, spec=spec, device=device)
-        except KeyboardInterrupt:
-            print(f"training is finished; the table: python eval.py --zeroshot {' '.join(sets)} --run {run}",
-                  file=sys.stderr)
-            raise
+        print(f"training is finished; the table: python eval.py --zeroshot {' '.join(sets)} --run {run}",
+              file=sys.stderr)  # this is what an interrupt cuts short
+        spec = None if store.records["source"].iloc[0] in ("ptbxl", "simulated") else config.data
+        evaluation.report(run, sets, spec=spec, device=device)
 
 
 if __name__ == "__main__":

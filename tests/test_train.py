@@ -8,8 +8,10 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -382,7 +384,6 @@ def test_the_watch_tells_a_collapsed_tower_and_a_stuck_loss():
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     config = small_config("etp", lr=1.0, warmup=0.1)
-    assert train.warmup_updates(100, config) == 10 and train.warmup_updates(100, small_config("etp", warmup=0.0)) == 0
     rates = [train.rate_at(u, 100, config) for u in range(100)]
     assert np.allclose(rates[:10], np.arange(1, 11) / 10) and np.argmax(rates) in (9, 10)
     assert all(np.diff(rates[10:]) < 0) and rates[-1] < 0.001
@@ -446,13 +447,18 @@ def test_augmentation_moves_and_drops():
     assert set(kept[0][peaks[:3]]) < {3, 301, 601, 1000}                # the others lie where they did
 
 
-def test_recovery_quality():
-    candidates, truth = [(0, "a"), (0, "b"), (1, "a"), (1, "c")], {0: {"a"}, 1: {"c", "d"}}
-    lines = [{"row": row, "feature": feature} for row, feature in candidates]
-    assert train.recovery_quality(lines, truth) == {"features": 4, "precision": 0.5, "recall": 2 / 3}
-    del lines[1]
-    assert train.recovery_quality(lines, truth) == {"features": 3, "precision": 2 / 3, "recall": 2 / 3}
-    assert train.recovery_quality([], truth) == {"features": 0, "precision": 0, "recall": 0}
+def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, capsys):
+    found = [(0, "a", True), (0, "b", False), (1, "a", True), (1, "c", True)]
+    lines = [{"row": row, "id": str(row), "feature": feature, "cosine": 0.5, "kept": kept} for row, feature, kept in found]
+    (tmp_path / "recovered.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store = SimpleNamespace(records=pd.DataFrame({"features": [["a"], ["c", "d", "y"], ["e"]]}))
+    tags = [["x"], ["y"], ["z"]]
+    enriched = train.enrich(store, tags, [0, 1], small_config("fgclep"), tmp_path)
+    assert enriched == [["x", "a"], ["y", "a", "c"], ["z"]] and tags == [["x"], ["y"], ["z"]]
+    assert json.loads((tmp_path / "recovery.json").read_text()) == {
+        "all candidates": {"features": 4, "precision": 0.5, "recall": 2 / 3},
+        "kept by the filter": {"features": 3, "precision": 2 / 3, "recall": 2 / 3}}
+    assert "4 candidates, 3 kept" in capsys.readouterr().out
 
 
 def test_the_command_line_explains_itself(tmp_path, capsys):
