@@ -214,12 +214,13 @@ def evaluated(folder, file):
 
 def resumed(folder, file):
     """What train.py reads of a run that it is to continue."""
-    config, run = train.parse(["--resume", str(folder / "run")])
+    config, run, _ = train.parse(["--resume", str(folder / "run")])
     state = train.read_checkpoint(run, config.save_every)
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
     update = train.restore(state, run, method, train.make_optimiser(method, config))
-    log = train.Log(run, update, True).read()
-    return evaluation.crc_of_tensors(method.state_dict()), train.read_recovered(run), log
+    log = [line for line in train.read_log(run) if line["update"] <= update]
+    recovered = train.read_lines(run / "recovered.jsonl", {"row": int, "feature": str, "kept": bool})
+    return evaluation.crc_of_tensors(method.state_dict()), recovered, log
 
 
 def compared(folder, file):
