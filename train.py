@@ -489,7 +489,8 @@ def recover_features(method, store, tags, rows, proposals, config, run, device):
                 lines.append({"row": row, "id": store.records["id"].iloc[row], "feature": feature})
                 places[feature].append((place, lines[-1]))
     method.eval()
-    ecg = evaluation.embed_records(method, store, rows, device, "scoring candidates")["rhythm"]  # (R, dim)
+    vectors = evaluation.embed_records(method, store, rows, device, "scoring candidates")
+    ecg = torch.from_numpy(vectors["rhythm"])                                              # (R, dim)
     features = sorted(places)
     for start in range(0, len(features), 256):  # a language model may propose many thousands
         part = features[start:start + 256]
