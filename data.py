@@ -713,7 +713,7 @@ def work(settings, rows):
             notes.append(("dropped", error.reason, 1, str(error)))
             continue
         signals.append(ecg)
-        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable), age="", sex="") | row)
+        kept.append(dict(features=[], leads="".join("01"[int(u)] for u in usable)) | row)
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
         if strange := [code for code in row["codes"] if not finding_of(code, row["source"])]:
             notes.append(("warnings", STRANGE, len(strange), f"{row['id']}: {', '.join(strange)[:200]}"))
@@ -852,7 +852,7 @@ def mimic_rows(settings):
         statements = [text for text in map(clean, texts) if WORD.search(text)]
         words = sum(len(text.split()) for text in statements)
         row = dict(id=study, patient=patient, split=split_by(patient, 0.98, 0.01), fold="", source="mimic",
-                   codes={}, report=". ".join(texts),
+                   codes={}, age="", sex="", report=". ".join(texts),
                    statements=list(dict.fromkeys(text.rstrip(" .") for text in statements)))
         skip = ("study_id or subject_id is empty" if not (study and patient) else
                 "report is empty" if not words else
@@ -1001,8 +1001,8 @@ def code_rows(settings):
     src, classes = settings["src"], list(label_set("code_test"))
     name, attributes = os.path.join(src, "ecg_tracings.hdf5"), os.path.join(src, "attributes.csv")
     count, some = read_tracings(src, slice(None, None, 8))
-    heights = np.ptp(some, axis=1)
-    height = np.median(heights[heights > 0]) if (heights > 0).any() else 0
+    heights = np.ptp(np.nan_to_num(some.astype(float), posinf=0, neginf=0), axis=1)
+    height = np.median(heights[heights > 0]) if heights.any() else 0
     unit = next((unit for unit, factor in UNITS.items() if 0.5 <= height * factor <= 3), None)
     if not unit:
         refuse(name, f"a median QRS of {height:g} is 0.5 to 3 mV high in none of {', '.join(UNITS)}")
@@ -1036,7 +1036,8 @@ def load_tracing(settings, row):
 def simulated_rows(settings):
     for i in range(int(settings["src"])):
         name = f"{settings['seed']}-{i}"
-        yield dict(id=name, patient=name, split=split_by(name, 0.8, 0), fold="", source="simulated", number=i)
+        yield dict(id=name, patient=name, split=split_by(name, 0.8, 0), fold="", sex="", source="simulated",
+                   number=i)
 
 
 def load_simulated(settings, row):
@@ -1257,8 +1258,8 @@ LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:{AND
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
 WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
 # a dot behind one of these ends no sentence
-ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl mögl
-    neg part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst
+ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl
+    mögl neg part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst
     z.n""".split()
 SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIONS)
                           + r"[.;!?]+(?=\s|$)(?!\s*grad)")

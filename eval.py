@@ -137,8 +137,8 @@ def reading(path):
         head = b""
         with contextlib.suppress(OSError), data.open_file(path) as file:
             head = file.read(40)
-        fault = f"{type(error).__name__}: {models.first_line(error)[:150]}"
-        fault = f"damaged, cut off, or no tensors that can be loaded safely ({fault}); restore it, or train anew"
+        fault = ("damaged, cut off, or no tensors that can be loaded safely "
+                 f"({type(error).__name__}: {models.first_line(error)[:150]}); restore it, or train anew")
         if head.startswith(b"version https://git-lfs"):
             fault = "a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
         elif isinstance(error, OSError) and error.strerror:
@@ -183,9 +183,9 @@ def read_tensors(path):
 
 
 def load_run(run, checkpoint=None, device="cpu", text_model=""):
-    """(method in eval mode, its config) of a run folder. checkpoint: other weights than its model.safetensors,
-    or NAME:FILE as the authors published them, for which the run does not matter (open_published).
-    Errors: DataError, ModelError."""
+    """(method in eval mode, its config) of a run folder. checkpoint: other weights than its
+    model.safetensors, or NAME:FILE as the authors published them, for which the run does not matter
+    (open_published). Errors: DataError, ModelError."""
     if found := publication(checkpoint):
         return open_published(*found, text_model, device)
     run, (config, _) = Path(run), read_config(run)
@@ -234,7 +234,7 @@ def publication(checkpoint):
 
 
 def rename(state, names):
-    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: ModelError with unknown names."""
+    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: ModelError, unknown names."""
     rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours.split("*"))
              for theirs, ours in names.items()]
     parts, unknown = {}, []
@@ -248,7 +248,8 @@ def rename(state, names):
             name, _, part = "".join(itertools.chain(*pieces)).partition("+")
             parts.setdefault(name, {})[part] = value
     if unknown:
-        raise models.ModelError(f"{len(unknown)} unexpected names in the checkpoint: {', '.join(unknown[:10])}")
+        raise models.ModelError(f"{len(unknown)} unexpected names in the checkpoint: "
+                                f"{', '.join(unknown[:10])}")
     return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)])
             for name, found in parts.items() if "" in found or len(found) == 3}  # else it counts as missing
 
@@ -263,7 +264,8 @@ def load_published(method, state, kind):
         raise models.ModelError(f"this {method.config.method} has no place for {', '.join(unexpected[:10])}")
     optional = tuple(published()[kind]["optional"])
     if missing := sorted(k for k in ours.keys() - given.keys() if not k.startswith(optional)):
-        raise models.ModelError(f"the checkpoint lacks {len(missing)} weights, such as {', '.join(missing[:10])}")
+        raise models.ModelError(f"the checkpoint lacks {len(missing)} weights, such as "
+                                f"{', '.join(missing[:10])}")
     shape = lambda x: [n for n in x.shape if n > 1]  # the authors have more axes of length 1
     if misshapen := sorted(k for k in given.keys() & ours.keys() if shape(given[k]) != shape(ours[k])):
         raise models.ModelError("other sizes than this method's: " + ", ".join(
@@ -336,7 +338,7 @@ def find_store(name, config, specs=()):
         fitting = list(specs) if len(specs) == 1 else [spec for spec in specs if kind(spec) == source]
         if len(fitting) != 1:
             fault = "none" if not fitting else "more than one"
-            raise data.DataError(f"{fault} of {', '.join(specs)} is of {name}; name its data alone with --data")
+            raise data.DataError(f"{fault} of {', '.join(specs)} is of {name}; name its data with --data")
         return open_store(fitting[0], rate)
     if config.data and (anything or config.data.partition(":")[0] in ("store", source)):
         if anything or kind(config.data) == source:
@@ -347,8 +349,9 @@ def find_store(name, config, specs=()):
         raise data.DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
     place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
     if not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
-        raise data.DataError(f"PTB-XL is not in {place}: download it from https://physionet.org/content/ptb-xl/ "
-                             "(3 GB, free, CC BY 4.0) and say where it is with --data ptbxl:PATH")
+        raise data.DataError(f"PTB-XL is not in {place}: download it from "
+                             "https://physionet.org/content/ptb-xl/ (3 GB, free, CC BY 4.0) and say where it "
+                             "is with --data ptbxl:PATH")
     return open_store(f"ptbxl:{place}", rate)
 
 
@@ -423,7 +426,7 @@ def ask_set(name, config, ask):
 
 
 def signals(store, rows, ask):
-    """ECGs of rows (B, 12, N) float32 mV: as stored, or with noise, fewer leads, or a control in their place."""
+    """ECGs of rows (B, 12, N) float32 mV: as stored, or with noise, fewer leads, or a control instead."""
     other = np.random.default_rng(0).permutation(len(store))  # of each record another one, always the same
     ecg = store.ecg(np.roll(other, 1)[np.argsort(other)][rows] if ask.control == "other" else rows)
     if ask.control == "zero":
@@ -514,8 +517,8 @@ def save_arrays(path, arrays):
 
 @torch.no_grad()
 def score_records(run, store, rows, prompts, ask, batch=256):
-    """Zero-shot scores of rows of a store: prompts are C lists of texts, the score of a class is the mean over
-    its texts of the similarity with the ECG -> (R, C) float32."""
+    """Zero-shot scores of rows of a store: prompts are C lists of texts, the score of a class is the mean
+    over its texts of the similarity with the ECG -> (R, C) float32."""
     method, scales = run.method, list(ask.scales or run.method.scales)
     text = method.encode_text([text.rstrip(". ") for row in prompts for text in row])  # worded as statements
     if scales == ["rhythm"]:  # the vectors say it all
@@ -532,8 +535,8 @@ def score_records(run, store, rows, prompts, ask, batch=256):
 # ---- metrics -----------------------------------------------------------------------------------------------
 
 def auroc_of_resamples(score, positive, weights):
-    """AUROC of one class in many bootstrap resamples at once. score (R,), positive (R,) bool, weights (K, R):
-    how often each row was drawn -> (K,), NaN where a resample lacks positives or negatives. Ties count half."""
+    """AUROC of one class in many bootstrap resamples; ties count half. score (R,), positive (R,) bool, weights
+    (K, R): how often each row was drawn -> (K,), NaN where positives or negatives are lacking."""
     order = np.argsort(score, kind="stable")
     score, positive, weights = score[order], positive[order], weights[:, order]
     pos, neg = weights * positive, weights * ~positive
@@ -575,8 +578,8 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
 
     A class without positives, or without negatives, is listed and left out of the means; the second mean
     leaves out classes with fewer than ENOUGH positives and the untrained. Intervals: of a class with at least
-    ENOUGH positives; of a mean over the resamples in which every one of its classes has both kinds (none where
-    these are fewer than a tenth)."""
+    ENOUGH positives; of a mean over the resamples in which every one of its classes has both kinds (none
+    where these are fewer than a tenth)."""
     patients = np.arange(len(scores)) if patients is None else patients
     weights, classes, samples = resamples(patients), {}, {}
     for name, score, positive in zip(names, scores.T, positives.T):
@@ -592,8 +595,9 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
     for title, least, without in (("macro", 1, ()), ("macro_enough", ENOUGH, untrained)):
         used = [n for n in samples if classes[n]["positives"] >= least and n not in without]
         if used:
-            means[title] = {m: float(np.mean([classes[n][m] for n in used])) for m in ("auroc", "auprc", "f1")}
-            means[title] |= {"classes": len(used), "interval": interval(np.mean([samples[n] for n in used], 0))}
+            mean = {m: float(np.mean([classes[n][m] for n in used])) for m in ("auroc", "auprc", "f1")}
+            ends = interval(np.mean([samples[n] for n in used], 0))
+            means[title] = {"classes": len(used), "interval": ends, **mean}
     return {"records": len(scores), "patients": len(np.unique(patients)), **means, "classes": classes,
             "untrained": list(untrained), "scores": scores, "labels": positives}  # arrays stay out of files
 
@@ -605,21 +609,21 @@ def share(hits, patients, name):
 
 
 def permutation_p(ours, others, labels):
-    """Paired permutation test of two groups' macro AUROC: lists of scores (R, C), as ranks, mean over the runs
-    of a group; record by record the two are exchanged -> p, two-sided."""
+    """Paired permutation test of two groups' macro AUROC: lists of scores (R, C), as ranks, mean over the
+    runs of a group; record by record the two are exchanged -> p, two-sided."""
     used = labels.any(0) & ~labels.all(0)
     a, b = (np.mean([rankdata(scores[:, used], axis=0) for scores in group], 0) for group in (ours, others))
     rng, positive = np.random.default_rng(0), labels[:, used]
     pairs = positive.sum(0) * (~positive).sum(0)
-    macro = lambda scores: ((rankdata(scores, axis=0) * positive).sum(0) / pairs).mean()  # AUROC and a constant
+    macro = lambda scores: ((rankdata(scores, axis=0) * positive).sum(0) / pairs).mean()  # AUROC + constant
     swaps = [np.zeros((len(a), 1), bool), *(rng.random((RESAMPLES, len(a), 1)) < 0.5)]
     gaps = [abs(macro(np.where(swap, b, a)) - macro(np.where(swap, a, b))) for swap in swaps]
     return float(np.mean(np.array(gaps) >= gaps[0] - 1e-12))  # the first one is as it was
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------
-# task(run, set, ask) -> {row: {column: metrics}}; row "" is the run itself. metrics: those of score_classes, or
-# a dictionary with "what", "value", "interval" and further facts.
+# task(run, set, ask) -> {row: {column: metrics}}; row "" is the run itself. metrics: those of score_classes,
+# or a dictionary with "what", "value", "interval" and further facts.
 
 def class_prompts(name, classes, style, records=None):
     """One list of texts a class. style: descriptive (prompts.json), plain (class names), or a JSON file
@@ -650,8 +654,15 @@ def text_scores(run, question, name, ask):
 def zeroshot(run, name, ask):
     """Classes told apart by the similarity of the ECG with their texts; no label is used."""
     question = ask_set(name, run.config, ask)
-    scores, (_, labels, patients) = text_scores(run, question, name, ask), question.test
-    return {"": {"zero-shot": score_classes(question.classes, scores, labels, patients)}}
+    scores, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
+    found = {"": {"zero-shot": score_classes(question.classes, scores, labels, patients)}}
+    if source_of(question.store) == "code" and name == "code_test":  # doctors, students, the authors' network
+        ids = question.store.records["id"].iloc[rows].astype(int)
+        for who, marks in data.code_annotations(question.store.meta["settings"]["src"]).items():
+            if who != "gold_standard":
+                marks = marks[ids].astype(float)
+                found[who] = {"zero-shot": score_classes(question.classes, marks, labels, patients)}
+    return found
 
 
 GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "balanced")
@@ -682,9 +693,9 @@ def choose_classes(x, labels, x_val, val):
 
 
 def subset(labelled, ratio):
-    """This share of training rows, drawn with seed 42; two at least."""
-    drawn = np.random.default_rng(42).permutation(len(labelled.rows))[:max(2, round(ratio * len(labelled.rows)))]
-    return np.sort(drawn)
+    """Places of this share of training rows, drawn with seed 42; two at least."""
+    count = len(labelled.rows)
+    return np.sort(np.random.default_rng(42).permutation(count)[:max(2, round(ratio * count))])
 
 
 def random_weights(run):
@@ -700,8 +711,8 @@ def percent(ratio):
 
 
 def probe(run, name, ask):
-    """A linear classifier on frozen vectors, by shares of the training rows (--ratios) or by positives a class
-    (--shots); beside it the same encoder with random weights, and trained with labels."""
+    """A linear classifier on frozen vectors, by shares of the training rows (--ratios) or by positives a
+    class (--shots); beside it the same encoder with random weights, and trained with labels."""
     question = ask_set(name, run.config, ask)
     if not len(question.train.rows) or not len(question.val.rows):
         raise data.DataError(f"{question.store.path}: no training rows with a label of {name} to learn from")
@@ -753,15 +764,15 @@ def few_labels(x, _, x_test, question, ask):
                  for some in drawn]
         columns[f"{k} a class"] = {
             "what": "AUROC", "value": float(np.mean(found)), "interval": [min(found), max(found)],
-            "deviation": float(np.std(found)), "training records": float(np.mean([len(some) for some in drawn])),
-            "records": len(x_test)}
+            "deviation": float(np.std(found)), "records": len(x_test),
+            "training records": float(np.mean([len(some) for some in drawn]))}
     return columns
 
 
 def published_head(x, labels, x_val, val, x_test, test, protocol):
-    """Test scores of a linear head on the mean token, trained as published. merl: Adam, the rate falls after 40
-    batches, and the BEST TEST EPOCH counts. melp: AdamW, cosine, stops after 5 epochs without a better AUROC on
-    validation rows, softmax over the classes."""
+    """Test scores of a linear head on the mean token, trained as published. merl: Adam, the rate falls after
+    40 batches, and the BEST TEST EPOCH counts. melp: AdamW, cosine, stops after 5 epochs without a better
+    AUROC on validation rows, softmax over the classes."""
     torch.manual_seed(42)
     x, x_val, x_test = (torch.from_numpy(part[:, :part.shape[1] // 2]) for part in (x, x_val, x_test))
     head, merl, best, waited = torch.nn.Linear(x.shape[1], labels.shape[1]), protocol == "merl", (-1, None), 0
@@ -771,7 +782,8 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
     for _ in range(100):
         for rows in torch.randperm(len(x)).split(16 if merl else 128):
             optimiser.zero_grad()
-            F.binary_cross_entropy_with_logits(head(x[rows]), torch.from_numpy(labels[rows]).float()).backward()
+            wanted = torch.from_numpy(labels[rows]).float()
+            F.binary_cross_entropy_with_logits(head(x[rows]), wanted).backward()
             optimiser.step()
             if merl:
                 falling.step()
@@ -788,14 +800,15 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
 
 
 def with_labels(run, question, ratio, ask, fresh=False, batch=32):
-    """Encoder and linear head trained with labels: AdamW, head 1e-3, encoder 1e-4, or 1e-3 from random weights;
-    warm-up, cosine; leads dropped and records shifted as in the run's training. The epoch with the best
-    AUROC on validation rows is tested. ask.epochs, or as many as 200 updates need."""
+    """Encoder and linear head trained with labels: AdamW, head 1e-3, encoder 1e-4, or 1e-3 from random
+    weights; warm-up, cosine; leads dropped and records shifted as in the run's training. The epoch with the
+    best AUROC on validation rows is tested. ask.epochs, or as many as 200 updates need."""
     drawn, device = subset(question.train, ratio), run.device
     method, c = random_weights(run).method if fresh else copy.deepcopy(run.method), run.config
     torch.manual_seed(c.seed)
-    head, per_epoch = torch.nn.Linear(2 * method.ecg.dim, len(question.classes)).to(device), -(-len(drawn) // batch)
-    epochs, limit = max(ask.epochs, -(-200 // per_epoch)), int(c.shift * c.rate)
+    head = torch.nn.Linear(2 * method.ecg.dim, len(question.classes)).to(device)
+    per_epoch = math.ceil(len(drawn) / batch)
+    epochs, limit = max(ask.epochs, math.ceil(200 / per_epoch)), int(c.shift * c.rate)
     optimiser = torch.optim.AdamW([{"params": head.parameters(), "lr": 1e-3},
                                    {"params": method.ecg.parameters(), "lr": 1e-3 if fresh else 1e-4}])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [1e-3, 1e-3 if fresh else 1e-4],
@@ -806,7 +819,8 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
     @torch.no_grad()
     def predict(rows):
         method.eval()
-        return torch.cat([odds(read(some)).cpu() for some in np.array_split(rows, len(rows) // 256 + 1)]).numpy()
+        parts = np.array_split(rows, len(rows) // 256 + 1)
+        return torch.cat([odds(read(some)).cpu() for some in parts]).numpy()
 
     for epoch in tqdm(range(epochs), desc=f"training with labels, {percent(ratio)}", leave=False):
         method.train()
@@ -839,8 +853,8 @@ def finetune(run, name, ask):
 
 
 def transfer(run, name, ask):
-    """Zero-shot, and a probe learned on another set, over the classes that both have (data.join_classes): a class
-    scores the highest of the source's classes that are joined to it."""
+    """Zero-shot, and a probe learned on another set, over the classes that both have (data.join_classes): a
+    class scores the highest of the source's classes that are joined to it."""
     question, columns = ask_set(name, run.config, ask), {}
     texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
     for source in (source for source in TRANSFER if source != name):
@@ -849,12 +863,13 @@ def transfer(run, name, ask):
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
-        x, x_val = (vectors(run, known.store, part.rows, ask)["features"] for part in (known.train, known.val))
+        x, x_val = (vectors(run, known.store, part.rows, ask)["features"] for part in known[2:4])
         predict = choose_classes(x, known.train.labels, x_val, known.val.labels)
         scores = predict(vectors(run, question.store, rows, ask)["features"])
         joined = {c: those for c, those in data.join_classes(source, name).items() if c in question.classes}
         own = [question.classes.index(c) for c in joined]
-        learned = np.stack([scores[:, [known.classes.index(c) for c in those]].max(1) for those in joined.values()], 1)
+        places = [[known.classes.index(c) for c in those] for those in joined.values()]
+        learned = np.stack([scores[:, those].max(1) for those in places], 1)
         without = [c for c in question.classes if c not in joined]
         for how, found in (("probe", learned), ("zero-shot", texts[:, own])):
             columns[f"from {source}, {how}"] = {"joined": joined, "left out": without} | score_classes(
@@ -881,9 +896,9 @@ def recall(like, right, patients):
 
 
 def both_ways(ecg, text, texts, findings, patients):
-    """Retrieval among R records: ecg (R, dim), text (T, dim) vectors of distinct texts, texts (R,) which of them
-    is a record's, findings (T,) what each says. Equal texts are one candidate; of a text, the best-ranked of
-    its records counts."""
+    """Retrieval among R records: ecg (R, dim), text (T, dim) vectors of distinct texts, texts (R,) which of
+    them is a record's, findings (T,) what each says. Equal texts are one candidate; of a text, the
+    best-ranked of its records counts."""
     present, texts = np.unique(texts, return_inverse=True)
     like, said = ecg @ text[present].T, findings[present]                                  # (R, T), (T,)
     own, same, found = texts[:, None] == np.arange(len(present)), said[texts][:, None] == said, {}
@@ -896,14 +911,15 @@ def both_ways(ecg, text, texts, findings, patients):
 
 @torch.no_grad()
 def retrieve(run, name, ask):
-    """Which report belongs to this ECG, and which ECG to this report? Of more than 1,000 records also in pools of
-    1,000, mean of ten draws."""
+    """Which report belongs to this ECG, and which ECG to this report? Of more than 1,000 records also in
+    pools of 1,000, mean of ten draws."""
     store = find_store(name, run.config, ask.data)
     tags = data.report_tags(store, run.config.report_language)
     rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
     if len(rows) < 2:
         raise data.DataError(f"{store.path}: fewer than two of the records asked for have a report")
-    distinct, first, texts = np.unique([models.join(tags[row]) for row in rows], return_index=True, return_inverse=True)
+    reports = [models.join(tags[row]) for row in rows]
+    distinct, first, texts = np.unique(reports, return_index=True, return_inverse=True)
     read, parts = data.Findings(), np.array_split(distinct, len(distinct) // 256 + 1)
     findings = [" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first]
     text = torch.cat([run.method.encode_text(part.tolist()).report.float().cpu() for part in parts]).numpy()
@@ -919,8 +935,8 @@ def retrieve(run, name, ask):
 
 
 def identify(run, name, ask):
-    """Is a patient's second record nearest to the same patient's first? By the cosine of unprojected vectors, among
-    patients with two records or more; nothing is trained."""
+    """Is a patient's second record nearest to the same patient's first? By the cosine of unprojected vectors,
+    among patients with two records or more; nothing is trained."""
     store = find_store(name, run.config, ask.data)
     rows, patients = test_rows(store, ask), store.records["patient"].to_numpy()
     pairs = [rows[:2] for _, rows in pd.Series(rows).groupby(patients[rows]) if len(rows) > 1]
@@ -942,7 +958,8 @@ def embed(run, name, ask):
 
 def overlap(written, truth):
     """Micro F1, precision and recall of sets: both lists of R sets."""
-    hits, said, true = sum(len(a & b) for a, b in zip(written, truth)), sum(map(len, written)), sum(map(len, truth))
+    hits = sum(len(a & b) for a, b in zip(written, truth))
+    said, true = sum(map(len, written)), sum(map(len, truth))
     return {"what": "F1", "value": 2 * hits / max(1, said + true), "precision": hits / max(1, said),
             "recall": hits / max(1, true)}
 
@@ -1001,8 +1018,8 @@ def generate(run, name, ask, batch=64):
 
 @torch.no_grad()
 def report_language(method, texts, run, batch=64):
-    """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The yardstick is to
-    say the commonest word every time."""
+    """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The
+    yardstick is to say the commonest word every time."""
     if not texts:
         print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from training")
         return
@@ -1012,25 +1029,26 @@ def report_language(method, texts, run, batch=64):
     for start in range(0, len(texts), batch):
         part = texts[start:start + batch]
         sums += torch.stack([x.float().cpu() for x in method.guess(part)])
-        counts.update(piece for row in method.tokenizer(part, add_special_tokens=False)["input_ids"] for piece in row)
+        pieces = method.tokenizer(part, add_special_tokens=False)["input_ids"]
+        counts.update(piece for row in pieces for piece in row)
     loss, right = (sums[[0, 2]] / sums[1]).tolist()
-    found = {"texts": len(texts), "loss": loss, "accuracy": right, "commonest": max(counts.values()) / counts.total()}
-    print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the commonest word: "
-          f"{100 * found['commonest']:.1f} %), loss {loss:.3f}")
-    remember(run, "language", found)
+    commonest = max(counts.values()) / counts.total()
+    print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the "
+          f"commonest word: {100 * commonest:.1f} %), loss {loss:.3f}")
+    remember(run, "language", {"texts": len(texts), "loss": loss, "accuracy": right, "commonest": commonest})
 
 
-TASKS = {"zeroshot": zeroshot, "probe": probe, "transfer": transfer, "retrieve": retrieve, "finetune": finetune,
-         "identify": identify, "embed": embed, "generate": generate}
+TASKS = {"zeroshot": zeroshot, "probe": probe, "transfer": transfer, "retrieve": retrieve,
+         "finetune": finetune, "identify": identify, "embed": embed, "generate": generate}
 
 
 # ---- where a model looks -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def attention_over_time(method, ecg, text):
-    """Where each text is seen: ecg (1, 12, N) mV, TextViews of C texts -> (C, N), rows sum to 1: the softmax over
-    tokens of each word's similarity, mean over words; or over beats or patches, as the method weighs them.
-    Errors: ModelError where a method has no scale below the whole record."""
+    """Where each text is seen: ecg (1, 12, N) mV, TextViews of C texts -> (C, N), rows sum to 1: the softmax
+    over tokens of each word's similarity, mean over words; or over beats or patches, as the method weighs
+    them. Errors: ModelError where a method has no scale below the whole record."""
     views, config, samples = method.encode_ecg(ecg), method.config, ecg.shape[2]
     if "token" in method.scales:
         words = [text.words[i, :n] for i, n in enumerate(text.word_count)]
@@ -1038,10 +1056,10 @@ def attention_over_time(method, ecg, text):
         weight = torch.stack([each.softmax(1).mean(0) for each in like])                       # (C, T)
     elif "beat" in method.scales and getattr(config, "beats", "") != "query" or config.align == "tag":
         beats = views.beats[0] if views.beat_count is None else views.beats[0, :views.beat_count[0]]
-        weight = (text.sentences[:, 0] @ beats.T * method.beat_options["beat_temperatures"][0]).softmax(1)
+        weight = (text.sentences[:, 0] @ beats.T * method.beat_options()["beat_temperatures"][0]).softmax(1)
     else:
-        raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep --align "
-                                "word or tag, and melp --beats rpeak, see them at a place")
+        raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep "
+                                "--align word or tag, and melp --beats rpeak, see them at a place")
     if config.method == "melp":  # beats, from midpoint to midpoint
         place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
     else:  # tokens of equal length; patches of all leads at one time together
@@ -1094,24 +1112,28 @@ def look(run, record, texts, ask):
 
 
 def plot_look(ecg, rate, title, rows, weight, path):
-    """The record on ECG paper; below, a strip for each text, as dark as the text is seen there, with a triangle
-    over every beat that carries more than one and a half times its share."""
+    """The record on ECG paper; below, a strip for each text, as dark as the text is seen there, with a
+    triangle under every beat that carries more than one and a half times its share."""
     from matplotlib.figure import Figure
-    count, samples = len(weight), ecg.shape[1]
-    figure = Figure(figsize=(12, 7 + 0.55 * count), layout="constrained")
-    axes = figure.subplots(1 + count, 1, sharex=True, squeeze=False, height_ratios=[12] + [1] * count)[:, 0]
-    data.draw_ecg(axes[0], ecg, rate, title)
+    seconds, step = ecg.shape[1] / rate, 0.5
+    width, paper, below = (seconds + 0.8) * 25 / 25.4, 13 * 10 / 25.4, 0.6 + step * len(weight)  # inches
+    size = width + 0.4, paper + below
+    figure = Figure(figsize=size)
+    place = lambda bottom, height: (0.2 / size[0], bottom / size[1], width / size[0], height / size[1])
+    axes = figure.add_axes(place(below - 0.35, paper))
+    data.draw_ecg(axes, ecg, rate, textwrap.shorten(title, 150))
     peaks = segment_beats(torch.from_numpy(ecg)[None], rate)[0][0]
     peaks = peaks[peaks >= 0].tolist()
-    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), samples]
-    for strip, (text, facts), w in zip(axes[1:], rows.items(), weight):
-        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, samples / rate, 0, 1), vmin=0)
-        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * samples > 1.5]
-        strip.plot(strong, [1.25] * len(strong), "v", color="#c03030", ms=5, clip_on=False)
+    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), ecg.shape[1]]
+    for i, ((text, facts), w) in enumerate(zip(rows.items(), weight)):
+        strip = figure.add_axes(place(below - 0.8 - step * i, 0.2))
+        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, seconds, 0, 1), vmin=0)
+        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * len(w) > 1.5]
+        strip.plot(strong, [-0.35] * len(strong), "^", color="#c03030", ms=5, clip_on=False)
         quantile = f", higher than {facts['higher than']}" if "higher than" in facts else ""
-        strip.set_title(f"{text}: {facts['similarity']:.3f}{quantile}", loc="left", fontsize=9, parse_math=False)
-        strip.set_yticks([])
-    axes[-1].set_xlabel("s")
+        strip.text(0, 1.25, f"{text}: {facts['similarity']:.3f}{quantile}", fontsize=8, parse_math=False)
+        strip.set(xlim=axes.get_xlim(), ylim=(0, 1), xticks=[], yticks=[])
+        strip.spines[:].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
@@ -1126,22 +1148,28 @@ def headline(metrics, mean="macro"):
 def summary(metrics):
     """A result as one line of a table."""
     if "classes" not in metrics:
-        return {metrics["what"]: metrics["value"]} | {k: v for k, v in metrics.items() if k not in ("what", "value")}
+        return {metrics.get("what") if k == "value" else k: v for k, v in metrics.items() if k != "what"}
     line = {"records": metrics["records"]}
     for mean, note in (("macro", ""), ("macro_enough", f", {ENOUGH} positives")):
         value, ends = headline(metrics, mean)
-        line |= {f"AUROC{note}": value, f"95 %{note}": ends, f"classes{note}": metrics.get(mean, {}).get("classes")}
+        line |= {f"AUROC{note}": value, f"95 %{note}": ends,
+                 f"classes{note}": metrics.get(mean, {}).get("classes")}
     return line | {"AUPRC": metrics.get("macro", {}).get("auprc"), "untrained": len(metrics["untrained"])}
+
+
+COLUMNS = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC",
+           "f1": "best F1"}
+MEANS = {"macro": "macro, classes with positives", "macro_enough": f"macro, at least {ENOUGH} positives"}
 
 
 def class_rows(metrics):
     """A result as a table of classes, their means below."""
-    rows = {f"macro, {text} ({metrics[mean]['classes']})": {"positives": ""} | metrics[mean]
-            for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives"))
-            if mean in metrics}
-    names = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC", "f1": "best F1"}
-    missing = lambda r: {} if "auroc" in r else {"interval": "no negatives" if r["positives"] else "no positives"}
-    return {name: {names[k]: (r | missing(r)).get(k) for k in names} for name, r in (metrics["classes"] | rows).items()}
+    rows = metrics["classes"] | {f"{text} ({metrics[mean]['classes']})": {"positives": ""} | metrics[mean]
+                                 for mean, text in MEANS.items() if mean in metrics}
+    for name, r in rows.items():
+        if "auroc" not in r:
+            rows[name] = r | {"interval": "no negatives" if r["positives"] else "no positives"}
+    return {name: {title: r.get(k) for k, title in COLUMNS.items()} for name, r in rows.items()}
 
 
 def print_table(title, rows):
@@ -1171,7 +1199,8 @@ def plot(title, panels, path):
             y = labels.index(label)
             axes.plot(ends or [], [y, y] if ends else [], color="0.8", lw=5, solid_capstyle="butt", zorder=1)
             axes.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C0", lw=1.5, zorder=2)
-            axes.plot(values, [y] * len(values), "o", color="C0" if ends else "0.5", mec="white", ms=5.5, zorder=3)
+            dots = dict(color="C0" if ends else "0.5", mec="white", ms=5.5, zorder=3)
+            axes.plot(values, [y] * len(values), "o", **dots)
         axes.set_yticks(range(len(labels)), [textwrap.fill(label, 40) for label in labels], fontsize=8)
         axes.set(ylim=(len(labels) - 0.4, -0.6))
         axes.set_title(panel, fontsize=9)
@@ -1182,10 +1211,11 @@ def plot(title, panels, path):
 
 
 def plot_shots(title, columns, path):
-    """Macro AUROC over the number of positives a class: mean and range of ten draws, and the zero-shot line."""
+    """Macro AUROC over the number of positives a class: mean, range of ten draws, and the zero-shot line."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes, few = figure.subplots(), {int(name.split()[0]): m for name, m in columns.items() if name != "zero-shot"}
+    axes = figure.subplots()
+    few = {int(name.split()[0]): m for name, m in columns.items() if name != "zero-shot"}
     axes.plot(list(few), [m["value"] for m in few.values()], "o-", label="probe")
     axes.fill_between(list(few), *zip(*(m["interval"] for m in few.values())), alpha=0.2)
     axes.axhline(headline(columns["zero-shot"])[0], color="C1", ls="--", label="zero-shot")
@@ -1210,26 +1240,27 @@ def show(folder, task, name, rows, ask):
     """Print a result, draw it (TASK_SET.png), and put it into results.json: an entry for each task, set and
     options, none of which overwrites another."""
     options = {k: v for k, v in vars(ask).items() if k not in ("device", "text_model")}
-    title, lines = entry(name, options), {", ".join(filter(None, (row, column))): m
-                                          for row, columns in rows.items() for column, m in columns.items()}
-    picture = Path(folder) / f"{task}_{file_name(title)}.png"
+    lines = {", ".join(filter(None, (row, column))): m for row, columns in rows.items()
+             for column, m in columns.items()}
+    title = entry(name, options)
+    heads = {label: ([value], ends) for label, (value, ends) in zip(lines, map(headline, lines.values()))
+             if value is not None}
     if task == "zeroshot":
-        [metrics] = lines.values()
-        print_table(f"zero-shot {name}: {metrics['records']} records", class_rows(metrics))
-        known = {f"{c} ({r['positives']})": ([r["auroc"]], r["interval"])
-                 for c, r in sorted(metrics["classes"].items(), key=lambda c: -c[1].get("auroc", 0)) if "auroc" in r}
-        value = headline(metrics)[0]
-        if known:
-            plot(f"zero-shot {title}: macro AUROC {value:.3f}, {metrics['records']} records", {"AUROC": known}, picture)
+        metrics = rows[""]["zero-shot"]
+        for label, m in lines.items():
+            print_table(f"{label} {name}: {m['records']} records", class_rows(m))
+        known = {c: r for c, r in metrics["classes"].items() if "auroc" in r}
+        heads = {f"{c} ({known[c]['positives']})": ([known[c]["auroc"]], known[c]["interval"])
+                 for c in sorted(known, key=lambda c: -known[c]["auroc"])}
     elif lines:
         print_table(f"{task} {name}", {label: summary(m) for label, m in lines.items()})
-        heads = {label: ([value], ends) for label, m in lines.items() for value, ends in [headline(m)] if value is not None}
-        if task == "probe" and ask.shots:
-            plot_shots(f"{task} {title}", rows[""], picture)
-        elif heads:
-            plot(f"{task} {title}", {next(iter(lines.values())).get("what", "macro AUROC"): heads}, picture)
-    plain = {row: {column: {k: v for k, v in m.items() if not isinstance(v, np.ndarray)} for column, m in columns.items()}
-             for row, columns in rows.items()}
+    picture = Path(folder) / f"{task}_{file_name(title)}.png"
+    if task == "probe" and ask.shots and name != "age":
+        plot_shots(title, rows[""], picture)
+    elif heads:
+        plot(f"{task} {title}", {next(iter(lines.values())).get("what", "AUROC"): heads}, picture)
+    plain = {row: {column: {k: v for k, v in m.items() if not isinstance(v, np.ndarray)}
+                   for column, m in columns.items()} for row, columns in rows.items()}
     if rows:
         remember(folder, task, {title: {"options": options, "results": plain}})
 
@@ -1273,9 +1304,9 @@ def report(folder, wanted, **options):
 # ---- many runs ---------------------------------------------------------------------------------------------
 
 def group_runs(configs):
-    """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order of appearance. A
-    title is the method and what sets the group apart from the method's others; each field's most common value
-    goes without saying (among equally common ones the first). A field that a config lacks is None."""
+    """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order of appearance.
+    A title is the method and what sets the group apart from the method's others; each field's most common
+    value goes without saying (among equally common ones the first). A field that a config lacks is None."""
     fields = [f for f in dict.fromkeys(f for config in configs for f in config) if f not in NO_MATTER]
     groups, titled = {}, {}
     for place, config in enumerate(configs):
@@ -1289,7 +1320,7 @@ def group_runs(configs):
 
 
 def over_runs(found, mean="macro"):
-    """A figure over runs: metrics of each -> dict; mean: "macro" or "macro_enough". None where no run has it."""
+    """A figure over runs: metrics of each -> dict; mean: "macro" or "macro_enough". None: no run has it."""
     heads = [head for head in (headline(m, mean) for m in found) if head[0] is not None]
     values, known = [value for value, _ in heads], [ends for _, ends in heads if ends]
     return {"values": values, "mean": float(np.mean(values)), "lowest": min(values), "highest": max(values),
@@ -1329,9 +1360,9 @@ def summarise(found, folders, configs):
 
 
 def compare(folders, wanted, **options):
-    """Do tasks on finished runs, put repetitions together (group_runs), print one table, write comparison.json and
-    comparison.png beside the first run. Plain files among `folders` are passed over, so that runs/* will do. Errors:
-    DataError for a folder that is not a finished run, and where runs were asked about different records."""
+    """Do tasks on finished runs, put repetitions together (group_runs), print one table, write
+    comparison.json and comparison.png beside the first run. Plain files among `folders` are passed over, so that runs/* will
+    do. Errors: DataError for a folder that is not a finished run, and where records differ between runs."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
     if not folders:
         raise data.DataError("no run folder to compare")
@@ -1344,15 +1375,16 @@ def compare(folders, wanted, **options):
     places, columns, records = {}, {}, {}  # of each group
     for place, folder in enumerate(tqdm(folders, desc="runs")):
         for (task, name), rows in report(folder, wanted, **options).items():
-            for row, column, m in [(row, column, m) for row, found in rows.items() for column, m in found.items()]:
+            for row, column in [(row, column) for row, found in rows.items() for column in found]:
+                m = rows[row][column]
                 title = f"{row} ({configs[place]['encoder']})" if row else titles[place]
                 label = name if task == "zeroshot" else f"{name} {task}, {column}"
                 places.setdefault(title, {})[place] = None
                 columns.setdefault(title, {}).setdefault(label, []).append(m)
                 number, other = records.setdefault(label, (m.get("records"), folder))
                 if number != m.get("records"):
-                    raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for {other}: "
-                                         "name the same for all with --data")
+                    raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
+                                         f"{other}: name the same for all with --data")
     groups = {title: summarise(columns[title], [folders[i] for i in those], [configs[i] for i in those])
               for title, those in places.items()}
     first = next(iter(groups))
@@ -1360,14 +1392,15 @@ def compare(folders, wanted, **options):
         those = [[m["scores"] for m in columns[t].get(label, ()) if "scores" in m] for t in (title, first)]
         if all(those) and groups[title]["macro"][label]:
             groups[title]["macro"][label]["p"] = permutation_p(*those, columns[title][label][0]["labels"])
-    print(f"\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap interval, mean of its "
-          f"ends over runs], p against {first}\n\n{markdown(groups)}")
+    print("\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap "
+          f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}")
     print(f"\nthe same over classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
     for run, facts in [pair for group in groups.values() for pair in zip(group["runs"], group["training"])]:
         if warnings := (facts or {}).get("warnings"):
             print(f"\nwarnings in training of {run}: {len(warnings)}, the last at {warnings[-1]}")
     path = folders[0].parent / "comparison.json"
-    data.write_text(path, json.dumps({"options": {k: str(v) for k, v in options.items()}, "groups": groups}, indent=1))
+    asked = {k: str(v) for k, v in options.items()}
+    data.write_text(path, json.dumps({"options": asked, "groups": groups}, indent=1))
     panels = {label: {title: (group["macro"][label]["values"], group["macro"][label]["interval"])
                       for title, group in groups.items() if group["macro"].get(label)} for label in records}
     plot("each run, their mean, and the 95 % bootstrap interval", panels, path.with_suffix(".png"))
@@ -1385,24 +1418,24 @@ def sets_for(task, names):
     known = [*data.LABEL_SETS, *(("age", "sex") if task == "probe" else ())]
     for name in names:
         if name not in known and not name.endswith(".json"):
-            raise data.DataError(f"unknown label set {name!r}; known are {', '.join(known)}, csv (the codes of your "
-                                 "own data), or a file NAME.json")
+            raise data.DataError(f"unknown label set {name!r}; known are {', '.join(known)}, csv (the codes "
+                                 "of your own data), or a file NAME.json")
     return names or list(TRANSFER)
 
 
 def parse(argv):
-    """Command line -> (parser, arguments that were given)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
+    """Command line -> {argument: value} of what was given."""
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add, several = parser.add_argument, lambda kind: lambda text: [kind(part) for part in text.split(",")]
     for task, function in TASKS.items():
         note = " ".join(function.__doc__.split("\n\n")[0].split()).replace("%", "%%")
         add(f"--{task}", nargs="*" if task in ("transfer", "generate") else "+", metavar="SET", help=note)
-    add("--look", nargs="+", metavar=("RECORD", "TEXT"), help="where texts are seen in a WFDB record or SPEC:ID")
+    add("--look", nargs="+", metavar=("RECORD", "TEXT"), help="where it is seen in a WFDB record, SPEC:ID")
     add("--run", help="run folder [the newest in runs/]")
     add("--compare", nargs="+", metavar="RUN", help="finished run folders: one table over all")
-    add("--ckpt", dest="checkpoint", help="a .safetensors file, with config and tokenizer from --run or from beside "
-        "it; or merl:FILE, melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
+    add("--ckpt", dest="checkpoint", help="a .safetensors file, with config and tokenizer from --run or from "
+        "beside it; or merl:FILE, melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
     add("--text-model", help="of a published checkpoint: folder with its tokenizer [the published name]")
     add("--data", nargs="+", metavar="SOURCE:PATH", help="where the records are: one for each source")
     add("--split", choices=("test", "val", "train", "all"), help="which records are tested [test]")
@@ -1411,25 +1444,27 @@ def parse(argv):
     add("--scales", type=several(str), help="rhythm,beat,token or some of them [the method's own]")
     add("--leads", type=several(str), help="leads that are kept, e.g. I,II,V2; the others are zero")
     add("--derive-leads", action="store_true", help="with I and II kept: III, aVR, aVL, aVF from them")
-    add("--noise", type=float, metavar="DB", help="add wander, mains and white noise at this signal-to-noise ratio")
-    add("--control", choices=("zero", "other"), help="no signal, or another record's: figures must fall to 0.5")
+    add("--noise", type=float, metavar="DB", help="signal-to-noise ratio of added wander, mains, white noise")
+    add("--control", choices=("zero", "other"), help="no signal, or another record's: all must fall to 0.5")
     add("--ratios", type=several(float), help="shares of the training rows [0.01,0.1,1]")
     add("--shots", type=several(int), help="of --probe: so many positives a class, e.g. 1,2,4,8,16")
-    add("--probe-protocol", dest="protocol", choices=("grid", "merl", "melp"), help="grid | as published [grid]")
+    add("--probe-protocol", dest="protocol", choices=("grid", "merl", "melp"), help="[grid]")
     add("--epochs", type=int, help="of training with labels [10]")
     add("--beams", type=int, help="of --generate; 1: greedy")
     given = vars(parser.parse_args(argv))
     leads = {lead: data.lead_index(lead) for lead in given.get("leads", ())}
+    numbers = (*given.get("shots", ()), given.get("epochs", 1), given.get("beams", 1))
     for wrong, sentence in (
             (None in leads.values(), f"--leads {','.join(leads)}: leads are {', '.join(data.LEADS)}"),
-            ("derive_leads" in given and not {0, 1} <= set(leads.values()), "--derive-leads needs --leads with I and II"),
+            ("derive_leads" in given and not {0, 1} <= set(leads.values()),
+             "--derive-leads needs --leads with I and II"),
             (any(not 0 < r <= 1 for r in given.get("ratios", ())), "--ratios are shares above 0, up to 1"),
-            (any(k < 1 for k in (*given.get("shots", ()), given.get("epochs", 1), given.get("beams", 1))),
-             "--shots, --epochs and --beams are numbers from 1"),
+            (min(numbers) < 1, "--shots, --epochs and --beams are numbers from 1"),
             (not math.isfinite(given.get("noise", 0)), "--noise is a ratio in dB"),
-            (not {"look", *TASKS} & given.keys(), "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
-            ("compare" in given and {"run", "checkpoint", "look"} & given.keys(), "--compare names its own runs: drop --run, "
-             "--ckpt and --look"),
+            (not {"look", *TASKS} & given.keys(),
+             "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
+            ("compare" in given and {"run", "checkpoint", "look"} & given.keys(),
+             "--compare names its own runs: drop --run, --ckpt and --look"),
             ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
             (len(given.get("look", "ok")) < 2, "--look RECORD TEXT...")):
         if wrong:

@@ -8,7 +8,6 @@ import os
 import re
 import string
 from collections import Counter
-from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, Optional, get_args
 
 import numpy as np
@@ -399,7 +398,7 @@ class CausalTower(TextTower):
         if change[:2].max() > 1e-5 * change[2]:
             raise ModelError(f"this text model ({lm.config.model_type}) cannot be run as a causal one, as "
                              "MELP needs: use a BERT")
-        # a text begins with [CLS], or with the [BOS] that the authors' tokenizer has besides
+        # the piece that a text begins with: [CLS], or the [BOS] that the authors' tokenizer has besides
         self.first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def run(self, tokens):
@@ -425,9 +424,9 @@ class CausalTower(TextTower):
 def sentence_of_piece(texts, offsets, words):
     """Number of each piece's sentence (B, W), -1 for special ones. ". " ends one, as join puts it; "0.5" does
     not. offsets (B, W, 2): a piece's first and last character."""
-    ends = [[m.end() for m in re.finditer(r"\. ", text)] for text in texts]
-    rows = [np.searchsorted(end, start, "right") for end, start in zip(ends, offsets[:, :, 0].cpu().numpy())]
-    return torch.where(words, torch.from_numpy(np.stack(rows)).to(words.device), -1)
+    starts = offsets[:, :, 0].tolist()
+    number = [[text.count(". ", 0, start) for start in row] for text, row in zip(texts, starts)]
+    return torch.where(words, torch.tensor(number, device=words.device), -1)
 
 
 def sentence_means(states, sentence):
@@ -503,7 +502,7 @@ def architecture(name, head):
     """(transformers class, its config, tokenizer) of a text model; of a T5, the encoder half."""
     import transformers
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a saved half is no pair
+    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a half says False
         head = "AutoModelForTextEncoding"
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return getattr(transformers, head), config, tokenizer
@@ -528,7 +527,7 @@ def first_line(error):
 
 
 def check_tokenizer(tokenizer, config, name):
-    """tokenizer. Errors: ModelError where it is not the model's: too many pieces, or all unknown."""
+    """tokenizer. Errors: ModelError where it is not the model's: too many pieces, or every word unknown."""
     pieces, probe = len(tokenizer), tokenizer.tokenize("sinus rhythm with atrial fibrillation")
     if pieces > config.vocab_size or all(piece == tokenizer.unk_token for piece in probe):
         raise ModelError(f"text model {name!r} has no tokenizer of its own: the one found knows {pieces} "
@@ -806,11 +805,11 @@ class AttentionPool(nn.Module):
     """MERL's pooling head: a learned class token asks all tokens. (B, T, dim) -> (B, dim). It gets position 0
     twice, as in the published code (golden vectors agree only so)."""
 
-    def __init__(self, tokens, dim, heads=4):
+    def __init__(self, tokens, dim):
         super().__init__()
         self.positions = nn.Parameter(torch.randn(1, tokens + 1, dim) / dim)
         self.cls = nn.Parameter(torch.randn(1, 1, dim))
-        self.attention = nn.MultiheadAttention(dim, heads_for(dim, heads), batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, heads_for(dim, 4), batch_first=True)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
@@ -909,13 +908,12 @@ def pool_beats(tokens, peaks, samples):
 class QueryPool(nn.Module):
     """CoCa's attention pooling: n learned queries ask all tokens. (B, T, tokens) -> (B, n, dim)."""
 
-    def __init__(self, n, dim, tokens, heads=8):
+    def __init__(self, n, dim, tokens):
         super().__init__()
         self.query = nn.Parameter(torch.randn(n, dim))
-        heads = heads_for(dim, heads)
+        heads = heads_for(dim, 8)
         self.attention = nn.MultiheadAttention(dim, heads, kdim=tokens, vdim=tokens, batch_first=True)
-        self.norm_query, self.norm_context = nn.LayerNorm(dim), nn.LayerNorm(tokens)
-        self.norm = nn.LayerNorm(dim)
+        self.norm_query, self.norm_context, self.norm = (nn.LayerNorm(d) for d in (dim, tokens, dim))
 
     def forward(self, x):
         x, q = self.norm_context(x), self.norm_query(self.query).expand(len(x), -1, -1)
@@ -925,9 +923,9 @@ class QueryPool(nn.Module):
 class CaptionDecoder(nn.Module):
     """CoCa's multimodal decoder: causal blocks, each followed by one that asks the ECG."""
 
-    def __init__(self, dim, vocabulary, depth, heads=8):
+    def __init__(self, dim, vocabulary, depth):
         super().__init__()
-        heads = heads_for(dim, heads)
+        heads = heads_for(dim, 8)
         self.blocks = nn.ModuleList(Block(dim, heads, 4 * dim) for _ in range(depth))
         self.cross = nn.ModuleList(Block(dim, heads, 4 * dim, cross=True) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -1166,7 +1164,7 @@ class FGCLEP(ETP):
         else:
             text = gather(self.encode_text(batch.texts))
         target = self.targets(text.report, chosen, tags)  # (B, C)
-        # how frequent a text is, the cosine need not say with a prior: only which records it is true of
+        # with a prior the cosine need not say how frequent a text is, only of which records it is true
         prior = torch.logit(target.mean(0), eps=0.5 / len(target)) if self.config.prior else 0
         terms = {}
         for scale in self.scales:
@@ -1224,7 +1222,7 @@ Share, Weight = Annotated[float, 0, 1], Annotated[float, 0, 10**12]
 Part = Annotated[float, 0, 0.99]  # all of it would leave nothing
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """The small default, made for two CPU cores; a method's own and --preset paper are in METHODS."""
     method: str = "fgclep"  # etp | merl | cmelt | melp | fgclep; cardiolm: a language model for --text-model

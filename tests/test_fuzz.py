@@ -22,6 +22,7 @@ import model as models
 import train
 from conftest import ROOT, SHARED
 from test_data import beats, csv_source, mimic_tree, table, write
+from test_sets import code_tree, headers
 
 TRIALS = int(os.environ.get("FUZZ_TRIALS", 60))  # of a kind
 SECONDS, MEMORY = 5, 400e6  # the longest that one may take; bytes that all may add
@@ -80,7 +81,7 @@ def rows_of(source):
             assert row["split"] in ("train", "val", "test") and row["patient"]
             assert all(map(data.WORD.search, row.get("statements", [])))
         data.survey(settings)
-        return [str(row) for row in rows]
+        return [str(row | {"changed": "when"}) for row in rows]
     return open_
 
 
@@ -129,6 +130,22 @@ def mimic(name):
         mimic_tree(folder)
         return folder / name
     return make
+
+
+def with_codes(name):
+    """CODE-test's files, or a folder of headers with codes."""
+    def make(folder):
+        if name == "ecg_tracings.hdf5" or name.startswith("annotations"):
+            return code_tree(folder, 1, count=3)[0] / name
+        headers(folder, {"E1": "#Age: 74\n#Sex: Male\n#Dx: 59118001,AF\n", "E2": ""})
+        table(folder / "REFERENCE.csv", [dict(Recording="E2", First_label=1, Second_label=2, Third_label="")])
+        return folder / name
+    return make
+
+
+def labelled(folder):
+    (folder / "mine.json").write_text('{"AF": {"name": "atrial fibrillation", "prompts": ["atrial fibrillation"]}}')
+    return folder / "mine.json"
 
 
 def store(name):
@@ -197,12 +214,13 @@ def evaluated(folder, file):
 
 def resumed(folder, file):
     """What train.py reads of a run that it is to continue."""
-    config, run = train.parse(["--resume", str(folder / "run")])
+    config, run, _ = train.parse(["--resume", str(folder / "run")])
     state = train.read_checkpoint(run, config.save_every)
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
     update = train.restore(state, run, method, train.make_optimiser(method, config))
-    log = train.Log(run, update, True).read()
-    return evaluation.crc_of_tensors(method.state_dict()), train.read_recovered(run), log
+    log = [line for line in train.read_log(run) if line["update"] <= update]
+    recovered = train.read_lines(run / "recovered.jsonl", {"row": int, "feature": str, "kept": bool})
+    return evaluation.crc_of_tensors(method.state_dict()), recovered, log
 
 
 def compared(folder, file):
@@ -259,6 +277,10 @@ KINDS = {  # kind: make, open, and whether any other result than the undamaged o
     "scp_statements.csv": (ptbxl("scp_statements.csv"), rows_of("ptbxl"), False),
     "record_list.csv": (mimic("record_list.csv"), rows_of("mimic"), False),
     "machine_measurements.csv": (mimic("machine_measurements.csv"), rows_of("mimic"), False),
+    "REFERENCE.csv": (with_codes("REFERENCE.csv"), rows_of("georgia"), False),
+    "tracings": (with_codes("ecg_tracings.hdf5"), rows_of("code"), False),
+    "annotations": (with_codes("annotations/gold_standard.csv"), rows_of("code"), False),
+    "label set": (labelled, lambda folder, file: str(data.label_set(str(file))), False),
     "store.json": (store("store.json"), opened, True), "records.csv": (store("records.csv"), opened, True),
     "ecg.i16": (store("ecg.i16"), opened, True), "unfinished store": (unfinished, gone_on, True),
     "prompts.json": (knowledge, read_knowledge, False), **RUNS}

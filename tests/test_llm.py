@@ -1,7 +1,7 @@
 """train.py --llm: features that a causal language model proposes: reading its answers, asking, continuing, a whole run."""
 import json
+import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,6 +12,7 @@ from conftest import small_config
 
 SETS = [["sinus rhythm", "left bundle branch block"], ["atrial fibrillation"], ["atrial fibrillation"], ["normal ecg"],
         ["left bundle branch block", "sinus rhythm"], ["first degree av block", "sinus rhythm"], ["sinus tachycardia"]]
+WAVES = ["wide qrs complexes", "absent p waves"]
 GOOD = '["wide qrs complexes", "absent p waves"]'
 
 
@@ -36,8 +37,8 @@ def asked(monkeypatch):
 
     def generate(lm, tokenizer, batch):
         sets.extend(batch)
-        return ["I cannot tell." if tags == ("atrial fibrillation",) else f'["{tags[0].split()[-1]} waves in v1", {GOOD[1:]}'
-                for tags in batch]
+        return ["I cannot tell." if report == "atrial fibrillation" else
+                f'["{report.split("; ")[0].split()[-1]} waves in v1", {GOOD[1:]}' for report in batch]
     monkeypatch.setattr(train, "load_llm", lambda name, device: (None, None))
     monkeypatch.setattr(train, "generate", generate)
     monkeypatch.setattr(train, "LLM_BATCH", 2)
@@ -45,115 +46,117 @@ def asked(monkeypatch):
 
 
 def ask(folder, name="stub"):
-    answers = train.Answers(folder, name)
-    answers.ask(SETS, torch.device("cpu"))
-    return answers
+    return train.ask_llm(folder, name, SETS, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("answer, features", [
-    (GOOD, ["wide qrs complexes", "absent p waves"]),
-    (f"  {GOOD}\n", ["wide qrs complexes", "absent p waves"]),
-    (f"```json\n{GOOD}\n```", ["wide qrs complexes", "absent p waves"]),
-    (f"```\n{GOOD}\n```", ["wide qrs complexes", "absent p waves"]),
-    (f"<think>\nMaybe [\"delta waves\"]?\n</think>\n\n{GOOD}", ["wide qrs complexes", "absent p waves"]),
-    (f"The template opened the thought.</think>{GOOD}", ["wide qrs complexes", "absent p waves"]),
-    (f'{{"features": {GOOD}}}', ["wide qrs complexes", "absent p waves"]),
-    ("- wide QRS complexes.\n\n* absent P waves;\n\u2022 QRS > 120 ms", ["wide qrs complexes", "absent p waves", "qrs > 120 ms"]),
-    ("1. wide QRS complexes\n2) absent  P waves", ["wide qrs complexes", "absent p waves"]),
-    ('["Absent P waves", "absent p waves.", " absent p  waves"]', ["absent p waves"]),                             # repeated
+    (GOOD, WAVES), (f"  {GOOD}\n", WAVES), (f"```json\n{GOOD}\n```", WAVES), (f'{{"features": {GOOD}}}', WAVES),
+    (f"Sure! {GOOD}\nI hope this helps.", WAVES), ('[\n "wide qrs complexes",\n "absent p waves"\n]', WAVES),
+    (f"{GOOD}\n\nReport: atrial flutter\nFeatures: [\"saw tooth waves\"]", WAVES),  # goes on with more examples
+    (f"<think>\nMaybe [\"delta waves\"]?\n</think>\n\n{GOOD}", WAVES),
+    (f"The template opened the thought.</think>{GOOD}", WAVES),
+    ('["Absent P waves", "absent p waves.", " absent p  waves"]', ["absent p waves"]),                            # repeated
     (json.dumps(["absent p waves"] * 500), ["absent p waves"]),
-    (json.dumps([f"st elevation in v{i}" for i in range(20)]), [f"st elevation in v{i}" for i in range(8)]),      # too many
-    ('["st elevation in v1 and v2 and v3 and v4 and v5 and v6", "tall r waves"]', ["tall r waves"]),              # too long
-    ('["negative T-Wellen in V1 bis V3", "ST-Hebung", "ritmo sinusal normal", "onda t invertida", "onde p normale"]', []),
-    ('["ST-Senkung in V4", "flat T waves", "\u0448\u0438\u0440\u043e\u043a\u0438\u0439 qrs"]', ["flat t waves"]),
-    ('["\u5bbdqrs\u6ce2", "\u0448\u0438\u0440\u043e\u043a\u0438\u0439 qrs", "elevaci\u00f3n del st", "pr \u2265 200 ms"]', []),
-    ('["", " ", "...", "120", "in the", "asdf jkl", "see a doctor", "{}", "**wide qrs**"]', []),
-    ("[]", []),
-    ("", None), ("   \n", None), ("null", None), ("3", None), ('"wide qrs"', None), ("wide qrs", None), ("{}", None),
-    (f"Sure! {GOOD}", None), (f"{GOOD}\nI hope this helps.", None), ("Here:\n- wide qrs\n- absent p waves", None),  # prose
-    (GOOD[:-1], None), ('["wide qrs", "abse', None), (GOOD + GOOD, None), ("```json\n" + GOOD, None), (f"<think> {GOOD}", None),
-    ('["wide qrs", 3]', None), ('[["wide qrs"]]', None), ('{"a": ["wide qrs"], "b": ["st depression"]}', None),
+    (json.dumps([f"st elevation in v{i}" for i in range(20)]), [f"st elevation in v{i}" for i in range(8)]),     # too many
+    ('["st elevation in v1 and v2 and v3 and v4 and v5 and v6", "tall r waves"]', ["tall r waves"]),             # too long
+    ('["", " ", "...", "{}", "\u2026"]', []), ("[]", []),
+    ('["ST-Senkung in V4", "see a doctor"]', ["st-senkung in v4", "see a doctor"]),      # the coarse model decides
+    ("", None), ("   \n", None), ("null", None), ('"wide qrs"', None), ("wide qrs", None), ("- wide qrs", None),
+    (GOOD[:-1], None), ('["wide qrs", "abse', None), (f"{GOOD[:-1]}\n\nReport: x\nFeatures: {GOOD}", None),
+    ('["wide qrs", 3]', None), ('[["wide qrs"]]', None), ("as in [1], the waves", None),
     ("[" * 50000, None), ("waves " * 200, None), ("\x00\ufffd\u5fc3\u7535\u56fe", None)])
-def test_only_a_list_is_read_and_only_english_features_of_it(answer, features):
+def test_the_first_list_of_an_answer_is_read_and_bounded(answer, features):
     assert train.parse_features(answer) == features
 
 
-def test_the_knowledge_table_is_plausible():
+def test_the_knowledge_table_passes_as_an_answer():
     table = data.knowledge()
     for finding in table["findings"].values():
-        assert train.parse_features(json.dumps(finding["features"])) == finding["features"]
+        assert train.parse_features(json.dumps(finding["features"])) == finding["features"][:8]
 
 
 def test_each_distinct_set_is_asked_once(asked, tmp_path, capsys):
-    answers = ask(tmp_path)
-    assert sorted(asked) == sorted({tuple(sorted(tags)) for tags in SETS}) and len(asked) == 5
-    assert answers.candidates(SETS[0]) == answers.candidates(SETS[4]) == ["block waves in v1", *json.loads(GOOD)]
-    assert answers.candidates(["atrial fibrillation"]) == []
+    proposals = ask(tmp_path)
+    assert sorted(asked) == sorted({"; ".join(sorted(tags)) for tags in SETS}) and len(asked) == 5
+    assert proposals[0] == proposals[4] == ["block waves in v1", *WAVES] and proposals[1] == proposals[2] == []
     assert "5 distinct sets of tags, 5 distinct features; 1 of 5 answers could not be read" in capsys.readouterr().out
-    assert ask(tmp_path).features == answers.features and len(asked) == 5
+    assert ask(tmp_path) == proposals and len(asked) == 5
 
 
-def test_asking_goes_on_where_it_was_killed(asked, tmp_path):
-    """From a file cut anywhere: whole lines hold, batches with a set left are asked again, and the file becomes the same."""
-    whole, path = ask(tmp_path), tmp_path / "llm_answers.jsonl"
-    text, order = path.read_text(), list(asked)
-    ends = np.cumsum([len(line) for line in text.splitlines(keepends=True)])
-    for cut in range(0, len(text) + 1, 7):
-        path.write_text(text[:cut])
+def test_asking_goes_on_where_it_was_killed(asked, tmp_path, monkeypatch):
+    """Killed while any batch is asked: whole batches hold, the others are asked as they were, and the file becomes the same."""
+    whole, path, order, answer = ask(tmp_path), tmp_path / "llm_answers.json", list(asked), train.generate
+    text = path.read_text()
+    for kept in (0, 2, 4):
+        path.unlink(missing_ok=True)
         asked.clear()
-        assert ask(tmp_path).features == whole.features and path.read_text() == text
-        kept = sum(ends <= cut)
-        assert asked == ([] if kept == 5 else order[kept // 2 * 2:])
+
+        def killed(lm, tokenizer, batch):
+            if len(asked) == kept:
+                raise KeyboardInterrupt
+            return answer(lm, tokenizer, batch)
+        monkeypatch.setattr(train, "generate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(tmp_path)
+        monkeypatch.setattr(train, "generate", answer)
+        assert asked == order[:kept] and ask(tmp_path) == whole and asked == order and path.read_text() == text
     with pytest.raises(data.DataError, match="holds the answers of stub, not of other"):
-        train.Answers(tmp_path, "other")
+        ask(tmp_path, "other")
+    path.write_text(text[:-9])
+    with pytest.raises(data.DataError, match="llm_answers.json: no JSON"):
+        ask(tmp_path)
 
 
 def test_a_tiny_model_answers_garbage(tiny_llm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "LLM_TOKENS", 16)
     state = torch.get_rng_state()
-    first = ask(tmp_path, str(tiny_llm))
+    assert ask(tmp_path, str(tiny_llm)) == [[]] * len(SETS)
     assert torch.equal(torch.get_rng_state(), state)
-    assert set(first.features.values()) == {None} and "5 of 5 answers could not be read" in capsys.readouterr().out
-    raw = [json.loads(line)["answer"] for line in (tmp_path / "llm_answers.jsonl").read_text().splitlines()]
-    assert all(raw)
+    assert "5 of 5 answers could not be read" in capsys.readouterr().out
+    text = (tmp_path / "llm_answers.json").read_text()
+    assert all(json.loads(text)["answers"].values())
     (tmp_path / "again").mkdir()
     ask(tmp_path / "again", str(tiny_llm))
-    assert (tmp_path / "again/llm_answers.jsonl").read_text() == (tmp_path / "llm_answers.jsonl").read_text()
+    assert (tmp_path / "again/llm_answers.json").read_text() == text
 
 
 def test_padding_does_not_change_an_answer(tiny_llm, monkeypatch):
     monkeypatch.setattr(train, "LLM_TOKENS", 16)
     lm, tokenizer = train.load_llm(str(tiny_llm), torch.device("cpu"))
-    sets = [("normal ecg",), ("atrial fibrillation", "left ventricular hypertrophy", "non-specific st-t wave changes")]
-    assert train.generate(lm, tokenizer, sets) == [train.generate(lm, tokenizer, [tags])[0] for tags in sets]
+    reports = ["normal ecg", "atrial fibrillation; left ventricular hypertrophy; non-specific st-t wave changes"]
+    assert train.generate(lm, tokenizer, reports) == [train.generate(lm, tokenizer, [one])[0] for one in reports]
 
 
 def test_a_chat_template_is_used_where_there_is_one(tiny_llm):
     _, tokenizer = train.load_llm(str(tiny_llm), torch.device("cpu"))
-    plain = train.prompt_for(tokenizer, ("normal ecg", "st {x}"))
+    plain = train.prompt_for(tokenizer, "normal ecg; st {x}")
     assert plain.endswith("Report: normal ecg; st {x}\nFeatures:") and plain.count("Report:") == 3
     assert "fibrillatory baseline" in plain and "pr interval longer than 200 ms" in plain
     tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
                                "{% if add_generation_prompt %}<|assistant|>{% endif %}{% if not enable_thinking %}!{% endif %}")
-    chat = train.prompt_for(tokenizer, ("normal ecg", "st {x}"))
-    assert chat.startswith("<|user|>") and chat.endswith("<|end|><|assistant|>!") and "reported as: normal ecg; st {x}\n" in chat
+    assert train.prompt_for(tokenizer, "normal ecg; st {x}") == f"<|user|>{plain}<|end|><|assistant|>!"
 
 
-def test_an_untrained_answer_ends_with_its_line(tiny_llm, monkeypatch):
-    """A model without chat template goes on with further examples; a chat's answer is taken whole."""
-    lm, tokenizer = train.load_llm(str(tiny_llm), torch.device("cpu"))
-    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *args, **options: [f" {GOOD}\n\nReport: flutter"])
-    monkeypatch.setattr(train, "LLM_TOKENS", 1)
-    assert train.generate(lm, tokenizer, [("normal ecg",)]) == [GOOD]
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    assert train.generate(lm, tokenizer, [("normal ecg",)]) == [f" {GOOD}\n\nReport: flutter"]
+def test_the_worked_examples_are_those_of_the_knowledge_table():
+    examples = re.findall(r"Report: (.+)\nFeatures: (\[.+\])", train.QUESTION)
+    assert len(examples) == 2
+    for report, answer in examples:
+        features = train.parse_features(answer)
+        assert features == json.loads(answer) and set(features) <= set(data.Findings().candidates(report.split("; ")))
 
 
 def test_a_missing_model_is_told_in_one_sentence(tmp_path):
-    with pytest.raises(models.ModelError, match="no-such-model.* neither a folder with a causal language model.*hub: [^\n]+$"):
+    with pytest.raises(models.ModelError, match="no-such-model.* neither a folder [^\n]+$"):
         train.load_llm(str(tmp_path / "no-such-model"), torch.device("cpu"))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(models.ModelError, match="neither a folder with a causal language model"):
+    with pytest.raises(models.ModelError, match="neither a folder with a whole model"):
+        train.load_llm(str(tmp_path), torch.device("cpu"))
+    import transformers
+    tokenizer = models.word_tokenizer(["sinus rhythm with atrial fibrillation"] * 2)
+    transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(models.ModelError, match="does not write text"):
         train.load_llm(str(tmp_path), torch.device("cpu"))
 
 
@@ -164,38 +167,39 @@ def store(tmp_path_factory):
 
 
 def recover(store, folder, answer, **options):
-    """What an untrained method recovers for 40 records: {row: [[feature, cosine, kept]]}; and the method."""
+    """What an untrained method recovers for 40 records: lines of recovered.jsonl; and rows and method."""
     tags = data.report_tags(store)
     rows = [row for row in range(40) if tags[row]]
-    lines = [{"model": "stub", "tags": sorted(set(tags[row])), "answer": "", "features": answer(row, tags[row])} for row in rows]
-    (folder / "llm_answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     torch.manual_seed(0)
     config = small_config("fgclep", width=0.125, dim=16, llm="stub", **options)
     method = models.build_method(config, models.small_text_model(["sinus rhythm"] * 4, steps=1, dim=32, layers=1))
-    train.recover_features(method, store, np.array(rows), tags, config, folder, torch.device("cpu"))
-    return train.read_recovered(folder), method.eval()
+    proposals = [answer(row, tags[row]) for row in rows]
+    train.recover_features(method, store, tags, rows, proposals, config, folder, torch.device("cpu"))
+    lines = [json.loads(line) for line in (folder / "recovered.jsonl").read_text().splitlines()]
+    assert all(line["id"] == store.records["id"].iloc[line["row"]] for line in lines)
+    return lines, rows, method.eval()
 
 
 def test_recovery_takes_the_proposed_features(store, tmp_path):
-    found, _ = recover(store, tmp_path, lambda row, said: ["delta waves", said[0]], keep_share=0.5)
-    assert all([feature for feature, *_ in scored] == ["delta waves"] for scored in found.values())  # what is said is not proposed
-    assert sum(kept for scored in found.values() for *_, kept in scored) == pytest.approx(len(found) / 2, abs=1)
+    lines, rows, _ = recover(store, tmp_path, lambda row, tags: ["delta waves", tags[0]], keep_share=0.5)
+    assert [(line["row"], line["feature"]) for line in lines] == [(row, "delta waves") for row in rows]  # no tag again
+    assert sum(line["kept"] for line in lines) == pytest.approx(len(rows) / 2, abs=1)
 
 
 def test_recovery_of_more_features_than_are_scored_at_once(store, tmp_path):
-    found, method = recover(store, tmp_path, lambda row, said: [f"delta waves in v{row * 10 + i}" for i in range(10)])
-    features = sorted({feature for scored in found.values() for feature, *_ in scored})
-    assert len(features) > 256
+    lines, rows, method = recover(store, tmp_path, lambda row, tags: [f"delta waves in v{row * 10 + i}" for i in range(10)])
+    features = [line["feature"] for line in lines]
+    assert len(features) > 256 and features == [f"delta waves in v{row * 10 + i}" for row in rows for i in range(10)]
     with torch.no_grad():
-        ecg = method.encode_ecg(torch.from_numpy(store.ecg(list(found)))).rhythm
+        ecg = method.encode_ecg(torch.from_numpy(store.ecg(rows))).rhythm
         cosines = ecg @ method.encode_text(features).report.T
-    for (row, scored), mine in zip(found.items(), cosines):
-        assert [cosine for _, cosine, _ in scored] == pytest.approx([mine[features.index(f)].item() for f, *_ in scored], abs=2e-4)
+    for place, line in enumerate(lines):
+        assert line["cosine"] == pytest.approx(cosines[rows.index(line["row"]), place].item(), abs=2e-4)
 
 
 def test_recovery_without_any_feature(store, tmp_path):
-    found, _ = recover(store, tmp_path, lambda row, said: None)
-    assert found and not any(found.values())
+    lines, _, _ = recover(store, tmp_path, lambda row, tags: [])
+    assert lines == []
 
 
 def test_a_run_with_a_language_model(tiny_llm, store, tmp_path, monkeypatch, capsys):
@@ -211,5 +215,5 @@ def test_a_run_with_a_language_model(tiny_llm, store, tmp_path, monkeypatch, cap
                 "--mlm-steps", "3", "--batch-size", "16", "--epochs", "1", "--fine-epochs", "1", "--threads", "1"])
     out = capsys.readouterr().out
     assert "distinct sets of tags, 2 distinct features" in out and "recovered features" in out and "precision" not in out
-    features = {feature for scored in train.read_recovered(tmp_path / "runs/run").values() for feature, *_ in scored}
-    assert features == set(json.loads(GOOD)) and (tmp_path / "runs/run/results.json").exists()
+    features = {json.loads(line)["feature"] for line in (tmp_path / "runs/run/recovered.jsonl").open()}
+    assert features == set(WAVES) and (tmp_path / "runs/run/results.json").exists()
