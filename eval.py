@@ -1229,8 +1229,8 @@ def plot_shots(title, columns, path):
 
 
 OPTIONS = {  # that concern some tasks only, or no result
-    "device": (), "text_model": (), "ratios": ("probe", "finetune"), "shots": ("probe",), "protocol": ("probe",),
-    "epochs": ("probe", "finetune"), "beams": ("generate",), "prompts": ("zeroshot", "transfer"),
+    "device": (), "text_model": (), "ratios": ("probe", "finetune"), "shots": ("probe",),
+    "protocol": ("probe",), "epochs": ("probe", "finetune"), "beams": ("generate",), "prompts": ("zeroshot", "transfer"),
     "scales": ("zeroshot", "transfer")}
 
 
