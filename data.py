@@ -451,8 +451,8 @@ def load_record(path, rate, crop="first", read=read_record):
 
 FORMAT = ["ecg-language store", 4]  # name and version
 CHUNK = 256  # records of a task: what is written at once, and what the simulator draws at once
-COLUMNS = ("id", "patient", "split", "fold", "statements", "report", "codes", "source", "leads", "features", "peaks",
-           "age", "sex")  # years and F or M, "" where unknown
+COLUMNS = ("id", "patient", "split", "fold", "statements", "report", "codes", "source", "leads",
+           "features", "peaks", "age", "sex")  # years and F or M, "" where unknown
 JSON_COLUMNS = ("statements", "codes", "features", "peaks")
 AGAIN = "delete it and prepare the data set again"
 STRANGE = "label codes that prompts.json does not know, so that no label set counts them"
@@ -1968,8 +1968,8 @@ def _report(rng, codes, features):
 READS = (open_file, read_record, read_header, parse_lead, beside, measure, read_signals, read_segments,
          lead_index, to_twelve, repair, microvolts, load_record, work,
          read_csv, without_zero, split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX,
-         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST, WORD,
-         SENTENCE_END, COMMA)
+         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING,
+         NEGATED_LIST, WORD, SENTENCE_END, COMMA)
 MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block,

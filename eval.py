@@ -538,8 +538,8 @@ def score_records(run, store, rows, prompts, ask, batch=256):
 # ---- metrics -----------------------------------------------------------------------------------------------
 
 def auroc_of_resamples(score, positive, weights):
-    """AUROC of one class in many bootstrap resamples; ties count half. score (R,), positive (R,) bool, weights
-    (K, R): how often each row was drawn -> (K,), NaN where positives or negatives are lacking."""
+    """AUROC of one class in many bootstrap resamples; ties count half. score (R,), positive (R,) bool,
+    weights (K, R): how often each row was drawn -> (K,), NaN where positives or negatives are lacking."""
     order = np.argsort(score, kind="stable")
     score, positive, weights = score[order], positive[order], weights[:, order]
     pos, neg = weights * positive, weights * ~positive
@@ -721,7 +721,9 @@ def probe(run, name, ask):
     if name == "age":
         return {"": {"age": age_probe(*features(run), question)}}
     if ask.shots:
-        return {"": few_labels(*features(run), question, ask) | zeroshot(run, name, ask)[""]}
+        value, ends = headline(zeroshot(run, name, ask)[""]["zero-shot"])
+        texts = {"what": "AUROC", "value": value, "interval": ends, "records": len(question.test.rows)}
+        return {"": few_labels(*features(run), question, ask) | {"zero-shot": texts}}
     rows = {}
     for title, one in (("", run), ("random weights", random_weights(run))):
         x, x_val, x_test = features(one)
@@ -1217,7 +1219,7 @@ def plot_shots(title, columns, path):
     few = {int(name.split()[0]): m for name, m in columns.items() if name != "zero-shot"}
     axes.plot(list(few), [m["value"] for m in few.values()], "o-", label="probe")
     axes.fill_between(list(few), *zip(*(m["interval"] for m in few.values())), alpha=0.2)
-    axes.axhline(headline(columns["zero-shot"])[0], color="C1", ls="--", label="zero-shot")
+    axes.axhline(columns["zero-shot"]["value"], color="C1", ls="--", label="zero-shot")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(few), list(map(str, few)))
     axes.set(xlabel="positives a class", ylabel="macro AUROC", title=title)
@@ -1225,10 +1227,17 @@ def plot_shots(title, columns, path):
     figure.savefig(path, dpi=130)
 
 
+OPTIONS = {  # that concern some tasks only, or no result
+    "device": (), "text_model": (), "ratios": ("probe", "finetune"), "shots": ("probe",),
+    "protocol": ("probe",), "epochs": ("probe", "finetune"), "beams": ("generate",), "prompts": ("zeroshot", "transfer"),
+    "scales": ("zeroshot", "transfer")}
+
+
 def entry(name, options):
     """The title of a result: what was asked, and those options that are not the defaults."""
+    given = {k: v for k, v in options.items() if v and v != DEFAULTS[k] or v == 0 and k == "noise"}
     text = lambda v: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v
-    return " ".join([name, *(f"{k}={text(v)}" for k, v in options.items() if v != DEFAULTS.get(k, v))])
+    return " ".join([name, *(f"{k}={text(v)}" for k, v in given.items())])
 
 
 def file_name(text):
@@ -1238,7 +1247,9 @@ def file_name(text):
 def show(folder, task, name, rows, ask):
     """Print a result, draw it (TASK_SET.png), and put it into results.json: an entry for each task, set and
     options, none of which overwrites another."""
-    options = {k: v for k, v in vars(ask).items() if k not in ("device", "text_model")}
+    data_of_set = [spec for spec in ask.data if spec.partition(":")[0] == name.split("_")[0]]
+    options = {k: v for k, v in vars(ask).items() if task in OPTIONS.get(k, TASKS)}
+    options["data"] = data_of_set or list(ask.data)
     lines = {", ".join(filter(None, (row, column))): m for row, columns in rows.items()
              for column, m in columns.items()}
     title = entry(name, options)
@@ -1360,8 +1371,9 @@ def summarise(found, folders, configs):
 
 def compare(folders, wanted, **options):
     """Do tasks on finished runs, put repetitions together (group_runs), print one table, write
-    comparison.json and comparison.png beside the first run. Plain files among `folders` are passed over, so that runs/* will
-    do. Errors: DataError for a folder that is not a finished run, and where records differ between runs."""
+    comparison.json and comparison.png beside the first run. Plain files among `folders` are passed over, so
+    that runs/* will do. Errors: DataError for a folder that is no finished run, and where the records that
+    two runs were asked about differ in number."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
     if not folders:
         raise data.DataError("no run folder to compare")

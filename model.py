@@ -20,7 +20,7 @@ from torch.distributed.nn.functional import all_gather, all_reduce
 from csrc import beat_of_token, segment_beats, sigmoid_loss, token_beat_rhythm
 
 SECONDS = 10  # length of a record, as data.py stores it
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 
 
 class ModelError(ValueError):
@@ -1281,7 +1281,7 @@ class Config:
     accumulate: Count = 1  # such batches per update
     lr: Annotated[float, 1e-12, 100] = 2e-3  # peak learning rate (AdamW)
     beta2: Annotated[float, 0, 0.999999] = 0.999  # AdamW
-    weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.decays
+    weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.make_optimiser
     warmup: Share = 0.1  # share of a stage's updates with rising rate; without it towers collapse
     clip: Annotated[float, 1e-12, math.inf] = 1.0  # largest gradient norm
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU

@@ -81,5 +81,5 @@ setup(
         "matplotlib>=3.7", "tqdm>=4.65", "transformers>=4.56", "tokenizers>=0.20", "safetensors>=0.4",
         "ninja>=1.11", "setuptools",
     ],
-    extras_require={"test": ["pytest>=8"], "bench": ["sleepecg==0.6.*", "neurokit2>=0.2"]},
+    extras_require={"test": ["pytest>=8", "pytest-xdist>=3"], "bench": ["sleepecg==0.6.*", "neurokit2>=0.2"]},
 )

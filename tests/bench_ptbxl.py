@@ -2,6 +2,7 @@
 it again to go on.
 
     python tests/bench_ptbxl.py ../shared/data/ptbxl              methods x seeds
+    python tests/bench_ptbxl.py ../shared/data/ptbxl --tasks zeroshot,probe
     python tests/bench_ptbxl.py ../shared/data/ptbxl --ablation   parts of FG-CLEP x seeds
     python tests/bench_ptbxl.py ../shared/data/ptbxl --methods melp,melp-rpeak,melp-cardiolm
 """
@@ -60,6 +61,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run")
+    parser.add_argument("--tasks", default="zeroshot", help="of eval.py on the finished runs: zeroshot,probe,...")
     args = parser.parse_args()
     known = {**{name: ["--method", name] for name in METHODS}, **VARIANTS,
              **{name: ["--method", "fgclep", *flags] for name, flags in ABLATION.items()}}
@@ -73,9 +75,9 @@ def main():
     if "melp-cardiolm" in names:
         train(LANGUAGE_MODEL, ["--method", "cardiolm", *common])
     train_all(runs, args.jobs)
-    sets = {"zeroshot": list(evaluation.GROUPS["ptbxl"])}
-    evaluation.compare([ROOT / "runs" / name for name in runs], sets, folds=[9, 10],
-                       device="cuda" if torch.cuda.is_available() else "cpu")
+    wanted = {task: evaluation.sets_for(task, ["ptbxl"]) for task in args.tasks.split(",")}
+    evaluation.compare([ROOT / "runs" / name for name in runs], wanted, folds=[9, 10],
+                       data=[common[1]], device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":
