@@ -335,7 +335,8 @@ def find_store(name, config, specs=()):
     anything = source in ("own", "age", "sex") or name.endswith(".json")
     kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
     if specs:
-        fitting = list(specs) if len(specs) == 1 else [spec for spec in specs if kind(spec) == source]
+        kinds = ("csv", "wfdb") if anything else (source,)
+        fitting = list(specs) if len(specs) == 1 else [spec for spec in specs if kind(spec) in kinds]
         if len(fitting) != 1:
             fault = "none" if not fitting else "more than one"
             raise data.DataError(f"{fault} of {', '.join(specs)} is of {name}; name its data with --data")
@@ -423,6 +424,14 @@ def ask_set(name, config, ask):
     if not (keep & tested).any():
         raise data.DataError(f"{store.path}: no record to evaluate has a label of {name}")
     return Question(store, classes, train, val, everything.at(keep & tested))
+
+
+def ask_to_learn(name, config, ask):
+    """ask_set of a set that has training and validation rows. Errors: DataError where it has none."""
+    question = ask_set(name, config, ask)
+    if not len(question.train.rows) or not len(question.val.rows):
+        raise data.DataError(f"{question.store.path}: no training rows with a label of {name} to learn from")
+    return question
 
 
 def signals(store, rows, ask):
@@ -713,9 +722,7 @@ def percent(ratio):
 def probe(run, name, ask):
     """A linear classifier on frozen vectors, by shares of the training rows (--ratios) or by positives a
     class (--shots); beside it the same encoder with random weights, and trained with labels."""
-    question = ask_set(name, run.config, ask)
-    if not len(question.train.rows) or not len(question.val.rows):
-        raise data.DataError(f"{question.store.path}: no training rows with a label of {name} to learn from")
+    question = ask_to_learn(name, run.config, ask)
     features = lambda one: [vectors(one, question.store, part.rows, ask)["features"] for part in question[2:]]
     if name == "age":
         return {"": {"age": age_probe(*features(run), question)}}
@@ -847,9 +854,7 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
 
 def finetune(run, name, ask):
     """Encoder and classifier trained with labels, from the run's weights and from random ones."""
-    question = ask_set(name, run.config, ask)
-    if not len(question.train.rows) or not len(question.val.rows):
-        raise data.DataError(f"{question.store.path}: no training rows with a label of {name} to learn from")
+    question = ask_to_learn(name, run.config, ask)
     return {row: {percent(ratio): with_labels(run, question, ratio, ask, fresh) for ratio in ask.ratios}
             for row, fresh in (("", False), ("trained with labels", True))}
 
@@ -861,7 +866,7 @@ def transfer(run, name, ask):
     texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
     for source in (source for source in TRANSFER if source != name):
         try:
-            known = ask_set(source, run.config, ask)
+            known = ask_to_learn(source, run.config, ask)
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
