@@ -409,9 +409,10 @@ def labels_of(records, name):
     return data.label_matrix(records, name)
 
 
-def ask_set(name, config, ask):
+def ask_set(name, config, ask, learn=False):
     """Question of a label set. Validation rows are the val split; where that is tested, an eighth of the
-    training patients by a hash. Errors: DataError where no record to test has a label."""
+    training patients by a hash. Errors: DataError where no record to test has a label; if learn, where there
+    is none to learn from."""
     store = find_store(name, config, ask.data)
     classes, labels, keep = labels_of(store.records, name)
     patients, split = (store.records[column].to_numpy(object) for column in ("patient", "split"))
@@ -423,15 +424,9 @@ def ask_set(name, config, ask):
     train, val = (everything.at(keep & ~tested & (split == part)) for part in ("train", "val"))
     if not (keep & tested).any():
         raise data.DataError(f"{store.path}: no record to evaluate has a label of {name}")
+    if learn and not (len(train.rows) and len(val.rows)):
+        raise data.DataError(f"{store.path}: no training rows with a label of {name} to learn from")
     return Question(store, classes, train, val, everything.at(keep & tested))
-
-
-def ask_to_learn(name, config, ask):
-    """ask_set of a set that has training and validation rows. Errors: DataError where it has none."""
-    question = ask_set(name, config, ask)
-    if not len(question.train.rows) or not len(question.val.rows):
-        raise data.DataError(f"{question.store.path}: no training rows with a label of {name} to learn from")
-    return question
 
 
 def signals(store, rows, ask):
@@ -491,7 +486,7 @@ def vectors(run, store, rows, ask):
         try:
             with np.load(path) as file:
                 known = dict(file) if str(file["key"]) == key else {}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             print(f"{path}: not readable ({error}), encoded anew")
     missing = np.setdiff1d(rows, known.get("rows", []))
     if len(missing):
@@ -722,7 +717,7 @@ def percent(ratio):
 def probe(run, name, ask):
     """A linear classifier on frozen vectors, by shares of the training rows (--ratios) or by positives a
     class (--shots); beside it the same encoder with random weights, and trained with labels."""
-    question = ask_to_learn(name, run.config, ask)
+    question = ask_set(name, run.config, ask, learn=True)
     features = lambda one: [vectors(one, question.store, part.rows, ask)["features"] for part in question[2:]]
     if name == "age":
         return {"": {"age": age_probe(*features(run), question)}}
@@ -854,7 +849,7 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
 
 def finetune(run, name, ask):
     """Encoder and classifier trained with labels, from the run's weights and from random ones."""
-    question = ask_to_learn(name, run.config, ask)
+    question = ask_set(name, run.config, ask, learn=True)
     return {row: {percent(ratio): with_labels(run, question, ratio, ask, fresh) for ratio in ask.ratios}
             for row, fresh in (("", False), ("trained with labels", True))}
 
@@ -866,7 +861,7 @@ def transfer(run, name, ask):
     texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
     for source in (source for source in TRANSFER if source != name):
         try:
-            known = ask_to_learn(source, run.config, ask)
+            known = ask_set(source, run.config, ask, learn=True)
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
@@ -1482,6 +1477,7 @@ def parse(argv):
              "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
             ("compare" in given and {"run", "checkpoint", "look"} & given.keys(),
              "--compare names its own runs: drop --run, --ckpt and --look"),
+            ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
             (len(given.get("look", "ok")) < 2, "--look RECORD TEXT...")):
         if wrong:
             parser.error(sentence)
@@ -1504,7 +1500,9 @@ def main(argv=None):
         run = given.get("run") or (Path(checkpoint).parent if checkpoint else newest_run())
     print(f"run {run}")
     if "generate" in wanted:
-        wanted["generate"] = wanted["generate"] or [read_config(run)[0].data.partition(":")[0]]
+        config = read_config(run)[0]
+        store = open_store(options["data"][0] if "data" in options else config.data, config.rate)
+        wanted["generate"] = wanted["generate"] or [source_of(store)]
     if wanted:
         report(run, wanted, **options)
     if "look" in given:

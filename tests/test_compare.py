@@ -1,4 +1,4 @@
-"""eval.py --compare: what belongs together and how it is called, the table's numbers, errors, and two runs end to end."""
+"""eval.py --compare: what belongs together and its name, the table's numbers, errors, runs end to end."""
 import json
 
 import numpy as np
@@ -10,50 +10,67 @@ import eval as evaluation
 import train
 from conftest import write_config
 
-FLAGS = ["--method", "etp", "--data", "simulated:96", "--width", "0.125", "--dim", "16", "--mlm-steps", "3", "--batch-size", "16",
-         "--epochs", "1", "--threads", "1"]
+FLAGS = ("--method etp --data simulated:96 --width 0.125 --dim 16 --mlm-steps 3 --batch-size 16 --epochs 1 "
+         "--threads 1").split()
 
 
 def config(method="etp", seed=0, **fields):
-    return {"method": method, "name": f"{method}-{seed}", "seed": seed, "threads": seed, "lr": 0.1, "prior": True, **fields}
+    return {"method": method, "name": f"{method}-{seed}", "seed": seed, "threads": seed, "lr": 0.1,
+            "prior": True, **fields}
 
 
 def test_groups_and_titles_by_hand():
     assert evaluation.group_runs([config(), config("merl"), config(seed=1), config("merl", lr=0.2)]) == {
         "etp": [0, 2], "merl": [1], "merl lr=0.2": [3]}
     ablation = [config(prior=False), config(), config(seed=1), config(lr=0.2, prior=False), config(lr=0.3)]
-    assert evaluation.group_runs(ablation) == {  # prior: two groups each, so the first one's value goes without saying
+    assert evaluation.group_runs(ablation) == {  # prior: two groups each; the first one's goes without saying
         "etp": [0], "etp prior=True": [1, 2], "etp lr=0.2": [3], "etp lr=0.3 prior=True": [4]}
-    ablation.append(config(unit="tag"))  # a field that the others' version did not have; prior=True is most common now
+    ablation.append(config(unit="tag"))  # a field the others' version lacked; prior=True is commonest now
     assert list(evaluation.group_runs(ablation)) == [
         "etp prior=False", "etp", "etp lr=0.2 prior=False", "etp lr=0.3", "etp unit=tag"]
 
 
-def run_of(seed, training, **sets):
-    results = {name: {"records": 9, "macro": {"auroc": auroc, "interval": [auroc - width, auroc + width]}}
-               for name, (auroc, width) in sets.items()}
-    return {"run": f"runs/etp-{seed}", "config": config(seed=seed), "training": training, "results": results}
+def metrics(value, width, **more):
+    """A result as score_classes gives it."""
+    macro = {"auroc": value, "interval": [value - width, value + width]}
+    return {"records": 9, "classes": {}, "macro": macro} | more
 
 
-def test_numbers_of_the_table_by_hand():
-    slow, fast = ({"records_per_second": speed, "parameters": 2e6} for speed in (100, 140))
-    three = evaluation.summarise([run_of(0, slow, ptbxl_super=(0.7, 0.1), simulated=(0.5, 0.1)),
-                                  run_of(1, fast, ptbxl_super=(0.8, 0.1), simulated=(0.6, 0.1)),
-                                  run_of(2, None, ptbxl_super=(0.9, 0.04), simulated=(0.7, 0.1))])
-    s = three["sets"]["ptbxl_super"]
-    assert s["auroc"] == [0.7, 0.8, 0.9] and (s["lowest"], s["highest"]) == (0.7, 0.9) and s["mean"] == pytest.approx(0.8)
-    assert np.allclose(s["interval"], [0.72, 0.88]) and three["seeds"] == [0, 1, 2] and "seed" not in three["config"]
-    one = evaluation.summarise([run_of(0, None, ptbxl_super=(0.75, 0.1), simulated=(0.5, 0.2))])
+def folder(path, facts):
+    """A run's folder with nothing in it but training.json, or not even that."""
+    path.mkdir()
+    if facts:
+        (path / "training.json").write_text(json.dumps(facts))
+    return path
+
+
+def test_numbers_of_the_table_by_hand(tmp_path):
+    slow, fast = ({"records_per_second": speed, "parameters": 2e6, "warnings": []} for speed in (100, 140))
+    folders = [folder(tmp_path / name, facts) for name, facts in zip("abc", (slow, fast, None))]
+    found = {"ptbxl_super": [metrics(0.7, 0.1), metrics(0.8, 0.1), metrics(0.9, 0.04)],
+             "simulated": [metrics(0.5, 0.1), metrics(0.6, 0.1), metrics(0.7, 0.1)]}
+    three = evaluation.summarise(found, folders, [config(seed=seed) for seed in range(3)])
+    s = three["macro"]["ptbxl_super"]
+    assert s["values"] == [0.7, 0.8, 0.9] and (s["lowest"], s["highest"]) == (0.7, 0.9)
+    assert s["mean"] == pytest.approx(0.8) and np.allclose(s["interval"], [0.72, 0.88])
+    assert three["seeds"] == [0, 1, 2] and "seed" not in three["config"]
+    found = {"ptbxl_super": [metrics(0.75, 0.1)], "simulated": [metrics(0.5, 0.2)]}
+    one = evaluation.summarise(found, folders[2:], [config()])
     assert evaluation.markdown({"etp": three, "merl": one}).splitlines() == [
-        "| method | seeds | super | simulated | records/s | parameters |", "|---|---|---|---|---|---|",
-        "| etp | 3 | 0.800 (0.700 - 0.900) [0.720, 0.880] | 0.600 (0.500 - 0.700) [0.500, 0.700] | 120 | 2.00 M |",
+        "| method | runs | super | simulated | records/s | parameters |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| etp | 3 | 0.800 (0.700 - 0.900) [0.720, 0.880] | 0.600 (0.500 - 0.700) [0.500, 0.700] | 120 "
+        "| 2.00 M |",
         "| merl | 1 | 0.750 [0.650, 0.850] | 0.500 [0.300, 0.700] | - | - |"]
-    assert one["sets_enough"] == {"ptbxl_super": None, "simulated": None}  # 9 records: no class has 10 positives
-    assert evaluation.markdown({"merl": one}, "sets_enough").splitlines()[2] == "| merl | 1 | - | - | - | - |"
-    run = run_of(0, None, simulated=(0.5, 0.2))
-    run["results"]["simulated"]["macro_enough"] = {"auroc": 0.625, "interval": [0.5, 0.75]}
-    assert evaluation.markdown({"etp": evaluation.summarise([run])}, "sets_enough").splitlines()[2] == (
+    assert one["macro_enough"] == {"ptbxl_super": None, "simulated": None}  # no class has 10 positives
+    without = evaluation.markdown({"merl": one}, "macro_enough").splitlines()
+    assert without[2] == "| merl | 1 | - | - | - | - |"
+    enough = metrics(0.5, 0.2, macro_enough={"auroc": 0.625, "interval": [0.5, 0.75]})
+    one = evaluation.summarise({"simulated": [enough]}, folders[2:], [config()])
+    assert evaluation.markdown({"etp": one}, "macro_enough").splitlines()[2] == (
         "| etp | 1 | 0.625 [0.500, 0.750] | - | - |")
+    one["macro_enough"]["simulated"]["p"] = 0.25
+    assert "| 0.625 [0.500, 0.750] p=0.250 |" in evaluation.markdown({"etp": one}, "macro_enough")
 
 
 def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
@@ -65,39 +82,45 @@ def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": ["update 50: COLLAPSE"]}))
     capsys.readouterr()
     for again in range(2):  # the second time comparison.json is among the paths
-        evaluation.main(["--compare", *map(str, sorted((tmp_path / "runs").iterdir())), "--zeroshot", "simulated"])
+        runs = map(str, sorted((tmp_path / "runs").iterdir()))
+        evaluation.main(["--compare", *runs, "--zeroshot", "simulated"])
         table = capsys.readouterr().out.splitlines()
-        assert [line.split(" | ")[:2] for line in table if line.startswith("| etp")] == 2 * [["| etp", "2"], ["| etp rate=200", "1"]]
+        rows = [line.split(" | ") for line in table if line.startswith("| etp")]
+        assert [row[:2] for row in rows] == 2 * [["| etp", "2"], ["| etp rate=200", "1"]]
+        assert " p=" not in rows[0][2] and " p=" in rows[1][2]  # against the first row
         assert [line for line in table if "warnings" in line] == [
             f"warnings in training of {tmp_path}/runs/b: 1, the last at update 50: COLLAPSE"]
     written = json.loads((tmp_path / "runs/comparison.json").read_text())["groups"]["etp"]
     for i, name in enumerate("ab"):
         own = json.loads((tmp_path / f"runs/{name}/results.json").read_text())["zeroshot"]["simulated"]
-        assert own["macro"]["auroc"] == written["sets"]["simulated"]["auroc"][i] and own["options"]["prompts"] == "descriptive"
+        figure = own["results"][""]["zero-shot"]["macro"]["auroc"]
+        assert figure == written["macro"]["simulated"]["values"][i]
+        assert own["options"]["prompts"] == "descriptive"
         assert written["training"][i] == json.loads((tmp_path / f"runs/{name}/training.json").read_text())
     assert imread(tmp_path / "runs/comparison.png").std() > 0.01  # something is drawn
     (tmp_path / "runs/c/model.safetensors").unlink()
     with pytest.raises(data.DataError, match="runs/c is not a finished run"):
-        evaluation.compare(["runs/a", "runs/c"], ["simulated"])
+        evaluation.compare(["runs/a", "runs/c"], {"zeroshot": ["simulated"]})
 
 
 def test_clear_errors(tmp_path, monkeypatch, capsys):
+    wanted = {"zeroshot": ["simulated"]}
     with pytest.raises(data.DataError, match="not a run folder"):
-        evaluation.compare([tmp_path], ["simulated"])
+        evaluation.compare([tmp_path], wanted)
     with pytest.raises(data.DataError, match="no run folder to compare"):
-        evaluation.compare([__file__], ["simulated"])
+        evaluation.compare([__file__], wanted)
     for name in "ab":
         (tmp_path / name).mkdir()
         write_config(tmp_path / name, "etp")
         (tmp_path / name / "model.safetensors").touch()
-    monkeypatch.setattr(evaluation, "zeroshot", lambda run, sets: {"simulated": {"records": 9 if run.name == "a" else 8}})
-    monkeypatch.setattr(evaluation, "save_results", lambda *args: None)
+    monkeypatch.setattr(evaluation, "report", lambda run, *_, **options: {
+        ("zeroshot", "simulated"): {"": {"zero-shot": {"records": 9 if run.name == "a" else 8}}}})
     with pytest.raises(data.DataError, match="simulated has 8 records for .*b, but 9 for .*a: name the same"):
-        evaluation.compare([tmp_path / "a", tmp_path / "b"], ["simulated"])
-    with pytest.raises(SystemExit):
-        evaluation.main(["--compare", "a", "--generate"])
-    assert "--compare needs --zeroshot SET" in capsys.readouterr().err
-    for other in ("--run", "--ckpt"):
+        evaluation.compare([tmp_path / "a", tmp_path / "b"], wanted)
+    for more, sentence in (("", "--compare needs one, too"), ("--generate", "--compare needs sets"),
+                           ("--zeroshot simulated --run b", "--compare names its own runs"),
+                           ("--zeroshot simulated --ckpt b", "--compare names its own runs"),
+                           ("--look r t", "--compare names its own runs")):
         with pytest.raises(SystemExit):
-            evaluation.main(["--zeroshot", "simulated", "--compare", "a", other, "b"])
-        assert "drop --run and --ckpt" in capsys.readouterr().err
+            evaluation.main(["--compare", "a", *more.split()])
+        assert sentence in " ".join(capsys.readouterr().err.split())

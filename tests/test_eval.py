@@ -31,16 +31,18 @@ def test_classes_without_positives_are_listed_and_not_averaged():
     positives[:5, 1] = True
     scores[:100, 0] += 1
     result = evaluation.score_classes(["A", "B", "C"], scores, positives)
-    assert result["classes"]["C"] == {"positives": 0} and result["macro"]["classes"] == 2 and result["macro_enough"]["classes"] == 1
+    assert result["classes"]["C"] == {"positives": 0}
+    assert result["macro"]["classes"] == 2 and result["macro_enough"]["classes"] == 1
     a = roc_auc_score(positives[:, 0], scores[:, 0])
     assert result["classes"]["A"]["auroc"] == result["macro_enough"]["auroc"] == pytest.approx(a)
     low, high = result["classes"]["A"]["interval"]
     assert low < a < high and 0.05 < high - low < 0.2
-    evaluation.print_table("test", result)
+    evaluation.print_table("test", evaluation.class_rows(result))
 
 
 def test_the_interval_covers_the_truth():
-    """Of many data sets with a known AUROC (0.760 for a shift of one standard deviation), about 95 % of intervals hold it."""
+    """Of many data sets with a known AUROC (0.760 for a shift of one standard deviation), about 95 % of
+    intervals hold it."""
     rng, hits = np.random.default_rng(2), 0
     for _ in range(60):
         positive = rng.random(200) < 0.3
@@ -52,27 +54,31 @@ def test_the_interval_covers_the_truth():
 
 
 def test_best_f1_by_hand():
-    assert evaluation.best_f1(np.array([0.9, 0.8, 0.7, 0.1]), np.array([1, 0, 1, 0], bool)) == pytest.approx(0.8)
+    scores, positive = np.array([0.9, 0.8, 0.7, 0.1]), np.array([1, 0, 1, 0], bool)
+    assert evaluation.best_f1(scores, positive) == pytest.approx(0.8)
 
 
 def test_prompts(tmp_path):
     classes = ["NORM", "NST_"]
     plain = evaluation.class_prompts("ptbxl_all", classes, "plain")
     assert plain[0] == ["normal ecg"] and len(plain[1]) == 1
-    assert [len(p) > 1 for p in evaluation.class_prompts("ptbxl_all", classes, "descriptive")] == [False, True]
+    several = [len(p) > 1 for p in evaluation.class_prompts("ptbxl_all", classes, "descriptive")]
+    assert several == [False, True]
     file = tmp_path / "published.json"
-    file.write_text(json.dumps({"NORM": "Normal ECG", "NST": ["one", "two"]}))  # published files drop the underscore
+    published = {"NORM": "Normal ECG", "NST": ["one", "two"]}  # such files drop the underscore
+    file.write_text(json.dumps(published))
     assert evaluation.class_prompts("ptbxl_all", classes, str(file)) == [["normal ecg"], ["one", "two"]]
     with pytest.raises(data.DataError, match="no prompt for AFIB"):
         evaluation.class_prompts("ptbxl_rhythm", ["AFIB"], str(file))
 
 
 def test_the_bootstrap_draws_patients():
-    """Eighty records of ten patients are ten draws: the interval is far wider than that of eighty patients."""
+    """Eighty records of ten patients are ten draws: the interval is far wider than that of eighty."""
     rng, patient = np.random.default_rng(0), np.arange(80) // 8
     positive = (patient % 2 == 0)[:, None]
     scores = 0.5 * positive + rng.normal(size=10)[patient][:, None] + 0.1 * rng.normal(size=(80, 1))
-    wide, narrow = (evaluation.score_classes(["A"], scores, positive, who) for who in (patient.astype(str), None))
+    wide, narrow = (evaluation.score_classes(["A"], scores, positive, who)
+                    for who in (patient.astype(str), None))
     assert (wide["patients"], narrow["patients"]) == (10, 80)
     width = lambda r: np.diff(r["classes"]["A"]["interval"])[0]
     assert width(wide) > 2 * width(narrow) > 0.1
@@ -86,52 +92,75 @@ def test_few_positives_have_no_interval_and_means_only_resamples_with_every_clas
     result = evaluation.score_classes(["A", "one", "all", "none"], scores, positives)
     assert result["classes"]["one"]["auroc"] == 1 and result["classes"]["one"]["interval"] is None
     assert result["classes"]["all"] == {"positives": 60} and result["classes"]["none"] == {"positives": 0}
-    a = evaluation.auroc_of_resamples(scores[:, 0], positives[:, 0], draws := np.random.default_rng(0).multinomial(
-        60, np.full(60, 1 / 60), evaluation.RESAMPLES))
+    draws = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), evaluation.RESAMPLES)
+    a = evaluation.auroc_of_resamples(scores[:, 0], positives[:, 0], draws)
     both = ((a + 1) / 2)[draws[:, 0] > 0]  # where the one positive of the second class was drawn
     assert result["macro"]["interval"] == pytest.approx(np.percentile(both, [2.5, 97.5]))
-    evaluation.print_table("test", result)
+    evaluation.print_table("test", evaluation.class_rows(result))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
-    assert "no negatives" in lines["all"] and "no positives" in lines["none"] and lines["one"].split()[3] == "-"
-    rare = np.eye(60, 12, dtype=bool)  # twelve classes of one positive each: all drawn in fewer than a tenth of the resamples
-    assert evaluation.score_classes(list("abcdefghijkl"), rng.normal(size=(60, 12)), rare)["macro"]["interval"] is None
+    assert "no negatives" in lines["all"] and "no positives" in lines["none"]
+    assert lines["one"].split()[3] == "-"
+    rare = np.eye(60, 12, dtype=bool)  # fewer than a tenth of the resamples have all twelve positives
+    result = evaluation.score_classes(list("abcdefghijkl"), rng.normal(size=(60, 12)), rare)
+    assert result["macro"]["interval"] is None
 
 
 def test_the_data_that_are_named_are_the_data_that_are_used(tmp_path, monkeypatch):
     """--data of whatever source; a run's own data need not be there for that."""
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
-    config = small_config("etp", data="ptbxl:/no/longer/there")
-    store = evaluation.find_store("ptbxl", config, "simulated:40")
+    config, rows = small_config("etp", data="ptbxl:/no/longer/there"), evaluation.test_rows
+    asking = evaluation.asking
+    store = evaluation.find_store("ptbxl", config, ["simulated:40"])
     assert len(store) == 40 and store.records["source"][0] == "simulated"
-    assert len(evaluation.find_store("simulated", small_config("etp", data="simulated:30"), None)) == 30
+    assert len(evaluation.find_store("simulated", small_config("etp", data="simulated:30"))) == 30
+    assert len(evaluation.find_store("simulated", config, ["csn:/nowhere", "simulated:40"])) == 40
+    for specs, words in ((["csn:a", "georgia:b"], "none of csn:a, georgia:b is of simulated"),
+                         (["simulated:40", "simulated:30"], "more than one of .* is of simulated")):
+        with pytest.raises(data.DataError, match=f"{words}; name its data alone with --data"):
+            evaluation.find_store("simulated", config, specs)
+    with pytest.raises(data.DataError, match="where are the records of csn.* --data SOURCE:PATH"):
+        evaluation.find_store("csn", config)
     with pytest.raises(data.DataError, match="no such data: nothing:"):
-        evaluation.find_store("ptbxl", config, "nothing:here")
+        evaluation.find_store("ptbxl", config, ["nothing:here"])
     with pytest.raises(data.DataError, match="these records have no folds: leave out --folds"):
-        evaluation.test_rows(store, [9, 10])
-    store.records["fold"] = 3
-    with pytest.raises(data.DataError, match="holds no record of fold 9, 10; name folds with --folds"):
-        evaluation.test_rows(store, [9, 10])
-    store.records["split"] = "train"
-    with pytest.raises(data.DataError, match="holds no record of the test split"):
-        evaluation.test_rows(store)
-    assert evaluation.sets_of(store) == []
+        rows(store, asking(folds=[9, 10]))
+    assert len(rows(store, asking(split="all"))) == 40
+    split = store.records["split"].copy()
+    assert rows(store, asking(split="train")).tolist() == np.flatnonzero(split == "train").tolist()
+    try:
+        store.records["fold"] = 3
+        with pytest.raises(data.DataError, match="holds no record of fold 9, 10; name folds with --folds"):
+            rows(store, asking(folds=[9, 10]))
+        store.records["split"] = "train"
+        with pytest.raises(data.DataError, match="holds no record of the test split"):
+            rows(store, asking())
+        assert evaluation.sets_of(store) == []
+    finally:
+        evaluation.open_store.cache_clear()  # others read it, too
 
 
 def test_no_result_overwrites_another(tmp_path):
-    result = {"records": 3, "classes": {"A": {"positives": 0}}}
-    for options in ({}, {"prompts": "plain"}, {"folds": [9]}, {"folds": [9], "scales": ["beat"]}, {"checkpoint": "w.pt"}, {}):
-        evaluation.save_results(tmp_path, {"ptbxl_sub": result}, {"prompts": "descriptive", **options})
-    assert list(evaluation.known_results(tmp_path)["zeroshot"]) == [
-        "ptbxl_sub", "ptbxl_sub prompts=plain", "ptbxl_sub folds=9", "ptbxl_sub folds=9 scales=beat", "ptbxl_sub checkpoint=w.pt"]
+    result = evaluation.score_classes(["A"], np.zeros((3, 1)), np.zeros((3, 1), bool))
+    folds, plain = {"folds": [9]}, {"prompts": "plain"}
+    for options in ({}, plain, folds, folds | {"scales": ["beat"]}, {"checkpoint": "w.pt"}, {}):
+        evaluation.show(tmp_path, "zeroshot", "ptbxl_sub", {"": {"zero-shot": result}},
+                        evaluation.asking(**options))
+    known = evaluation.known_results(tmp_path)["zeroshot"]
+    assert list(known) == ["ptbxl_sub", "ptbxl_sub prompts=plain", "ptbxl_sub folds=9",
+                           "ptbxl_sub scales=beat folds=9", "ptbxl_sub checkpoint=w.pt"]
+    kept = known["ptbxl_sub folds=9"]
+    assert kept["options"]["folds"] == [9] and kept["results"][""]["zero-shot"] == {
+        "records": 3, "patients": 3, "classes": {"A": {"positives": 0}}, "untrained": []}
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(data.DataError, match="results.json: must be an object, not .*; move it away"):
-        evaluation.report(tmp_path, ["ptbxl_sub"])  # before anything is computed
+        evaluation.report(tmp_path, {"zeroshot": ["ptbxl_sub"]})  # before anything is computed
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "No such file"), ("", "empty"), ("{'SR': 'x'}", "no JSON"), ('["sinus rhythm"]', "must be an object"),
-    ('{"SR": []}', "the prompt of SR must be"), ('{"SR": ["...", "x"]}', "the prompt of SR must be"), ('{"SR": 3}', "SR: must be a text"),
-    ('{"SR": "a", "SR": "b"}', "'SR' occurs twice"), ('{"NORM": "x"}', "no prompt for SR"), ('{"SR": [1]}', "the prompt of SR must be")])
+    (None, "No such file"), ("", "empty"), ("{'SR': 'x'}", "no JSON"), ('["SR"]', "must be an object"),
+    ('{"SR": []}', "the prompt of SR must be"), ('{"SR": ["...", "x"]}', "the prompt of SR must be"),
+    ('{"SR": 3}', "SR: must be a text"), ('{"SR": "a", "SR": "b"}', "'SR' occurs twice"),
+    ('{"NORM": "x"}', "no prompt for SR"), ('{"SR": [1]}', "the prompt of SR must be")])
 def test_a_prompts_file_that_is_none_is_explained(tmp_path, content, words):
     path = tmp_path / "p.json"
     if content is not None:
@@ -143,23 +172,39 @@ def test_a_prompts_file_that_is_none_is_explained(tmp_path, content, words):
 @pytest.mark.parametrize("name", [name for name in data.LABEL_SETS if name not in data.OCCURRING])
 def test_every_class_of_every_set_has_prompts(name):
     classes = list(data.label_set(name))
-    assert len(classes) == {"ptbxl_super": 5, "ptbxl_sub": 23, "ptbxl_form": 19, "ptbxl_rhythm": 12, "ptbxl_diag": 44, "ptbxl_all": 71,
-                            "cpsc2018": 9, "csn": 38, "csn_published": 38, "georgia": 20, "cinc2021": 26, "code_test": 6}[name]
+    assert len(classes) == dict(ptbxl_super=5, ptbxl_sub=23, ptbxl_form=19, ptbxl_rhythm=12, ptbxl_diag=44,
+                                ptbxl_all=71, cpsc2018=9, csn=38, csn_published=38, georgia=20, cinc2021=26,
+                                code_test=6)[name]
     for style in ("plain", "descriptive"):
         for texts in evaluation.class_prompts(name, classes, style):
             assert texts and all(t == t.lower().strip() and t for t in texts)
 
 
-def test_a_class_scores_the_mean_over_its_prompts():
-    method = models.build_method(small_config("etp", width=0.125, dim=16),
-                                 models.small_text_model(["sinus rhythm.", "normal ecg."] * 4, steps=1, dim=32, layers=1)).eval()
-    store = SimpleNamespace(ecg=lambda rows: np.random.default_rng(0).normal(size=(5, 12, 1000)).astype(np.float32)[rows])
-    score = lambda prompts, batch: evaluation.score_records(method, store, np.arange(5), prompts, None, "cpu", batch)
+def tiny(method, texts, **options):
+    """An untrained method."""
+    config = small_config(method, width=0.125, dim=16, **options)
+    return models.build_method(config, models.small_text_model(texts, steps=1, dim=32, layers=1)).eval()
+
+
+@pytest.mark.parametrize("options, scales", [({}, ["rhythm"]), ({"align": "word"}, ["rhythm", "token"])])
+def test_a_class_scores_the_mean_over_its_prompts(tmp_path, options, scales):
+    """By the stored vectors and by the method's own similarity."""
+    method = tiny("fgclep", ["sinus rhythm.", "normal ecg."] * 4, **options)
+    store = data.prepare("simulated", "5", tmp_path / "store")
+    run = evaluation.Run(tmp_path, method, method.config, "cpu", "")
+    score = lambda prompts, batch: evaluation.score_records(
+        run, store, np.arange(5), prompts, evaluation.asking(scales=scales), batch)
     both = score([["sinus rhythm", "normal ecg."], ["normal ecg"]], 2)
     one = score([["sinus rhythm"], ["normal ecg"]], 5)
-    assert both.shape == (5, 2) and np.allclose(both[:, 0], one.mean(1), atol=1e-6) and np.allclose(both[:, 1], one[:, 1], atol=1e-6)
-    with pytest.raises(models.ModelError, match="no beat scale, only rhythm"):
-        evaluation.score_records(method, store, np.arange(5), [["normal ecg"]], ["beat"], "cpu")
+    assert both.shape == (5, 2) and np.allclose(both[:, 0], one.mean(1), atol=1e-6)
+    assert np.allclose(both[:, 1], one[:, 1], atol=1e-6)
+    with torch.no_grad():
+        views = method.encode_ecg(torch.from_numpy(store.ecg(np.arange(5))))
+        text = method.encode_text(["sinus rhythm", "normal ecg"])
+        assert np.allclose(one, method.similarity(views, text, scales), atol=1e-6)
+    with pytest.raises(models.ModelError, match="has no beat scale, only rhythm"):
+        scales = ["beat"]
+        score([["normal ecg"]], 5)
 
 
 def test_clear_errors(tmp_path, monkeypatch):
@@ -170,7 +215,7 @@ def test_clear_errors(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="not a run folder"):
         evaluation.load_run(tmp_path)
     with pytest.raises(data.DataError, match="physionet.org/content/ptb-xl"):
-        evaluation.find_store("ptbxl", small_config("etp", data=""), None)
+        evaluation.find_store("ptbxl", small_config("etp", data=""))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(data.DataError, match="config.json: has no 'method'"):
         evaluation.load_run(tmp_path)
@@ -188,7 +233,8 @@ def test_a_third_of_an_attention_is_missing():
     assert found["ecg.layers.0.self_attn.in_proj_bias"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {"a": SimpleNamespace()}}, {"a": "text"}, torch.zeros(3), b"", b"none", None])
+@pytest.mark.parametrize("content", [{"state_dict": {"a": SimpleNamespace()}}, {"a": "text"}, torch.zeros(3),
+                                     b"", b"none", None])
 def test_files_without_tensors_are_refused(content, tmp_path):
     file = tmp_path / "best.pth"
     if isinstance(content, bytes):
@@ -201,25 +247,27 @@ def test_files_without_tensors_are_refused(content, tmp_path):
 
 def test_unknown_publication():
     assert evaluation.publication("merl:a/b.pth") == ("merl", "a/b.pth")
-    assert evaluation.publication("runs/x/model.safetensors") is evaluation.publication(None) is evaluation.publication("C:x") is None
+    assert not any(map(evaluation.publication, ("runs/x/model.safetensors", None, "C:x")))
     with pytest.raises(models.ModelError, match="no published checkpoint 'clip'; known: merl, melp, dbeta"):
         evaluation.open_published("clip", "best.pth")
 
 
-def test_written_reports_are_compared_as_sets(tmp_path, monkeypatch, capsys):
-    assert evaluation.overlap([{"a", "b"}, {"c"}], [{"a"}, {"d", "c"}]) == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
-    config = small_config("melp", width=0.125, dim=16, data="simulated:96")
+def test_written_reports_are_compared_as_sets(tmp_path, monkeypatch):
+    found = evaluation.overlap([{"a", "b"}, {"c"}], [{"a"}, {"d", "c"}])
+    assert found == pytest.approx({"what": "F1", "value": 2 / 3, "precision": 2 / 3, "recall": 2 / 3})
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
-    method = models.build_method(config, models.small_text_model(["sinus rhythm. normal ecg"] * 8, steps=1, dim=32, layers=1)).eval()
-    monkeypatch.setattr(evaluation, "load_run", lambda *a: (method, config))
+    method = tiny("melp", ["sinus rhythm. normal ecg"] * 8, data="simulated:96")
+    run = evaluation.Run(tmp_path, method, method.config, "cpu", "")
     store = data.open_data("simulated:96")
-    test = [tags for tags, split in zip(data.report_tags(store), store.records["split"]) if split == "test" and tags]
+    said = zip(data.report_tags(store), store.records["split"])
+    test = [tags for tags, split in said if split == "test" and tags]
     monkeypatch.setattr(method, "generate", lambda ecg, beams: [models.join(test.pop(0)) + "." for _ in ecg])
-    found = evaluation.generate(tmp_path)
-    assert found["written"]["statements"]["f1"] == found["written"]["findings"]["f1"] == 1 > found["commonest report"]["statements"]["f1"]
+    found = evaluation.generate(run, "simulated", evaluation.asking())
+    own, common = found[""], found["commonest report"]
+    assert own["statements"]["value"] == own["findings"]["value"] == 1 > common["statements"]["value"]
+    assert own["findings"]["BLEU-4"] == own["findings"]["ROUGE-L"] == 1 > common["findings"]["BLEU-4"]
     lines = [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
-    assert all(line["report"] == line["written"] for line in lines) and "commonest report" in capsys.readouterr().out
-    etp = models.build_method(small_config("etp", width=0.125, dim=16), models.small_text_model(["normal ecg"] * 4, steps=1, dim=32, layers=1))
-    monkeypatch.setattr(evaluation, "load_run", lambda *a: (etp, SimpleNamespace(method="etp")))
+    assert len(lines) == own["findings"]["records"] and all(x["report"] == x["written"] for x in lines)
+    etp = tiny("etp", ["normal ecg"] * 4)
     with pytest.raises(models.ModelError, match="a etp run writes no reports; --method melp does"):
-        evaluation.generate(tmp_path)
+        evaluation.generate(run._replace(method=etp, config=etp.config), "simulated", evaluation.asking())

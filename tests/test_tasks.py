@@ -1,0 +1,680 @@
+"""eval.py's tasks by known answers: vectors that are the labels, figures worked out by hand, refusals."""
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.image import imread
+from sklearn.metrics import roc_auc_score
+
+import data
+import eval as evaluation
+import model as models
+import train
+from conftest import small_config
+from test_data import beats, csv_source, table, write
+
+asking, vectors = evaluation.asking, evaluation.vectors
+NO_FOLDS = ("cpsc2018", "csn", "csn_published", "georgia", "code_test")
+
+
+# ---- a store and a method whose vectors are chosen by the test ---------------------------------------------
+
+class Painted:
+    """A store without recordings: lead I of a record begins with its vector, the rest is zero."""
+    rate, samples, path = 100, 1000, "painted"
+
+    def __init__(self, records, painted):
+        self.records, self.painted, self.meta = records, np.asarray(painted, np.float32), {"plan": "painted"}
+
+    def __len__(self):
+        return len(self.records)
+
+    def ecg(self, rows):
+        ecg = np.zeros((len(self), 12, self.samples), np.float32)[rows]
+        ecg[:, 0, :self.painted.shape[1]] = self.painted[rows]
+        return ecg
+
+
+class Reader:
+    """A method whose vectors are what is painted; texts: {text: its vector}."""
+    scales, samples = ("rhythm",), Painted.samples
+
+    def __init__(self, size, texts=()):
+        self.size, self.texts, self.encoded = size, dict(texts), 0
+
+    def encode_tokens(self, ecg):
+        self.encoded += len(ecg)
+        return ecg[:, :1, :self.size]
+
+    def views(self, tokens, ecg):
+        return SimpleNamespace(rhythm=F.normalize(tokens[:, 0], dim=1))
+
+    def encode_text(self, texts):
+        return SimpleNamespace(report=torch.stack([torch.from_numpy(self.texts[text]) for text in texts]))
+
+
+def table_of(codes, source, statements=None):
+    """Records with these codes: two of each patient; a tenth of the patients in each fold."""
+    count, fold = len(codes), np.arange(len(codes)) // 2 % 10 + 1
+    split = np.array(["train"] * 8 + ["val", "test"])[fold - 1]
+    return pd.DataFrame(dict(id=[f"r{i}" for i in range(count)], patient=[f"p{i // 2}" for i in range(count)],
+                             split=split, fold=fold if source == "ptbxl" else 0, source=source, codes=codes,
+                             statements=statements or [[]] * count, report="", age="", sex=""))
+
+
+def code_of(name, c, source):
+    """A code that is of this class of a label set, and of no other."""
+    entry = data.label_set(name)[c]
+    for code in [*entry.get("snomed", ()), *entry["findings"]]:
+        classes, labels, _ = data.label_matrix(pd.DataFrame(dict(codes=[{code: 100.0}], source=source)), name)
+        if [k for k, found in zip(classes, labels[0]) if found] == [c]:
+            return code
+
+
+def labelled(name, count=800, also=0.3):
+    """(store, labels): records with one class of a label set each, or two; their vectors are their labels."""
+    rng, source = np.random.default_rng(0), name.split("_")[0]
+    names = [code for c in data.label_set(name) if (code := code_of(name, c, source))]
+    first = rng.permutation(np.arange(count) % len(names))
+    codes = [{names[i]: 100.0} | ({names[rng.integers(len(names))]: 100.0} if rng.random() < also else {})
+             for i in first]
+    records = table_of(codes, source)
+    _, labels, _ = data.label_matrix(records, name)
+    return Painted(records, labels), labels
+
+
+def run_of(store, monkeypatch, folder, method=None, **options):
+    """A run with Reader for its method, which finds this store whatever is asked."""
+    monkeypatch.setattr(evaluation, "find_store", lambda *_: store)
+    method = method or Reader(store.painted.shape[1])
+    return evaluation.Run(folder, method, small_config("etp", width=0.125, **options), "cpu", "painted")
+
+
+def knowing(name, store, monkeypatch, folder):
+    """A run for which the text of a class is the unit vector of the class."""
+    texts, classes = {}, list(data.label_set(name))
+    for c, prompts in enumerate(evaluation.class_prompts(name, classes, "descriptive")):
+        for text in prompts:
+            texts[text] = texts.get(text, 0) + np.eye(len(classes), dtype=np.float32)[c]
+    return run_of(store, monkeypatch, folder, Reader(len(classes), texts))
+
+
+def only_the_run(monkeypatch):
+    """Without the rows that train an encoder, which Reader has none of."""
+    monkeypatch.setattr(evaluation, "random_weights", lambda run: run)
+    monkeypatch.setattr(evaluation, "with_labels", lambda *_, **__: {})
+
+
+# ---- zero-shot and probe -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, folds", [*((name, None) for name in NO_FOLDS), *(
+    (name, folds) for name in evaluation.GROUPS["ptbxl"] for folds in (None, [9], [9, 10]))])
+def test_zero_shot_of_vectors_that_are_the_labels(name, folds, tmp_path, monkeypatch):
+    store, labels = labelled(name)
+    run = knowing(name, store, monkeypatch, tmp_path)
+    m = evaluation.zeroshot(run, name, asking(folds=folds))[""]["zero-shot"]
+    assert m["records"] == 80 * len(folds or [10]) and m["macro"]["classes"] >= 5
+    assert {c["auroc"] for c in m["classes"].values() if "auroc" in c} == {1.0}
+    store.painted = store.painted[np.random.default_rng(1).permutation(len(store))]
+    m = evaluation.zeroshot(run._replace(crc="permuted"), name, asking(folds=folds))[""]["zero-shot"]
+    low, high = m["macro"]["interval"] or (0.3, 0.7)  # rare classes have none
+    assert low < 0.5 < high and m["macro"]["auroc"] < 0.75
+
+
+@pytest.mark.parametrize("name, folds", [("ptbxl_super", None), ("ptbxl_super", [9, 10]), ("ptbxl_rhythm", [9]),
+                                         ("cpsc2018", None)])
+def test_the_probe_of_vectors_that_are_the_labels(name, folds, tmp_path, monkeypatch):
+    """At any ratio every class with a training positive is found; the others are listed."""
+    only_the_run(monkeypatch)
+    store, labels = labelled(name, also=0)
+    run = run_of(store, monkeypatch, tmp_path)
+    found = evaluation.probe(run, name, asking(folds=folds, ratios=(0.01, 0.1, 1)))[""]
+    for m in found.values():
+        right = {c for c, each in m["classes"].items() if each.get("auroc") == 1}
+        assert right == set(m["classes"]) - set(m["untrained"])
+        assert m["macro"]["classes"] == len(m["classes"])  # the first mean has them all
+        enough = {c for c, each in m["classes"].items() if each["positives"] >= evaluation.ENOUGH}
+        assert m.get("macro_enough", {"classes": 0})["classes"] == len(enough - set(m["untrained"]))
+    few, tenth, all_ = found.values()
+    assert few["untrained"] and few["macro"]["auroc"] < 1 == all_["macro"]["auroc"]
+    assert not all_["untrained"] and few["training records"] < tenth["training records"]
+    store.painted = store.painted[np.random.default_rng(1).permutation(len(store))]
+    m = evaluation.probe(run._replace(crc="permuted"), name, asking(folds=folds, ratios=(1,)))[""]["100 %"]
+    assert m["macro"]["interval"][0] < 0.5 < m["macro"]["interval"][1]
+
+
+def test_controls_fall_to_a_half(tmp_path, monkeypatch):
+    only_the_run(monkeypatch)
+    store, _ = labelled("ptbxl_super")
+    run = knowing("ptbxl_super", store, monkeypatch, tmp_path)
+    for control in ("zero", "other"):
+        ask = asking(control=control, folds=[9, 10], ratios=(1,))
+        for m in (evaluation.zeroshot(run, "ptbxl_super", ask)[""]["zero-shot"],
+                  evaluation.probe(run, "ptbxl_super", ask)[""]["100 %"]):
+            low, high = m["macro"]["interval"]
+            assert low <= 0.5 <= high and (control == "other" or m["macro"]["auroc"] == 0.5)
+
+
+def test_the_probe_never_looks_at_test_rows(tmp_path, monkeypatch):
+    """Poisoned test vectors and labels change neither the setting that is chosen nor the predictor."""
+    only_the_run(monkeypatch)
+    store, labels = labelled("ptbxl_super")
+    rng = np.random.default_rng(2)
+    store.painted = (labels + rng.normal(size=labels.shape)).astype(np.float32)  # no setting is perfect
+    fit, choose, chosen = evaluation.fit_classes, evaluation.choose_classes, []
+
+    def fitted(x, labels, setting):
+        predict = fit(x, labels, setting)
+        predict.setting = setting
+        return predict
+
+    def choosing(*known):
+        chosen.append(choose(*known))
+        return chosen[-1]
+    monkeypatch.setattr(evaluation, "fit_classes", fitted)
+    monkeypatch.setattr(evaluation, "choose_classes", choosing)
+    figures = []
+    for folds in (None, [9], [9, 10]):
+        tested = store.records["fold"].isin(folds or [10]).to_numpy()
+        for poisoned in (False, True):
+            other = Painted(store.records.copy(), store.painted.copy())
+            if poisoned:
+                other.painted[tested] = rng.normal(size=(tested.sum(), 5)) * 1e3
+                codes = rng.permutation(np.array(list(store.records["codes"]), object)[tested])
+                other.records.loc[tested, "codes"] = codes
+            run = run_of(other, monkeypatch, tmp_path / f"{folds}{poisoned}")
+            m = evaluation.probe(run, "ptbxl_super", asking(folds=folds, ratios=(0.1, 1)))[""]["100 %"]
+            figures.append(m["macro"]["auroc"])
+    assert all(clean > 0.6 > poisoned for clean, poisoned in zip(figures[::2], figures[1::2]))
+    x = rng.normal(size=(50, 10)).astype(np.float32)
+    for i in range(0, len(chosen), 8):  # run and random weights, two ratios: four predictors clean, four poisoned
+        for clean, poisoned in zip(chosen[i:i + 4], chosen[i + 4:i + 8]):
+            assert clean.setting == poisoned.setting and np.array_equal(clean(x), poisoned(x))
+
+
+@pytest.mark.parametrize("options", [dict(folds=None), dict(folds=[9]), dict(folds=[9, 10]), dict(folds=[1]),
+                                     dict(split="val"), dict(split="train")])
+def test_patients_of_training_validation_and_test_are_apart(options, tmp_path, monkeypatch):
+    store, _ = labelled("ptbxl_super")
+    run = run_of(store, monkeypatch, tmp_path)
+    question = evaluation.ask_set("ptbxl_super", run.config, asking(**options))
+    train, val, test = (set(part.patients) for part in question[2:])
+    assert not train & val and not train & test and not val & test and test and (val and train) or (
+        options.get("split") == "train" and not train and len(test) == 320)
+    if options.get("folds") in ([9], [9, 10]):  # the validation fold is tested: from training patients
+        assert 0.05 < len(val) / (len(train) + len(val)) < 0.2
+
+
+def test_shares_of_the_training_rows_are_drawn_with_seed_42():
+    rows = lambda n: evaluation.Labelled(np.arange(n), None, None)
+    assert evaluation.subset(rows(20), 0.25).tolist() == [7, 9, 12, 14, 15]  # NumPy's permutation
+    few, many = (set(evaluation.subset(rows(1000), ratio)) for ratio in (0.01, 0.1))
+    assert (len(few), len(many)) == (10, 100) and few < many
+    assert len(evaluation.subset(rows(7), 0.01)) == 2 and evaluation.subset(rows(7), 1).tolist() == list(range(7))
+
+
+def test_few_labels(tmp_path, monkeypatch):
+    store, _ = labelled("ptbxl_super", also=0)
+    run = knowing("ptbxl_super", store, monkeypatch, tmp_path)
+    found = evaluation.probe(run, "ptbxl_super", asking(shots=[1, 4]))[""]
+    assert list(found) == ["1 a class", "4 a class", "zero-shot"]
+    assert [found[f"{k} a class"]["training records"] for k in (1, 4)] == [5, 20]
+    assert all(found[f"{k} a class"]["value"] == 1 for k in (1, 4))
+    evaluation.show(tmp_path, "probe", "ptbxl_super", {"": found}, asking(shots=[1, 4]))
+    assert imread(tmp_path / "probe_ptbxl_super_shots=1,4.png").std() > 0.01
+
+
+def test_age_and_sex(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    records = table_of([{}] * 400, "ptbxl")
+    age, female = rng.integers(20, 90, 400), rng.random(400) < 0.5
+    records["age"], records["sex"] = np.where(np.arange(400) % 7, age.astype(str), ""), np.where(female, "F", "M")
+    records.loc[::9, "sex"] = ""
+    store = Painted(records, np.stack([age / 100, female], 1))
+    run = run_of(store, monkeypatch, tmp_path)
+    only_the_run(monkeypatch)
+    m = evaluation.probe(run, "age", asking())[""]["age"]
+    tested = (records["fold"] == 10) & (records["age"] != "")
+    assert m["records"] == tested.sum() and m["value"] < 0.5 and m["correlation"] > 0.999
+    assert m["error of the median age"] > 10 and m["interval"][0] <= m["value"] <= m["interval"][1]
+    found = evaluation.probe(run, "sex", asking(ratios=(0.1, 1)))[""]
+    assert [m["classes"]["female"]["auroc"] for m in found.values()] == [1, 1]
+    assert found["100 %"]["records"] == ((records["fold"] == 10) & (records["sex"] != "")).sum()
+
+
+def test_published_heads():
+    """MERL's figure is that of the best test epoch, which no other choice of epoch beats; MELP's is not."""
+    rng = np.random.default_rng(0)
+    labels = rng.random((72, 3)) < 0.4
+    x = (np.repeat(labels, 2, 1) + 2 * rng.normal(size=(72, 6))).astype(np.float32)
+    parts = x[:32], labels[:32], x[32:48], labels[32:48], x[48:]
+    auroc = lambda scores: roc_auc_score(labels[48:], scores)
+    best = auroc(evaluation.published_head(*parts, labels[48:], "merl"))
+    others = [auroc(evaluation.published_head(*parts, wrong, "merl"))
+              for wrong in (~labels[48:], *(rng.permutation(labels[48:]) for _ in range(3)))]
+    assert best >= max(others) and best > min(others)
+    one, same = (evaluation.published_head(*parts, test, "melp") for test in (labels[48:], ~labels[48:]))
+    assert one.shape == (24, 3) and np.array_equal(one, same)
+
+
+def test_the_run_trained_with_labels_learns_them(tmp_path, monkeypatch):
+    """A real encoder, from its own and from random weights; the run itself is not changed."""
+    records = table_of([{("NORM", "IMI")[i % 2]: 100.0} for i in range(120)], "ptbxl")
+    store = Painted(records, np.zeros((120, 1)))
+    store.painted = np.repeat(np.arange(120)[:, None] % 2, 500, 1).astype(np.float32)
+    config = small_config("etp", width=0.125, dim=8)
+    torch.manual_seed(0)
+    method = models.build_method(config, models.small_text_model(["normal ecg"] * 4, steps=1, dim=32, layers=1))
+    run = run_of(store, monkeypatch, tmp_path, method.eval())
+    before = evaluation.crc_of_tensors(method.state_dict())
+    found = evaluation.finetune(run, "ptbxl_super", asking(ratios=(0.1,), epochs=2))
+    assert list(found) == ["", "trained with labels"]
+    for row in found.values():
+        assert row["10 %"]["training records"] == 10 and row["10 %"]["classes"]["MI"]["auroc"] > 0.9
+    assert evaluation.crc_of_tensors(method.state_dict()) == before
+
+
+# ---- vectors -----------------------------------------------------------------------------------------------
+
+def test_vectors_are_encoded_once(tmp_path, monkeypatch):
+    records = table_of([{}] * 40, "ptbxl")
+    store = Painted(records, np.random.default_rng(0).normal(size=(40, 3)))
+    run = run_of(store, monkeypatch, tmp_path)
+    count = lambda *options, run=run, **more: vectors(run, store, *options, asking(**more)) and run.method.encoded
+    found = vectors(run, store, np.array([9, 3, 5]), asking())
+    painted = store.painted[[9, 3, 5]]
+    assert np.allclose(found["features"], np.tile(painted, 2)) and run.method.encoded == 3
+    assert np.allclose(found["rhythm"], painted / np.linalg.norm(painted, axis=1, keepdims=True))
+    assert count(np.array([5, 9])) == 3 and count(np.arange(10)) == 10 and count(np.arange(12, 2, -1)) == 13
+    kept = np.load(tmp_path / "embeddings" / "ptbxl.npz")
+    assert kept["ids"].tolist() == records["id"][:13].tolist() and kept["rows"].tolist() == list(range(13))
+    assert kept["split"].tolist() == records["split"][:13].tolist() and kept["features"].dtype == np.float32
+    assert count(np.arange(5), control="zero") == 18 and count(np.arange(5), leads=["I"]) == 23
+    assert count(np.arange(5), leads=["I"], noise=10.0) == 28
+    assert count(np.arange(13)) == 28 == count(np.arange(5), control="zero")  # each kept for itself
+    assert count(np.arange(5), run=run._replace(crc="other weights")) == 33
+    store.meta = {"plan": "another store"}
+    assert count(np.arange(5), run=run._replace(crc="other weights")) == 38
+    assert len(np.load(tmp_path / "embeddings" / "ptbxl.npz")["rows"]) == 5
+    evaluation.embed(run, "ptbxl", asking())
+    assert np.load(tmp_path / "embeddings" / "ptbxl.npz")["ids"].tolist() == records["id"].tolist()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"nothing of the kind",
+                                    lambda b: b[:200] + bytes(300) + b[500:], lambda b: b"PK\x03\x04" + bytes(99),
+                                    lambda b: b[:40] + b"\xff" * 20 + b[60:], lambda b: b"\x93NUMPY" + b[6:]])
+def test_damaged_vectors_are_told_and_made_anew(damage, tmp_path, monkeypatch, capsys):
+    store = Painted(table_of([{}] * 40, "ptbxl"), np.random.default_rng(0).normal(size=(40, 3)))
+    run, rows = run_of(store, monkeypatch, tmp_path), np.arange(20)
+    good, path = vectors(run, store, rows, asking()), tmp_path / "embeddings" / "ptbxl.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    again = vectors(run, store, rows, asking())
+    assert all(np.array_equal(good[k], again[k]) for k in good) and run.method.encoded == 40
+    assert "ptbxl.npz: not readable" in capsys.readouterr().out
+
+
+# ---- signals -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """200 simulated records; the cache of these tests is not the user's."""
+    return data.open_data("simulated:200", cache=tmp_path_factory.mktemp("cache"))
+
+
+def test_fewer_leads(simulated):
+    rows = np.arange(30)
+    ecg, six = simulated.ecg(rows), ["I", "II", "III", "aVR", "aVL", "aVF"]
+    kept = evaluation.signals(simulated, rows, asking(leads=["II", "i", "V2"]))
+    assert np.array_equal(kept[:, [0, 1, 7]], ecg[:, [0, 1, 7]]) and not kept[:, [*range(2, 7), *range(8, 12)]].any()
+    derived = evaluation.signals(simulated, rows, asking(leads=["I", "II"], derive_leads=True))
+    limbs = evaluation.signals(simulated, rows, asking(leads=six))
+    assert np.abs(derived - limbs).max() < 0.0016  # a store has whole microvolts, of all six
+    assert np.array_equal(evaluation.signals(simulated, rows, asking()), ecg)
+
+
+@pytest.mark.parametrize("decibel", [20, 10, 0])
+def test_noise_of_the_ratio_asked_for(simulated, decibel):
+    rows = np.arange(40)
+    ecg, noisy = simulated.ecg(rows), evaluation.signals(simulated, rows, asking(noise=decibel))
+    ratio = 20 * np.log10(ecg.std(2) / (noisy - ecg).std(2))
+    assert abs(ratio.mean() - decibel) < 0.05 and abs(ratio - decibel).max() < 0.7
+    assert np.array_equal(evaluation.signals(simulated, rows[7:9], asking(noise=decibel)), noisy[7:9])
+    assert not np.allclose((noisy - ecg)[0] / ecg[0].std(), (noisy - ecg)[1] / ecg[1].std(), atol=0.01)
+    with_one = evaluation.signals(simulated, rows, asking(noise=decibel, leads=["V1"]))
+    assert with_one[:, 6].any() and not np.delete(with_one, 6, 1).any()
+
+
+def test_noise_has_its_parts_and_leaves_flat_leads_flat():
+    """At 500 Hz a third of the power each: below 1 Hz, at 50 Hz, everywhere."""
+    time, flat = np.arange(5000) / 500, np.arange(12) == 4
+    ecg = np.where(flat[:, None], 0, np.sin(2 * np.pi * 3 * time))
+    noise = evaluation.noise_like(ecg, 500, 0, np.random.default_rng(0))
+    assert not noise[4].any()
+    power = np.abs(np.fft.rfft(noise[~flat] - noise[~flat].mean(1, keepdims=True))) ** 2
+    hertz = np.fft.rfftfreq(5000, 1 / 500)
+    mains, slow = (abs(hertz - 50) < 0.15), hertz < 3
+    share = [float((power[:, band].sum(1) / power.sum(1)).mean()) for band in (mains, slow)]
+    assert share == pytest.approx([1 / 3, 1 / 3], abs=0.04)
+
+
+@pytest.mark.parametrize("count", [2, 3, 17, 100])
+def test_the_control_is_another_record(count):
+    store = Painted(table_of([{}] * count, "ptbxl"), np.arange(count)[:, None] + 1)
+    given = evaluation.signals(store, np.arange(count), asking(control="other"))[:, 0, 0] - 1
+    assert sorted(given) == list(range(count)) and (given != np.arange(count)).all()
+    assert evaluation.signals(store, np.array([1]), asking(control="other"))[0, 0, 0] - 1 == given[1]
+    assert not evaluation.signals(store, np.arange(count), asking(control="zero")).any()
+
+
+# ---- retrieval, identification, comparison -----------------------------------------------------------------
+
+def test_ranks_by_hand():
+    """Four records, three texts, the first of which two records have; record 2 sees both texts alike."""
+    like = np.array([[0.9, 0.5, 0.1], [0.2, 0.8, 0.5], [0.3, 0.6, 0.6], [0.7, 0.1, 0.4]])
+    texts, said, patients = np.array([0, 0, 1, 2]), np.array(["x", "y", "x"]), np.array(list("abcd"))
+    found = evaluation.both_ways(like, np.eye(3), texts, said, patients)
+    figures = {title: [m[k] for k in ("value", "R@5", "median rank", "chance", "queries", "candidates")]
+               for title, m in found.items()}
+    assert figures == {
+        "ECG -> report": pytest.approx([1 / 4, 1, 1.75, 1 / 3, 4, 3]),             # ranks 1, 3, 1.5, 2
+        "report -> ECG": pytest.approx([1 / 3, 1, 2, 1 / 3, 3, 4]),                # 1, 2, 3
+        "ECG -> report, same findings": pytest.approx([2 / 4, 1, 1.25, 7 / 12, 4, 3]),  # 1, 2, 1.5, 1
+        "report -> ECG, same findings": pytest.approx([1 / 3, 1, 2, 7 / 12, 3, 4])}     # 1, 2, 2
+    copies = [0, 0, 0, 1, 2, 3]  # record 0, with its report, three times: not one candidate more
+    again = evaluation.both_ways(like[copies], np.eye(3), texts[copies], said, np.array(list("abcdef")))
+    assert again["ECG -> report"]["candidates"] == 3
+    assert again["ECG -> report"]["value"] == pytest.approx(3 / 6)
+    assert again["report -> ECG"]["median rank"] == 2
+
+
+def reported(count, distinct):
+    """(store, texts): records with reports, of which some are the same; their vectors say which."""
+    names = sorted({entry["name"] for entry in data.knowledge()["findings"].values()})[:distinct]
+    which = np.random.default_rng(0).integers(0, distinct, count)
+    store = Painted(table_of([{}] * count, "ptbxl", [[names[i]] for i in which]), np.eye(distinct)[which])
+    return store, {name: row for name, row in zip(names, np.eye(distinct, dtype=np.float32))}
+
+
+def test_retrieval_of_vectors_that_are_the_reports(tmp_path, monkeypatch):
+    store, texts = reported(1500, 30)
+    store.records["split"] = "test"
+    run = run_of(store, monkeypatch, tmp_path, Reader(30, texts))
+    found = evaluation.retrieve(run, "ptbxl", asking())[""]
+    assert len(found) == 8 and all(m["value"] == 1 == m["median rank"] for m in found.values())
+    assert found["ECG -> report"]["candidates"] == 30 and found["ECG -> report"]["queries"] == 1500
+    assert found["ECG -> report, of 1,000"]["queries"] == 1000
+    assert found["report -> ECG, of 1,000"]["candidates"] == 1000
+    store.records.at[3, "statements"] = []  # no report, no question
+    assert evaluation.retrieve(run, "ptbxl", asking())[""]["ECG -> report"]["queries"] == 1499
+    m = evaluation.retrieve(run, "ptbxl", asking(control="other"))[""]["ECG -> report"]
+    assert m["value"] < 0.1
+    store.records["statements"] = [[]] * 1500
+    with pytest.raises(data.DataError, match="fewer than two of the records asked for have a report"):
+        evaluation.retrieve(run, "ptbxl", asking())
+
+
+def test_identification(tmp_path, monkeypatch):
+    """Vectors that are the patient's find every second record; those of nobody, one in as many as there are."""
+    rng = np.random.default_rng(0)
+    store = Painted(table_of([{}] * 400, "ptbxl"), np.repeat(rng.normal(size=(200, 8)), 2, 0))
+    run = run_of(store, monkeypatch, tmp_path)
+    m = evaluation.identify(run, "ptbxl", asking(folds=[9, 10]))[""]["second record"]
+    assert (m["value"], m["queries"], m["chance"]) == (1, 40, 1 / 40)
+    store.painted = rng.normal(size=(400, 8)).astype(np.float32)
+    m = evaluation.identify(run._replace(crc="nobody"), "ptbxl", asking(folds=[9, 10]))[""]["second record"]
+    assert m["value"] < 0.15 and m["interval"][0] <= m["value"] <= m["interval"][1]
+    store.records["patient"] = store.records["id"]
+    with pytest.raises(data.DataError, match="fewer than two patients with two records"):
+        evaluation.identify(run, "ptbxl", asking())
+
+
+def test_transfer_takes_the_maximum_of_joined_classes(tmp_path, monkeypatch, capsys):
+    """CPSC2018's three blocks are CD, both ST changes STTC, and it knows nothing of MI and HYP (METHODS 4.4)."""
+    target, labels = labelled("ptbxl_super")
+    own = knowing("ptbxl_super", target, monkeypatch, tmp_path).method.texts
+    source, _ = labelled("cpsc2018")
+    target.painted = np.random.default_rng(0).normal(size=(len(target), 9)).astype(np.float32)
+    source.painted = target.painted
+
+    def find_store(name, *_):
+        if name == "csn":
+            raise data.DataError("csn is not here")
+        return target if name == "ptbxl_super" else source
+    texts = {text: np.pad(vector, (0, 4)) for text, vector in own.items()}
+    run = run_of(source, monkeypatch, tmp_path, Reader(9, texts))
+    monkeypatch.setattr(evaluation, "find_store", find_store)
+    monkeypatch.setattr(evaluation, "choose_classes", lambda *_: lambda x: x[:, :9])  # scores are the vectors
+    found = evaluation.transfer(run, "ptbxl_super", asking())[""]
+    assert list(found) == ["from cpsc2018, probe", "from cpsc2018, zero-shot"]
+    m, (nsr, _, iavb, lbbb, rbbb, _, _, std, ste) = found["from cpsc2018, probe"], target.painted[
+        target.records["split"] == "test"].T
+    assert m["left out"] == ["MI", "HYP"] == found["from cpsc2018, zero-shot"]["left out"]
+    by_hand = {"STTC": np.maximum(std, ste), "NORM": nsr, "CD": np.maximum(np.maximum(iavb, lbbb), rbbb)}
+    assert m["joined"] == {"STTC": ["STD", "STE"], "NORM": ["NSR"], "CD": ["IAVB", "LBBB", "RBBB"]}
+    for c, scores in zip(m["joined"], m["scores"].T):
+        assert np.allclose(scores, by_hand[c])
+    out, err = capsys.readouterr()
+    assert "csn -> ptbxl_super: not done: csn is not here" in err
+    assert "CD = IAVB, LBBB, RBBB" in out and "left out: MI, HYP" in out
+    source.records["split"] = "unused"  # nothing to learn from
+    with pytest.raises(data.DataError, match="no other set of"):
+        evaluation.transfer(run, "ptbxl_super", asking())
+    assert "cpsc2018 -> ptbxl_super: not done" in capsys.readouterr().err
+
+
+def test_permutation_p(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = rng.random((150, 2)) < 0.4
+    good, bad = labels + rng.normal(size=(150, 2)), rng.normal(size=(150, 2))
+    monkeypatch.setattr(evaluation, "RESAMPLES", 100)
+    assert evaluation.permutation_p([bad], [bad], labels) == 1
+    assert evaluation.permutation_p([bad, good], [good, bad], labels) == 1  # two runs a group
+    assert evaluation.permutation_p([good], [bad], labels) == evaluation.permutation_p([bad], [good], labels)
+    assert evaluation.permutation_p([good], [bad], labels) < 0.02
+    assert evaluation.permutation_p([100 * good + 7], [good], labels) == 1  # only the order of scores counts
+    null = [evaluation.permutation_p(*rng.normal(size=(2, 1, 60, 1)), rng.random((60, 1)) < 0.4)
+            for _ in range(60)]
+    assert 0.3 < np.mean(null) < 0.7 and np.mean(np.array(null) < 0.2) < 0.4 and min(null) > 0
+
+
+def test_bleu_and_rouge_by_hand():
+    words = lambda *texts: [text.split() for text in texts]
+    a, b = words("a b c d e"), words("a b c d f")  # 4/5, 3/4, 2/3, 1/2 of the n-grams
+    assert evaluation.bleu(a, b) == pytest.approx(0.2 ** 0.25)
+    assert evaluation.bleu(words("a b c d"), words("a b c d e f")) == pytest.approx(np.exp(1 - 6 / 4))
+    assert evaluation.bleu(a, a) == 1 and evaluation.bleu(words("a a a a a"), a) == 0 == evaluation.bleu([[]], a)
+    # a corpus counts n-grams over all: (5 + 4)/(5 + 5), (4 + 3)/8, (3 + 2)/6, (2 + 1)/4
+    assert evaluation.bleu(a + b, a + a) == pytest.approx((9 / 10 * 7 / 8 * 5 / 6 * 3 / 4) ** 0.25)
+    assert evaluation.bleu(words("a a b a"), words("a b a a")) == 0  # clipped; no 4-gram in common
+    assert evaluation.rouge_l(words("a b c d e"), words("a x c e")) == pytest.approx(2 * 3 / 9)
+    assert evaluation.rouge_l(words("a b c", "x"), words("a b c", "y")) == pytest.approx(0.5)
+    assert evaluation.rouge_l([[]], a) == 0
+
+
+# ---- where a model looks -----------------------------------------------------------------------------------
+
+TEXTS = ["atrial fibrillation", "sinus rhythm. normal ecg", "st elevation in v1, v2"]
+
+
+def untrained(method, **options):
+    torch.manual_seed(0)
+    config = small_config(method, width=0.125, dim=16, **options)
+    text = models.small_text_model(TEXTS * 2, steps=1, dim=32, layers=1)
+    return models.build_method(config, text).eval()
+
+
+@pytest.mark.parametrize("method, options, parts", [
+    ("fgclep", dict(align="word", encoder="resnet18"), 63), ("fgclep", dict(align="tag", encoder="resnet18"), 63),
+    ("fgclep", dict(align="tag", encoder="leadvit_tiny"), 10), ("melp", dict(beats="rpeak"), 13)])
+@torch.no_grad()
+def test_attention_over_time(simulated, method, options, parts):
+    method, ecg = untrained(method, **options), torch.from_numpy(simulated.ecg(np.arange(1)))
+    weight = evaluation.attention_over_time(method, ecg, method.encode_text(TEXTS))
+    assert weight.shape == (3, 1000) and (weight >= 0).all() and np.allclose(weight.sum(1), 1, atol=1e-4)
+    steps = np.unique(np.flatnonzero(np.diff(weight)[0]))
+    if method.config.method == "melp":  # a beat is whole, and every beat has its place
+        peaks = np.array(simulated.records["peaks"][0])
+        assert len(steps) <= len(peaks) and all((np.abs(peaks - step) > 10).all() for step in steps)
+    else:
+        assert len(steps) <= parts - 1
+    assert not np.allclose(weight[0], weight[1])
+
+
+@pytest.mark.parametrize("method, options", [("fgclep", {}), ("etp", {}), ("melp", {"beats": "query"})])
+def test_a_run_that_sees_whole_records_says_so(simulated, method, options):
+    method = untrained(method, **options)
+    with pytest.raises(models.ModelError, match=f"this {method.config.method} run sees texts in the whole"):
+        evaluation.attention_over_time(method, torch.from_numpy(simulated.ecg(np.arange(1))),
+                                       method.encode_text(TEXTS))
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small run; the data it was trained on are gone."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECG_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        data.prepare("simulated", "200", folder / "store")
+        train.main("--method fgclep --align word --data store:store --width 0.125 --dim 8 --mlm-steps 2 "
+                   "--batch-size 32 --epochs 1 --fine-epochs 0 --threads 1 --name run".split())
+        shutil.rmtree(folder / "store")
+        evaluation.open_store.cache_clear()
+        yield folder
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    """A copy of it, in a folder of its own."""
+    monkeypatch.setenv("ECG_CACHE", str(trained / "cache"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    return tmp_path / "runs" / "run"
+
+
+def ask(line):
+    evaluation.main(line.split())
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("", "say what to do: --zeroshot SET"), ("--zeroshot", "expected at least one argument"),
+    ("--probe ptbxl --leads I,V9", "--leads I,V9: leads are I, II, III, aVR"),
+    ("--probe ptbxl --derive-leads", "--derive-leads needs --leads with I and II"),
+    ("--probe ptbxl --derive-leads --leads I,V2", "--derive-leads needs --leads with I and II"),
+    ("--probe ptbxl --ratios 0,1", "--ratios are shares above 0, up to 1"),
+    ("--probe ptbxl --ratios 1.5", "--ratios are shares above 0, up to 1"),
+    ("--probe ptbxl --ratios nan", "--ratios are shares above 0, up to 1"),
+    ("--probe ptbxl --ratios x", "--ratios: invalid"), ("--probe ptbxl --shots 4,0", "are numbers from 1"),
+    ("--probe ptbxl --epochs 0", "are numbers from 1"), ("--generate --beams 0", "are numbers from 1"),
+    ("--zeroshot ptbxl --noise nan", "--noise is a ratio in dB"), ("--look record", "--look RECORD TEXT..."),
+    ("--zeroshot ptbxl --control noise", "--control: invalid choice"),
+    ("--probe ptbxl --probe-protocol etp", "--probe-protocol: invalid choice"),
+    ("--zeroshot ptbxl --split 10", "--split: invalid choice")])
+def test_refused_options(line, sentence, capsys):
+    with pytest.raises(SystemExit) as end:
+        ask(line)
+    assert end.value.code == 2 and sentence in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("line, error, sentence", [
+    ("--zeroshot ptbxl_all ecgs", data.DataError, "unknown label set 'ecgs'; known are ptbxl_super"),
+    ("--zeroshot age --data simulated:200", data.DataError, "unknown label set 'age'"),
+    ("--zeroshot simulated --data simulated:200 --scales token,beat", models.ModelError, "has no beat scale"),
+    ("--zeroshot simulated --data simulated:200 --folds 9", data.DataError, "have no folds: leave out --folds"),
+    ("--zeroshot simulated --data simulated:200 --split val", data.DataError, "no record of the val split"),
+    ("--zeroshot cpsc2018", data.DataError, "where are the records of cpsc2018"),
+    ("--zeroshot none.json --data simulated:200", data.DataError, "none.json: No such file"),
+    ("--probe simulated --data simulated:200 --split all", data.DataError, "no training rows"),
+    ("--identify simulated --data simulated:200", data.DataError, "fewer than two patients with two records"),
+    ("--generate simulated --data simulated:200", models.ModelError, "writes no reports; --method melp does"),
+    ("--generate", data.DataError, "store: "), ("--look nowhere text", data.DataError, "there is no nowhere.hea"),
+    ("--look simulated:200:9-9 text", data.DataError, "holds no record '9-9'")])
+def test_what_cannot_be_done_is_a_sentence(run, line, error, sentence):
+    with pytest.raises(error, match=sentence):
+        ask(f"--run {run} {line}")
+
+
+def test_several_tasks_end_to_end(run, capsys):
+    """The run's own data are gone; what cannot be done does not keep the others from being done."""
+    tasks = "--zeroshot simulated georgia --probe simulated --retrieve simulated --identify simulated"
+    ask(f"--run {run} --data simulated:200 {tasks} --embed simulated --finetune simulated --ratios 0.05 --epochs 1")
+    ask(f"--run {run} --data simulated:200 --zeroshot simulated --prompts plain")
+    ask(f"--run {run} --data simulated:200 --zeroshot simulated --scales rhythm --leads I,II --noise 10")
+    out, err = capsys.readouterr()
+    assert "identify simulated: not done: " in err and "vectors of simulated, with ids and split" in out
+    known = evaluation.known_results(run)
+    assert len(known["zeroshot"]) == 5 and not known["identify"]  # one of them written by training
+    assert list(known["zeroshot"])[:2] == ["simulated", "simulated data=simulated:200"]
+    [probe], [finetune], [retrieve] = (known[task].values() for task in ("probe", "finetune", "retrieve"))
+    assert list(probe["results"]) == ["", "random weights", "trained with labels"]
+    assert list(finetune["results"]) == ["", "trained with labels"] and len(retrieve["results"][""]) == 4
+    assert probe["results"][""]["5 %"]["records"] == probe["results"]["trained with labels"]["5 %"]["records"]
+    kept = np.load(run / "embeddings" / "simulated.npz")
+    assert len(kept["ids"]) == 200 == len(kept["features"]) and kept["rhythm"].shape == (200, 8)
+    assert np.allclose(np.linalg.norm(kept["rhythm"], axis=1), 1, atol=1e-5)
+    assert (run / "embeddings" / "simulated_leads=I,II_noise=10.0.npz").exists()
+    assert len(list(run.glob("*.png"))) == 8
+
+
+def test_a_set_that_is_nowhere_does_not_stop_the_others(run, capsys, monkeypatch):
+    monkeypatch.delenv("PTBXL", raising=False)
+    sets = "simulated cpsc2018 csn"
+    ask(f"--run {run} --data simulated:200 georgia:nowhere --zeroshot {sets}")
+    err = capsys.readouterr().err
+    assert all(f"zeroshot {name}: not done: none of simulated:200, georgia:nowhere is of" in err
+               for name in sets.split()[1:])
+    for line, status in ((f"--zeroshot {sets} --data simulated:200 code:x", None), ("--zeroshot csn ptbxl", 2)):
+        if status is None:
+            ask(f"--run {run} {line}")
+            continue
+        with pytest.raises(SystemExit) as end:
+            data.guarded(lambda: ask(f"--run {run} {line}"), models.ModelError)
+        assert end.value.code == status
+        err = capsys.readouterr().err
+        assert "where are the records of csn" in err and "physionet.org/content/ptb-xl" in err
+
+
+def own_csv(folder):
+    """Six test records with labels: one of a code that nobody knows."""
+    source = csv_source(folder, 6)
+    labels = "AFIB", "SR", "164889003;mine", "SR;PVC", "mine", "mine"
+    table(source, [dict(record=f"r{i}", report="", patient=f"p{i}", split="test", labels=codes)
+                   for i, codes in enumerate(labels)])
+    return source
+
+
+def test_an_own_csv_and_own_classes(run, tmp_path, capsys):
+    source, classes = own_csv(tmp_path / "own"), tmp_path / "mine.json"
+    ask(f"--run {run} --data csv:{source} --zeroshot csv")
+    assert "codes that prompts.json does not know are left out: mine (3)" in capsys.readouterr().err
+    classes.write_text(json.dumps({"mine": dict(name="wide qrs", prompts=["wide qrs complexes"]),
+                                   "AFIB": dict(name="atrial fibrillation", prompts=["atrial fibrillation"])}))
+    ask(f"--run {run} --data csv:{source} --zeroshot {classes} --prompts plain")
+    own, mine = evaluation.known_results(run)["zeroshot"].values() if False else [
+        entry["results"][""]["zero-shot"] for title, entry in evaluation.known_results(run)["zeroshot"].items()
+        if title.startswith(("own", str(classes)))]
+    assert {c: each["positives"] for c, each in own["classes"].items()} == {"AFIB": 2, "PVC": 1, "SR": 2}
+    assert own["records"] == 4 == mine["records"]
+    assert {c: each["positives"] for c, each in mine["classes"].items()} == {"mine": 3, "AFIB": 2}
+
+
+def test_look(run, tmp_path, capsys):
+    """At a record of one's own, with the training data gone, and at a record of a store."""
+    write(tmp_path / "mine", beats())
+    evaluation.main(["--run", str(run), "--look", "mine.hea", "Atrial fibrillation.", "st elevation"])
+    out = capsys.readouterr().out
+    assert "no comparison with the training records: " in out and "st elevation" in out
+    assert imread(run / "look_mine.hea.png").std() > 0.05
+    config = json.loads((run / "config.json").read_text()) | {"data": "simulated:200"}
+    (run / "config.json").write_text(json.dumps(config))
+    evaluation.main(["--run", str(run), "--look", "simulated:200:0-3", "atrial fibrillation"])
+    out = capsys.readouterr().out
+    assert "training records" in out and "no comparison" not in out
+    assert imread(run / "look_simulated_200_0-3.png").shape[0] > 900
