@@ -335,7 +335,8 @@ def find_store(name, config, specs=()):
     anything = source in ("own", "age", "sex") or name.endswith(".json")
     kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
     if specs:
-        fitting = list(specs) if len(specs) == 1 else [spec for spec in specs if kind(spec) == source]
+        kinds = ("csv", "wfdb") if anything else (source,)
+        fitting = list(specs) if len(specs) == 1 else [spec for spec in specs if kind(spec) in kinds]
         if len(fitting) != 1:
             fault = "none" if not fitting else "more than one"
             raise data.DataError(f"{fault} of {', '.join(specs)} is of {name}; name its data with --data")
