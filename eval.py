@@ -418,7 +418,7 @@ def ask_set(name, config, ask, learn=False):
     patients, split = (store.records[column].to_numpy(object) for column in ("patient", "split"))
     tested = np.isin(np.arange(len(store)), test_rows(store, ask))
     if not (keep & ~tested & (split == "val")).any():
-        held = [data.split_by(str(patient), 7 / 8, 1 / 8) == "val" for patient in patients]
+        held = [data.split_by(f"held {patient}", 7 / 8, 1 / 8) == "val" for patient in patients]
         split = np.where((split == "train") & held, "val", split)
     everything = Labelled(np.arange(len(store)), labels, patients)
     train, val = (everything.at(keep & ~tested & (split == part)) for part in ("train", "val"))
