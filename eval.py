@@ -725,18 +725,35 @@ def probe(run, name, ask):
         value, ends = headline(zeroshot(run, name, ask)[""]["zero-shot"])
         texts = {"what": "AUROC", "value": value, "interval": ends, "records": len(question.test.rows)}
         return {"": few_labels(*features(run), question, ask) | {"zero-shot": texts}}
-    rows = {}
-    for title, one in (("", run), ("random weights", random_weights(run))):
-        x, x_val, x_test = features(one)
-        rows[title] = {}
+
+    def learned(one):
+        (x, x_val, x_test), found = features(one), {}
         for ratio in ask.ratios:
             drawn = subset(question.train, ratio)
             known = x[drawn], question.train.labels[drawn], x_val, question.val.labels
             scores = (choose_classes(*known)(x_test) if ask.protocol == "grid" else
                       published_head(*known, x_test, question.test.labels, ask.protocol))
-            rows[title][percent(ratio)] = supervised_metrics(question, drawn, scores)
-    return rows | {"trained with labels": {percent(ratio): with_labels(run, question, ratio, ask, fresh=True)
-                                           for ratio in ask.ratios}}
+            found[percent(ratio)] = supervised_metrics(question, drawn, scores)
+        return found
+
+    with_all = lambda: {percent(ratio): with_labels(run, question, ratio, ask, fresh=True)
+                        for ratio in ask.ratios}
+    asked = name, question.store.meta["plan"], vars(ask)
+    return {"": learned(run),
+            "random weights": of_encoder(run, ("random", asked), lambda: learned(random_weights(run))),
+            "trained with labels": of_encoder(run, ("labels", asked), with_all)}
+
+
+REFERENCES = {}  # results that do not depend on what a run has learned
+
+
+def of_encoder(run, asked, make):
+    """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
+    own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
+    key = repr((asked, [getattr(run.config, setting) for setting in own]))
+    if key not in REFERENCES:
+        REFERENCES[key] = make()
+    return REFERENCES[key]
 
 
 def supervised_metrics(question, drawn, scores):
@@ -1230,7 +1247,8 @@ def plot_shots(title, columns, path):
 
 OPTIONS = {  # that concern some tasks only, or no result
     "device": (), "text_model": (), "ratios": ("probe", "finetune"), "shots": ("probe",),
-    "protocol": ("probe",), "epochs": ("probe", "finetune"), "beams": ("generate",), "prompts": ("zeroshot", "transfer"),
+    "protocol": ("probe",), "epochs": ("probe", "finetune"), "beams": ("generate",),
+    "prompts": ("zeroshot", "transfer"),
     "scales": ("zeroshot", "transfer")}
 
 
@@ -1391,8 +1409,10 @@ def compare(folders, wanted, **options):
                 m = rows[row][column]
                 title = f"{row} ({configs[place]['encoder']})" if row else titles[place]
                 label = name if task == "zeroshot" else f"{name} {task}, {column}"
-                places.setdefault(title, {})[place] = None
-                columns.setdefault(title, {}).setdefault(label, []).append(m)
+                found = columns.setdefault(title, {}).setdefault(label, [])
+                if not any(m is other for other in found):  # not what an earlier run has brought
+                    found.append(m)
+                    places.setdefault(title, {})[place] = None
                 number, other = records.setdefault(label, (m.get("records"), folder))
                 if number != m.get("records"):
                     raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
