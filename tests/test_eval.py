@@ -116,7 +116,7 @@ def test_the_data_that_are_named_are_the_data_that_are_used(tmp_path, monkeypatc
     assert len(evaluation.find_store("simulated", config, ["csn:/nowhere", "simulated:40"])) == 40
     for specs, words in ((["csn:a", "georgia:b"], "none of csn:a, georgia:b is of simulated"),
                          (["simulated:40", "simulated:30"], "more than one of .* is of simulated")):
-        with pytest.raises(data.DataError, match=f"{words}; name its data alone with --data"):
+        with pytest.raises(data.DataError, match=f"{words}; name its data with --data"):
             evaluation.find_store("simulated", config, specs)
     with pytest.raises(data.DataError, match="where are the records of csn.* --data SOURCE:PATH"):
         evaluation.find_store("csn", config)

@@ -117,6 +117,12 @@ def only_the_run(monkeypatch):
     monkeypatch.setattr(evaluation, "with_labels", lambda *_, **__: {})
 
 
+@pytest.fixture(autouse=True)
+def no_references(monkeypatch):
+    """A test makes its own rows of other encoders."""
+    monkeypatch.setattr(evaluation, "REFERENCES", {})
+
+
 # ---- zero-shot and probe -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, folds", [*((name, None) for name in NO_FOLDS), *(
@@ -198,6 +204,7 @@ def test_the_probe_never_looks_at_test_rows(tmp_path, monkeypatch):
                 codes = rng.permutation(np.array(list(store.records["codes"]), object)[tested])
                 other.records.loc[tested, "codes"] = codes
             run = run_of(other, monkeypatch, tmp_path / f"{folds}{poisoned}")
+            evaluation.REFERENCES.clear()
             m = evaluation.probe(run, "ptbxl_super", asking(folds=folds, ratios=(0.1, 1)))[""]["100 %"]
             figures.append(m["macro"]["auroc"])
     assert all(clean > 0.6 > poisoned for clean, poisoned in zip(figures[::2], figures[1::2]))
