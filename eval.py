@@ -879,13 +879,16 @@ def transfer(run, name, ask):
     for source in (source for source in TRANSFER if source != name):
         try:
             known = ask_set(source, run.config, ask, learn=True)
+            joined = {c: those for c, those in data.join_classes(source, name).items()
+                      if c in question.classes}
+            if not joined:
+                raise data.DataError("they have no class in common")
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
         x, x_val = (vectors(run, known.store, part.rows, ask)["features"] for part in known[2:4])
         predict = choose_classes(x, known.train.labels, x_val, known.val.labels)
         scores = predict(vectors(run, question.store, rows, ask)["features"])
-        joined = {c: those for c, those in data.join_classes(source, name).items() if c in question.classes}
         own = [question.classes.index(c) for c in joined]
         places = [[known.classes.index(c) for c in those] for those in joined.values()]
         learned = np.stack([scores[:, those].max(1) for those in places], 1)
@@ -1419,6 +1422,8 @@ def compare(folders, wanted, **options):
                                          f"{other}: name the same for all with --data")
     groups = {title: summarise(columns[title], [folders[i] for i in those], [configs[i] for i in those])
               for title, those in places.items()}
+    if not groups:  # --embed has no figures
+        return groups
     first = next(iter(groups))
     for title, label in [(title, label) for title in columns for label in columns[title] if title != first]:
         those = [[m["scores"] for m in columns[t].get(label, ()) if "scores" in m] for t in (title, first)]
@@ -1498,7 +1503,8 @@ def parse(argv):
             ("compare" in given and {"run", "checkpoint", "look"} & given.keys(),
              "--compare names its own runs: drop --run, --ckpt and --look"),
             ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
-            (len(given.get("look", "ok")) < 2, "--look RECORD TEXT...")):
+            (len(given.get("look", "ok")) < 2, "--look RECORD TEXT..."),
+            (not all(map(data.WORD.search, given.get("look", ())[1:])), "--look: a text needs words")):
         if wrong:
             parser.error(sentence)
     return given
