@@ -73,6 +73,30 @@ def test_numbers_of_the_table_by_hand(tmp_path):
     assert "| 0.625 [0.500, 0.750] p=0.250 |" in evaluation.markdown({"etp": one}, "macro_enough")
 
 
+def test_rows_of_other_encoders_and_p_values(tmp_path, monkeypatch, capsys):
+    """Of two runs one row, of their encoder with random weights another; each against the first."""
+    for seed, name in enumerate("ab"):
+        folder(tmp_path / name, None)
+        write_config(tmp_path / name, "etp", seed=seed)
+        (tmp_path / name / "model.safetensors").touch()
+    rng = np.random.default_rng(0)
+    labels = rng.random((80, 1)) < 0.4
+
+    def scored(shift):
+        scores = shift * labels + rng.normal(size=(80, 1))
+        return {"10 %": evaluation.score_classes(["A"], scores, labels)}
+    monkeypatch.setattr(evaluation, "report", lambda *_, **__: {
+        ("probe", "ptbxl_super"): {"": scored(3), "random weights": scored(0)}, ("embed", "ptbxl"): {}})
+    groups = evaluation.compare([tmp_path / "a", tmp_path / "b"], {"probe": ["ptbxl_super"]})
+    assert list(groups) == ["etp", "random weights (resnet18)"] and groups["etp"]["seeds"] == [0, 1]
+    label = "ptbxl_super probe, 10 %"
+    own, other = (group["macro"][label] for group in groups.values())
+    assert len(own["values"]) == 2 and "p" not in own and own["mean"] > 0.9 > 0.7 > other["mean"]
+    assert other["p"] < 0.05 and f"p={other['p']:.3f}" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "report", lambda *_, **__: {("embed", "ptbxl"): {}})
+    assert evaluation.compare([tmp_path / "a"], {"embed": ["ptbxl"]}) == {}  # no figures, no table
+
+
 def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))

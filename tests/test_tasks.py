@@ -169,7 +169,8 @@ def test_doctors_are_rows_of_code_test(tmp_path, monkeypatch):
     store, labels = labelled("code_test")
     run = knowing("code_test", store, monkeypatch, tmp_path)
     half = labels & (np.arange(len(labels)) % 2 == 0)[:, None]
-    monkeypatch.setattr(data, "code_annotations", lambda _: dict(gold_standard=labels, right=labels, half=half))
+    marks = dict(gold_standard=labels, right=labels, half=half)
+    monkeypatch.setattr(data, "code_annotations", lambda _: marks)
     found = evaluation.zeroshot(run, "code_test", asking())
     assert list(found) == ["", "right", "half"] and found["right"]["zero-shot"]["macro"]["auroc"] > 1 - 1e-9
     tested = store.records["split"] == "test"
@@ -670,6 +671,18 @@ def test_refused_options(line, sentence, capsys):
 def test_what_cannot_be_done_is_a_sentence(run, line, error, sentence):
     with pytest.raises(error, match=sentence):
         ask(f"--run {run} {line}")
+
+
+def test_reports_are_written_for_the_runs_own_data(run, simulated, monkeypatch):
+    """--generate without a set: of whatever source they, or those named, are."""
+    asked = []
+    monkeypatch.setattr(evaluation, "report", lambda _, wanted, **options: asked.append(wanted))
+    config = json.loads((run / "config.json").read_text()) | {"data": f"store:{simulated.path}"}
+    (run / "config.json").write_text(json.dumps(config))
+    ask(f"--run {run} --generate")
+    ask(f"--run {run} --generate --data simulated:200")
+    ask(f"--run {run} --generate ptbxl")
+    assert asked == [{"generate": ["simulated"]}, {"generate": ["simulated"]}, {"generate": ["ptbxl"]}]
 
 
 def own_classes(folder, **words):
