@@ -527,7 +527,8 @@ def read_state(folder, finished=True):
 
 
 def open_data(spec, rate=100, cache=None, **options):
-    """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "simulated", "simulated:N", "store:DIR".
+    """Store of "ptbxl:DIR", "mimic:DIR", "csv:FILE", "cpsc2018:DIR", "csn:DIR", "georgia:DIR", "wfdb:DIR",
+    "code:DIR", "simulated", "simulated:N", "store:DIR".
 
     All but a store are prepared on first use into `cache`, or $ECG_CACHE, or ~/.cache/ecg-language.
     rate: Hz; None: the store's own, or 100. options: of prepare. Errors: DataError."""

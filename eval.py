@@ -876,9 +876,10 @@ def transfer(run, name, ask):
     class scores the highest of the source's classes that are joined to it."""
     question, columns = ask_set(name, run.config, ask), {}
     texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
+    published = asking(**vars(ask) | {"split": "test", "folds": None})  # of the source, which is not tested
     for source in (source for source in TRANSFER if source != name):
         try:
-            known = ask_set(source, run.config, ask, learn=True)
+            known = ask_set(source, run.config, published, learn=True)
             joined = {c: those for c, those in data.join_classes(source, name).items()
                       if c in question.classes}
             if not joined:

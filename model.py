@@ -1227,7 +1227,7 @@ class Config:
     """The small default, made for two CPU cores; a method's own and --preset paper are in METHODS."""
     method: str = "fgclep"  # etp | merl | cmelt | melp | fgclep; cardiolm: a language model for --text-model
     preset: Literal["small", "paper"] = "small"  # paper: the method's published recipe
-    data: str = "simulated"  # simulated[:N], ptbxl:DIR, mimic:DIR, csv:FILE, store:DIR; cardiolm: texts, too
+    data: str = "simulated"  # simulated[:N], ptbxl:DIR, csv:FILE, mimic|cpsc2018|csn|georgia|wfdb|store:DIR
     name: str = ""  # name of the run folder; default: method, data and time
     seed: Annotated[int, 0, 2**31] = 0  # everything random follows from it
   # signal

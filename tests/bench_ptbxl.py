@@ -1,4 +1,4 @@
-"""The README's tables: train on PTB-XL folds 1-8, compare zero-shot on folds 9+10. Finished runs are kept, others continued: call
+"""The tables of docs/results.md: train on PTB-XL folds 1-8, compare zero-shot on folds 9+10. Finished runs are kept, others continued: call
 it again to go on.
 
     python tests/bench_ptbxl.py ../shared/data/ptbxl              methods x seeds

@@ -1,4 +1,4 @@
-"""MELP with and without warm-up: contrastive loss by update, .docs/warmup.png. Finished runs are kept, others continued.
+"""MELP with and without warm-up: contrastive loss by update, docs/warmup.png. Finished runs are kept, others continued.
 
     python tests/bench_warmup.py ../shared/data/ptbxl
 """
@@ -61,7 +61,7 @@ def main():
     print(f"chance {chance:.2f}\n\n| peak rate | warm-up | seed | loss half-way | last | the watch |\n|---|---|---|---|---|---|")
     for (lr, warmup, seed), (_, y, warnings) in curves.items():
         print(f"| {lr:g} | {warmup:g} | {seed} | {y[len(y) // 2]:.2f} | {y[-1]:.2f} | {warnings[0] if warnings else ''} |")
-    plot(curves, chance, bench_ptbxl.ROOT / ".docs" / "warmup.png")
+    plot(curves, chance, bench_ptbxl.ROOT / "docs" / "warmup.png")
 
 
 if __name__ == "__main__":
