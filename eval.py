@@ -882,6 +882,8 @@ def transfer(run, name, ask):
             known = ask_set(source, run.config, published, learn=True)
             joined = {c: those for c, those in data.join_classes(source, name).items()
                       if c in question.classes}
+            if known.store.path == question.store.path:  # what is tested may have been learned from
+                raise data.DataError("they are of the same records")
             if not joined:
                 raise data.DataError("they have no class in common")
         except data.DataError as error:

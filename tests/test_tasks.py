@@ -498,6 +498,7 @@ def test_transfer_takes_the_maximum_of_joined_classes(tmp_path, monkeypatch, cap
     target, labels = labelled("ptbxl_super")
     own = knowing("ptbxl_super", target, monkeypatch, tmp_path).method.texts
     source, _ = labelled("cpsc2018")
+    source.path = "elsewhere"
     target.painted = np.random.default_rng(0).normal(size=(len(target), 9)).astype(np.float32)
     source.painted = target.painted
 
@@ -527,10 +528,14 @@ def test_transfer_takes_the_maximum_of_joined_classes(tmp_path, monkeypatch, cap
         evaluation.transfer(run._replace(method=paced), str(foreign), asking())
     assert "they have no class in common" in capsys.readouterr().err
     target.records["codes"] = codes
-    source.records["split"] = "test"  # nothing to learn from
+    source.path = target.path
     with pytest.raises(data.DataError, match="no other set of"):
         evaluation.transfer(run, "ptbxl_super", asking())
-    assert "cpsc2018 -> ptbxl_super: not done: painted: no training rows" in capsys.readouterr().err
+    assert "cpsc2018 -> ptbxl_super: not done: they are of the same records" in capsys.readouterr().err
+    source.path, source.records["split"] = "elsewhere", "test"  # nothing to learn from
+    with pytest.raises(data.DataError, match="no other set of"):
+        evaluation.transfer(run, "ptbxl_super", asking())
+    assert "cpsc2018 -> ptbxl_super: not done: elsewhere: no training rows" in capsys.readouterr().err
 
 
 def test_permutation_p(monkeypatch):
