@@ -719,6 +719,8 @@ def probe(run, name, ask):
     class (--shots); beside it the same encoder with random weights, and trained with labels."""
     question = ask_set(name, run.config, ask, learn=True)
     features = lambda one: [vectors(one, question.store, part.rows, ask)["features"] for part in question[2:]]
+    if ask.shots and name in ("age", "sex"):
+        raise data.DataError(f"{name} has no prompts for the zero-shot line of --shots: leave that out")
     if name == "age":
         return {"": {"age": age_probe(*features(run), question)}}
     if ask.shots:
@@ -1290,7 +1292,7 @@ def show(folder, task, name, rows, ask):
     elif lines:
         print_table(f"{task} {name}", {label: summary(m) for label, m in lines.items()})
     picture = Path(folder) / f"{task}_{file_name(title)}.png"
-    if task == "probe" and ask.shots and name != "age":
+    if task == "probe" and ask.shots:
         plot_shots(title, rows[""], picture)
     elif heads:
         plot(f"{task} {title}", {next(iter(lines.values())).get("what", "AUROC"): heads}, picture)

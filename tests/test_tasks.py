@@ -301,6 +301,9 @@ def test_age_and_sex(tmp_path, monkeypatch):
     found = evaluation.probe(run, "sex", asking(ratios=(0.1, 1)))[""]
     assert [m["classes"]["female"]["auroc"] for m in found.values()] == [1, 1]
     assert found["100 %"]["records"] == ((records["fold"] == 10) & (records["sex"] != "")).sum()
+    for name in ("age", "sex"):
+        with pytest.raises(data.DataError, match=f"{name} has no prompts"):
+            evaluation.probe(run, name, asking(shots=[1]))
 
 
 def test_published_heads():
