@@ -1256,8 +1256,8 @@ def plot_shots(title, columns, path):
 OPTIONS = {  # that concern some tasks only, or no result
     "device": (), "text_model": (), "ratios": ("probe", "finetune"), "shots": ("probe",),
     "protocol": ("probe",), "epochs": ("probe", "finetune"), "beams": ("generate",),
-    "prompts": ("zeroshot", "transfer"),
-    "scales": ("zeroshot", "transfer")}
+    "prompts": ("zeroshot", "transfer", "probe"),  # of --probe for its zero-shot line
+    "scales": ("zeroshot", "transfer", "probe", "look")}
 
 
 def entry(name, options):
@@ -1509,7 +1509,11 @@ def parse(argv):
              "--compare names its own runs: drop --run, --ckpt and --look"),
             ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
             (len(given.get("look", "ok")) < 2, "--look RECORD TEXT..."),
-            (not all(map(data.WORD.search, given.get("look", ())[1:])), "--look: a text needs words")):
+            (not all(map(data.WORD.search, given.get("look", ())[1:])), "--look: a text needs words"),
+            ("look" in given and {"leads", "noise", "control"} & given.keys(),
+             "--look shows a record as it is: drop --leads, --noise and --control"),
+            *((option in given and tasks and not given.keys() & tasks, f"{option} is of no use without --"
+               + " or --".join(tasks)) for option, tasks in OPTIONS.items())):
         if wrong:
             parser.error(sentence)
     return given

@@ -652,6 +652,10 @@ def ask(line):
     ("--probe ptbxl --epochs 0", "are numbers from 1"), ("--generate --beams 0", "are numbers from 1"),
     ("--zeroshot ptbxl --noise nan", "--noise is a ratio in dB"), ("--look record", "--look RECORD TEXT..."),
     ("--look record st ...", "--look: a text needs words"),
+    ("--look record text --leads I", "--look shows a record as it is"),
+    ("--zeroshot ptbxl --ratios 0.1", "ratios is of no use without --probe or --finetune"),
+    ("--retrieve ptbxl --prompts plain", "prompts is of no use without --zeroshot or --transfer or --probe"),
+    ("--finetune ptbxl --probe-protocol merl", "protocol is of no use without --probe"),
     ("--zeroshot ptbxl --control noise", "--control: invalid choice"),
     ("--probe ptbxl --probe-protocol etp", "--probe-protocol: invalid choice"),
     ("--zeroshot ptbxl --split 10", "--split: invalid choice")])
