@@ -366,11 +366,14 @@ def sets_of(store):
 
 
 def test_rows(store, ask):
-    """Row numbers of a store's test records, or of the folds or the split asked for. Errors: DataError where
-    there are none."""
+    """Row numbers of a store's test records, or of the folds or the split asked for; where several data sets
+    are asked about, the folds are for those that have some. Errors: DataError where there are no rows."""
     records, folds = store.records, ask.folds
     if folds and not records["fold"].any():
-        raise data.DataError(f"{store.path}: these records have no folds: leave out --folds")
+        if len(ask.data) < 2:
+            raise data.DataError(f"{store.path}: these records have no folds: leave out --folds")
+        print(f"{source_of(store)}: these records have no folds; their {ask.split} split is tested")
+        folds = None
     chosen = records["fold"].isin(folds) if folds else (records["split"] == ask.split) | (ask.split == "all")
     if not chosen.any():
         wanted = f"fold {', '.join(map(str, folds))}" if folds else f"the {ask.split} split"
@@ -409,20 +412,20 @@ def labels_of(records, name):
     return data.label_matrix(records, name)
 
 
-def ask_set(name, config, ask, learn=False):
+def ask_set(name, config, ask, learn=False, test=True):
     """Question of a label set. Validation rows are the val split; where that is tested, an eighth of the
-    training patients by a hash. Errors: DataError where no record to test has a label; if learn, where there
-    is none to learn from."""
+    training patients by a hash. Errors: DataError, if test, where no record to test has a label; if learn,
+    where there is none to learn from."""
     store = find_store(name, config, ask.data)
     classes, labels, keep = labels_of(store.records, name)
     patients, split = (store.records[column].to_numpy(object) for column in ("patient", "split"))
-    tested = np.isin(np.arange(len(store)), test_rows(store, ask))
+    tested = np.isin(np.arange(len(store)), test_rows(store, ask)) if test else split == "test"
     if not (keep & ~tested & (split == "val")).any():
         held = [data.split_by(f"held {patient}", 7 / 8, 1 / 8) == "val" for patient in patients]
         split = np.where((split == "train") & held, "val", split)
     everything = Labelled(np.arange(len(store)), labels, patients)
     train, val = (everything.at(keep & ~tested & (split == part)) for part in ("train", "val"))
-    if not (keep & tested).any():
+    if test and not (keep & tested).any():
         raise data.DataError(f"{store.path}: no record to evaluate has a label of {name}")
     if learn and not (len(train.rows) and len(val.rows)):
         raise data.DataError(f"{store.path}: no training rows with a label of {name} to learn from")
@@ -659,14 +662,13 @@ def zeroshot(run, name, ask):
     """Classes told apart by the similarity of the ECG with their texts; no label is used."""
     question = ask_set(name, run.config, ask)
     scores, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
-    found = {"": {"zero-shot": score_classes(question.classes, scores, labels, patients)}}
-    if source_of(question.store) == "code" and name == "code_test":  # doctors, students, the authors' network
+    everyone, source = {"": scores}, source_of(question.store)
+    if source == "code" and name == "code_test":  # beside it doctors, students and the authors' network
+        marks = data.code_annotations(question.store.meta["settings"]["src"])
         ids = question.store.records["id"].iloc[rows].astype(int)
-        for who, marks in data.code_annotations(question.store.meta["settings"]["src"]).items():
-            if who != "gold_standard":
-                marks = marks[ids].astype(float)
-                found[who] = {"zero-shot": score_classes(question.classes, marks, labels, patients)}
-    return found
+        everyone |= {who: m[ids].astype(float) for who, m in marks.items() if who != "gold_standard"}
+    return {who: {"zero-shot": {"source": source} | score_classes(question.classes, given, labels, patients)}
+            for who, given in everyone.items()}
 
 
 GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "balanced")
@@ -878,10 +880,9 @@ def transfer(run, name, ask):
     class scores the highest of the source's classes that are joined to it."""
     question, columns = ask_set(name, run.config, ask), {}
     texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
-    published = asking(**vars(ask) | {"split": "test", "folds": None})  # of the source, which is not tested
     for source in (source for source in TRANSFER if source != name):
         try:
-            known = ask_set(source, run.config, published, learn=True)
+            known = ask_set(source, run.config, ask, learn=True, test=False)
             joined = {c: those for c, those in data.join_classes(source, name).items()
                       if c in question.classes}
             if known.store.path == question.store.path:  # what is tested may have been learned from
@@ -1285,7 +1286,7 @@ def show(folder, task, name, rows, ask):
     if task == "zeroshot":
         metrics = rows[""]["zero-shot"]
         for label, m in lines.items():
-            print_table(f"{label} {name}: {m['records']} records", class_rows(m))
+            print_table(f"{label} {name} of {m['source']} records: {m['records']}", class_rows(m))
         known = {c: r for c, r in metrics["classes"].items() if "auroc" in r}
         heads = {f"{c} ({known[c]['positives']})": ([known[c]["auroc"]], known[c]["interval"])
                  for c in sorted(known, key=lambda c: -known[c]["auroc"])}
