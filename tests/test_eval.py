@@ -150,7 +150,7 @@ def test_no_result_overwrites_another(tmp_path):
                            "ptbxl_sub scales=beat folds=9", "ptbxl_sub checkpoint=w.pt"]
     kept = known["ptbxl_sub folds=9"]
     assert kept["options"]["folds"] == [9] and kept["results"][""]["zero-shot"] == {
-        "records": 3, "patients": 3, "classes": {"A": {"positives": 0}}, "untrained": []}
+        "source": "ptbxl", "records": 3, "patients": 3, "classes": {"A": {"positives": 0}}, "untrained": []}
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(data.DataError, match="results.json: must be an object, not .*; move it away"):
         evaluation.report(tmp_path, {"zeroshot": ["ptbxl_sub"]})  # before anything is computed
