@@ -143,7 +143,7 @@ def test_no_result_overwrites_another(tmp_path):
     result = evaluation.score_classes(["A"], np.zeros((3, 1)), np.zeros((3, 1), bool))
     folds, plain = {"folds": [9]}, {"prompts": "plain"}
     for options in ({}, plain, folds, folds | {"scales": ["beat"]}, {"checkpoint": "w.pt"}, {}):
-        evaluation.show(tmp_path, "zeroshot", "ptbxl_sub", {"": {"zero-shot": result}},
+        evaluation.show(tmp_path, "zeroshot", "ptbxl_sub", {"": {"zero-shot": {"source": "ptbxl"} | result}},
                         evaluation.asking(**options))
     known = evaluation.known_results(tmp_path)["zeroshot"]
     assert list(known) == ["ptbxl_sub", "ptbxl_sub prompts=plain", "ptbxl_sub folds=9",
