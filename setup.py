@@ -77,10 +77,9 @@ setup(
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildModules, **cmdclass},
     install_requires=[
-        "torch>=2.10", "numpy>=1.26", "scipy>=1.11", "pandas>=2.0", "wfdb>=4.1", "h5py>=3.8", "scikit-learn>=1.3", "joblib>=1.3",
-        "threadpoolctl>=3",
-        "matplotlib>=3.7", "tqdm>=4.65", "transformers>=4.56", "tokenizers>=0.20", "safetensors>=0.4",
-        "ninja>=1.11", "setuptools",
+        "torch>=2.10", "numpy>=1.26", "scipy>=1.11", "pandas>=2.0", "wfdb>=4.1", "h5py>=3.8",
+        "scikit-learn>=1.3", "joblib>=1.3", "threadpoolctl>=3", "matplotlib>=3.7", "tqdm>=4.65",
+        "transformers>=4.56", "tokenizers>=0.20", "safetensors>=0.4", "ninja>=1.11", "setuptools",
     ],
     extras_require={"test": ["pytest>=8", "pytest-xdist>=3"], "bench": ["sleepecg==0.6.*", "neurokit2>=0.2"]},
 )
