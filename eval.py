@@ -666,8 +666,8 @@ def zeroshot(run, name, ask):
     scores, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
     everyone, source = {"": scores}, source_of(question.store)
     if len(rows) < 100 and ask.split == "test" and not ask.folds and len(question.store) > len(rows):
-        print(f"\n{name}: {len(rows)} of {len(question.store)} {source} records are test records with a label "
-              "of the set; --split all asks about all: fair, if the run saw none of them")
+        print(f"\n{name}: {len(rows)} of {len(question.store)} {source} records are test records with a "
+              "label of the set; --split all asks about all: fair, if the run saw none of them")
     if source == "code" and name == "code_test":  # beside it doctors, students and the authors' network
         marks = data.code_annotations(question.store.meta["settings"]["src"])
         ids = question.store.records["id"].iloc[rows].astype(int)
