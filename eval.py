@@ -1292,7 +1292,8 @@ def show(folder, task, name, rows, ask):
     if task == "zeroshot":
         metrics = rows[""]["zero-shot"]
         for label, m in lines.items():
-            print_table(f"{label} {name} of {m['source']} records: {m['records']}", class_rows(m))
+            print_table(f"{label} {name} of {m['source']} records: {m['records']} records",
+                        class_rows(m))
         known = {c: r for c, r in metrics["classes"].items() if "auroc" in r}
         heads = {f"{c} ({known[c]['positives']})": ([known[c]["auroc"]], known[c]["interval"])
                  for c in sorted(known, key=lambda c: -known[c]["auroc"])}

@@ -331,7 +331,7 @@ def test_a_run_of_ones_own_records_ends_with_their_table(tmp_path, monkeypatch, 
     table(tmp_path / "list.csv", rows)
     args = ["--method", "etp", "--data", "csv:list.csv", *TINY, "--epochs", "1"]
     train.main([*args, "--name", "own"])
-    assert "zero-shot own of csv records: 6\n" in capsys.readouterr().out
+    assert "zero-shot own of csv records: 6 records" in capsys.readouterr().out
     table(tmp_path / "list.csv", [row | dict(labels="") for row in rows])
     with pytest.raises(data.DataError, match="from other records; delete it"):  # the old store is not used in silence
         train.main([*args, "--name", "unlabelled"])
