@@ -1334,6 +1334,8 @@ def report(folder, wanted, **options):
     for task in wanted:
         remember(folder, task, {})
     run = open_run(folder, ask)
+    if ask.split in ("train", "all") and run.config.data:
+        print(f"--split {ask.split}: of {run.config.data}, the run has seen the training records")
     for task, name in [(task, name) for task, names in wanted.items() for name in names]:
         try:
             results[task, name] = TASKS[task](run, name, ask)
