@@ -538,7 +538,8 @@ def score_records(run, store, rows, prompts, ask, batch=256):
             ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(run.device)
             parts.append(method.similarity(method.encode_ecg(ecg), text, scales).float().cpu())
         like = torch.cat(parts)                                                    # (R, texts)
-    return torch.stack([part.mean(1) for part in like.split([len(row) for row in prompts], 1)], 1).numpy()
+    scores = [part.mean(1) for part in like.split([len(row) for row in prompts], 1)]
+    return torch.stack(scores, 1).numpy().round(5)  # beyond, a batch's rounding would rank equal records
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------

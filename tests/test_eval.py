@@ -196,12 +196,12 @@ def test_a_class_scores_the_mean_over_its_prompts(tmp_path, options, scales):
         run, store, np.arange(5), prompts, evaluation.asking(scales=scales), batch)
     both = score([["sinus rhythm", "normal ecg."], ["normal ecg"]], 2)
     one = score([["sinus rhythm"], ["normal ecg"]], 5)
-    assert both.shape == (5, 2) and np.allclose(both[:, 0], one.mean(1), atol=1e-6)
-    assert np.allclose(both[:, 1], one[:, 1], atol=1e-6)
+    assert both.shape == (5, 2) and np.allclose(both[:, 0], one.mean(1), atol=2e-5)
+    assert np.allclose(both[:, 1], one[:, 1], atol=2e-5)
     with torch.no_grad():
         views = method.encode_ecg(torch.from_numpy(store.ecg(np.arange(5))))
         text = method.encode_text(["sinus rhythm", "normal ecg"])
-        assert np.allclose(one, method.similarity(views, text, scales), atol=1e-6)
+        assert np.allclose(one, method.similarity(views, text, scales), atol=2e-5)
     with pytest.raises(models.ModelError, match="has no beat scale, only rhythm"):
         scales = ["beat"]
         score([["normal ecg"]], 5)
