@@ -1299,7 +1299,8 @@ def show(folder, task, name, rows, ask):
         heads = {f"{c} ({known[c]['positives']})": ([known[c]["auroc"]], known[c]["interval"])
                  for c in sorted(known, key=lambda c: -known[c]["auroc"])}
     elif lines:
-        print_table(f"{task} {name}", {label: summary(m) for label, m in lines.items()})
+        how = {"merl": ", as MERL: the best TEST epoch", "melp": ", as MELP"}.get(ask.protocol, "")
+        print_table(f"{task} {name}{how}", {label: summary(m) for label, m in lines.items()})
     picture = Path(folder) / f"{task}_{file_name(title)}.png"
     if task == "probe" and ask.shots:
         plot_shots(title, rows[""], picture)
