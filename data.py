@@ -414,6 +414,12 @@ def repair(signal, present, fs):
     return signal, usable, int(long[usable].sum())
 
 
+def shift(signal, step):
+    """Move a signal (..., N) by a number of samples, in place; zeros move in."""
+    signal[...] = np.roll(signal, step, -1)
+    signal[..., slice(0, step) if step >= 0 else slice(step, None)] = 0
+
+
 def microvolts(signal, samples):
     """mV (12, N) -> microvolts (12, samples) int16, cut or zero-padded at the end; number of clipped."""
     signal = np.rint(signal[:, :samples] * 1000)
@@ -925,7 +931,7 @@ def header_rows(settings):
     for path in headers:
         try:
             with open_file(path) as file:
-                head = file.read(2**20).decode("utf-8", "replace")
+                head = file.read(MAX_HEADER).decode("utf-8", "replace")
         except OSError:
             head = ""  # what is wrong with it is said when the record is read
         said = {key.lower(): value.strip() for key, value in COMMENT.findall(head)}

@@ -436,8 +436,11 @@ def ask_set(name, config, ask, learn=False, test=True):
 
 def signals(store, rows, ask):
     """ECGs of rows (B, 12, N) float32 mV: as stored, or with noise, fewer leads, or a control instead."""
-    other = np.random.default_rng(0).permutation(len(store))  # of each record another one, always the same
-    ecg = store.ecg(np.roll(other, 1)[np.argsort(other)][rows] if ask.control == "other" else rows)
+    if ask.control == "other":  # of each record another one, always the same
+        order = np.random.default_rng(0).permutation(len(store))
+        ecg = store.ecg(np.roll(order, 1)[np.argsort(order)][rows])
+    else:
+        ecg = store.ecg(rows)
     if ask.control == "zero":
         ecg[:] = 0
     if ask.noise is not None:
@@ -687,10 +690,11 @@ def fit_classes(x, labels, setting):
     rows are all of one kind has a constant, by Laplace's rule. setting: one of GRID."""
     scale, balance, c = setting
     center, spread = (x.mean(0), x.std(0) + 1e-8) if scale else (0, 1)
-    ready, heads = lambda x: ((x - center) / spread).astype(np.float64), []  # the solver needs the digits
+    ready = lambda x: ((x - center) / spread).astype(np.float64)  # the solver needs the digits
+    scaled, heads = ready(x), []
     for y in labels.T:
         if y.any() and not y.all():
-            head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(ready(x), y)
+            head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(scaled, y)
             heads.append((head.coef_[0], head.intercept_[0]))
         else:
             heads.append((np.zeros(x.shape[1]), math.log((y.sum() + 1) / ((~y).sum() + 1))))
@@ -747,12 +751,16 @@ def probe(run, name, ask):
             found[percent(ratio)] = supervised_metrics(question, drawn, scores)
         return found
 
-    with_all = lambda: {percent(ratio): with_labels(run, question, ratio, ask, fresh=True)
-                        for ratio in ask.ratios}
-    asked = name, question.store.meta["plan"], vars(ask)
-    return {"": learned(run),
-            "random weights": of_encoder(run, ("random", asked), lambda: learned(random_weights(run))),
-            "trained with labels": of_encoder(run, ("labels", asked), with_all)}
+    asked = "random", name, question.store.meta["plan"], vars(ask)
+    return {"": learned(run), "random weights": of_encoder(run, asked, lambda: learned(random_weights(run))),
+            "trained with labels": labels_alone(run, name, question, ask)}
+
+
+def labels_alone(run, name, question, ask):
+    """The row "trained with labels" of a probe and of fine-tuning: the encoder from random weights."""
+    asked = "labels", name, question.store.meta["plan"], vars(ask)
+    return of_encoder(run, asked, lambda: {percent(ratio): with_labels(run, question, ratio, ask, True)
+                                           for ratio in ask.ratios})
 
 
 REFERENCES = {}  # results that do not depend on what a run has learned
@@ -846,21 +854,21 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [1e-3, 1e-3 if fresh else 1e-4],
                                                    epochs * per_epoch, pct_start=0.1, cycle_momentum=False)
     best, odds = (-1, None), lambda ecg: head(pool(method.encode_tokens(ecg.to(device))))
-    read = lambda rows: torch.from_numpy(signals(question.store, rows, ask))
 
     @torch.no_grad()
     def predict(rows):
         method.eval()
         parts = np.array_split(rows, len(rows) // 256 + 1)
-        return torch.cat([odds(read(some)).cpu() for some in parts]).numpy()
+        ecgs = (torch.from_numpy(signals(question.store, some, ask)) for some in parts)
+        return torch.cat([odds(ecg).cpu() for ecg in ecgs]).numpy()
 
     for epoch in tqdm(range(epochs), desc=f"training with labels, {percent(ratio)}", leave=False):
         method.train()
         for some in torch.randperm(len(drawn)).split(batch):
             rows, step = drawn[some.numpy()], int(torch.randint(-limit, limit + 1, ()))
-            ecg = torch.roll(read(question.train.rows[rows]), step, 2)
-            ecg[:, :, slice(0, step) if step >= 0 else slice(step, None)] = 0
-            ecg *= torch.rand(len(ecg), 12, 1) >= c.lead_drop
+            ecg = signals(question.store, question.train.rows[rows], ask)
+            data.shift(ecg, step)
+            ecg = torch.from_numpy(ecg) * (torch.rand(len(ecg), 12, 1) >= c.lead_drop)
             labels = torch.from_numpy(question.train.labels[rows]).float().to(device)
             F.binary_cross_entropy_with_logits(odds(ecg), labels).backward()
             optimiser.step()
@@ -878,8 +886,8 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
 def finetune(run, name, ask):
     """Encoder and classifier trained with labels, from the run's weights and from random ones."""
     question = ask_set(name, run.config, ask, learn=True)
-    return {row: {percent(ratio): with_labels(run, question, ratio, ask, fresh) for ratio in ask.ratios}
-            for row, fresh in (("", False), ("trained with labels", True))}
+    return {"": {percent(ratio): with_labels(run, question, ratio, ask, False) for ratio in ask.ratios},
+            "trained with labels": labels_alone(run, name, question, ask)}
 
 
 def transfer(run, name, ask):
@@ -1549,10 +1557,10 @@ def main(argv=None):
     else:
         run = given.get("run") or (Path(checkpoint).parent if checkpoint else newest_run())
     print(f"run {run}")
-    if "generate" in wanted:
+    if wanted.get("generate") == []:
         config = read_config(run)[0]
         store = open_store(options["data"][0] if "data" in options else config.data, config.rate)
-        wanted["generate"] = wanted["generate"] or [source_of(store)]
+        wanted["generate"] = [source_of(store)]
     if wanted:
         report(run, wanted, **options)
     if "look" in given:

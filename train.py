@@ -124,8 +124,7 @@ def augment(ecg, peaks, config, rng):
         ecg[rng.random(len(ecg)) < config.lead_drop] = 0
     if limit := int(config.shift * config.rate):
         step = int(rng.integers(-limit, limit + 1))
-        ecg[:] = np.roll(ecg, step, 1)
-        ecg[:, slice(0, step) if step >= 0 else slice(step, None)] = 0
+        data.shift(ecg, step)
         moved = peaks[peaks >= 0] + step
         moved = moved[(moved >= 0) & (moved < ecg.shape[1])]
         peaks[:len(moved)], peaks[len(moved):] = moved, -1
