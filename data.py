@@ -1,10 +1,11 @@
 """Records -> store -> batches: reading, data-set adapters, label sets, report text, the simulator.
 
 Every data set becomes the same thing once, a store (class Store): a folder with
-    ecg.i16      records x 12 leads x samples, int16 microvolts, little endian, memory-mapped
+    ecg.i16      records x 12 leads x samples, int16 microvolts, little endian
     records.csv  id, patient, split, fold, statements, report, codes, source, leads, features, peaks (R peaks,
                  samples), age (years), sex (F or M)
     store.json   format version, rate, settings, what was dropped and why, sizes and checksums
+and, of every record as numbers, what training reads (see index): split, peaks and statements.
 In the program signals are float32 mV with leads in the order of LEADS, rates in Hz, positions in samples.
 """
 import argparse
@@ -23,10 +24,11 @@ import shutil
 import sys
 import threading
 import zlib
+from array import array
 from collections import Counter, deque, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from fractions import Fraction
-from functools import lru_cache, partial, wraps
+from functools import cached_property, lru_cache, partial, wraps
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -455,49 +457,165 @@ def load_record(path, rate, crop="first", read=read_record):
 
 # ---- the store ---------------------------------------------------------------------------------------------
 
-FORMAT = ["ecg-language store", 4]  # name and version
+FORMAT = ["ecg-language store", 5]  # name and version
 CHUNK = 256  # records of a task: what is written at once, and what the simulator draws at once
 COLUMNS = ("id", "patient", "split", "fold", "statements", "report", "codes", "source", "leads",
            "features", "peaks", "age", "sex")  # years and F or M, "" where unknown
 JSON_COLUMNS = ("statements", "codes", "features", "peaks")
+SPLITS = "train", "val", "test", "unused"
+DTYPES = {"u8": "u1", "i16": "<i2", "i32": "<i4", "i64": "<i8"}  # of a file, by the end of its name
 AGAIN = "delete it and prepare the data set again"
 STRANGE = "label codes that prompts.json does not know, so that no label set counts them"
 UNFINISHED = "preparing it did not finish; run the same prepare command again"
 
 
 class Store:
-    """A prepared data set, read-only. records: DataFrame, JSON_COLUMNS parsed, fold 0 where there is none;
-    leads: a character each, 0 where the stored lead is zeros as it was missing, flat or mostly invalid."""
+    """A prepared data set, read-only. It reads its files when they are used and holds none of them, so that
+    800,000 records open at once and a Store is small to send. rows: row numbers, (B,)."""
 
     def __init__(self, path, verify=False):
         self.path, self.meta = str(path), read_state(str(path))
         self.rate, self.samples = self.meta["rate"], self.meta["samples"]
-        self.verify("ecg.i16", verify)
-        self.verify("records.csv")
-        self.records = pd.read_csv(os.path.join(self.path, "records.csv"), dtype=str, keep_default_na=False)
-        for column in JSON_COLUMNS:
-            self.records[column] = [json.loads(text) for text in self.records[column]]
-        self.records["fold"] = self.records["fold"].replace("", "0").astype(int)
+        self.verify(content=verify)
+        self.verify(*self.meta["files"].keys() - {"ecg.i16", "records.csv"})
 
-    def verify(self, name="ecg.i16", content=True):
-        """Is a file of the size, and its content (0.1 s a GB), what was written? Errors: DataError."""
-        file, (size, crc) = os.path.join(self.path, name), self.meta["files"][name]
-        try:
-            right = os.path.getsize(file) == size and (not content or crc_of(file) == crc)
-            fault = None if right else f"not the {size} bytes that were written"
-        except OSError as error:
-            fault = error.strerror
-        if fault:
-            raise DataError(f"{file}: damaged ({fault}); {AGAIN}")
+    def verify(self, *names, content=True):
+        """Are files (all, if none is named) of the size, and is their content (0.1 s a GB), what was written?
+        Errors: DataError."""
+        for name in names or self.meta["files"]:
+            file, (size, crc) = os.path.join(self.path, name), self.meta["files"][name]
+            try:
+                right = os.path.getsize(file) == size and (not content or crc_of(file) == crc)
+                fault = None if right else f"not the {size} bytes that were written"
+            except OSError as error:
+                fault = error.strerror
+            if fault:
+                raise DataError(f"{file}: damaged ({fault}); {AGAIN}")
 
     def __len__(self):
-        return len(self.records)
+        return self.meta["files"]["split.u8"][0]  # a byte each
 
-    def ecg(self, indices):
-        """float32 mV (B, 12, samples). Mapped anew each time, so that a Store is small to send."""
-        shape = len(self), 12, self.samples
-        signals = np.memmap(os.path.join(self.path, "ecg.i16"), "<i2", "r", shape=shape)
-        return signals[indices].astype(np.float32) / 1000
+    def __getstate__(self):  # small to send
+        return {name: value for name, value in vars(self).items() if name not in ("records", "tags")}
+
+    @cached_property
+    def records(self):
+        """DataFrame of COLUMNS, JSON_COLUMNS parsed, fold 0 where there is none; leads: a character each, 0
+        where the stored lead is zeros as it was missing, flat or mostly invalid. Errors: DataError."""
+        self.verify("records.csv")
+        records = read_records(self.path)
+        for column in JSON_COLUMNS:
+            records[column] = [json.loads(text) for text in records[column]]
+        records["fold"] = records["fold"].replace("", "0").astype(int)
+        return records
+
+    @cached_property
+    def tags(self):
+        """Tags: the statements of every record."""
+        return Tags.read(self.path)
+
+    def ids(self, rows):
+        """Names of records, a list."""
+        return self.records["id"].iloc[rows].tolist()
+
+    def rows(self, split):
+        """Row numbers of a split, a key of SPLITS, ascending."""
+        return np.flatnonzero(mapped(self.path, "split.u8") == SPLITS.index(split))
+
+    def peaks(self, rows):
+        """R peaks in samples, (B, K) int32: -1 behind the last; K is 1 or more."""
+        values, offsets = mapped(self.path, "peaks.i32"), mapped(self.path, "peaks.i64")
+        start, stop = offsets[rows, None], offsets[np.add(rows, 1), None]
+        places = start + np.arange((stop - start).max(initial=1))
+        peaks = np.full(places.shape, -1, np.int32)
+        peaks[places < stop] = values[places[places < stop]]
+        return peaks
+
+    def microvolts(self, rows):
+        """Signals as they are stored, int16 (B, 12, samples). Errors: DataError."""
+        rows = np.arange(len(self))[rows]
+        signals = np.empty((len(rows), 12, self.samples), DTYPES["i16"])
+        with open(os.path.join(self.path, "ecg.i16"), "rb", buffering=0) as file:  # faster than mapped
+            for row, signal in zip(rows.tolist(), signals):
+                file.seek(row * signal.nbytes)
+                if file.readinto(signal) != signal.nbytes:
+                    raise DataError(f"{file.name}: damaged (it ends in record {row}); {AGAIN}")
+        return signals
+
+    def ecg(self, rows):
+        """float32 mV (B, 12, samples)."""
+        return self.microvolts(rows) / np.float32(1000)
+
+
+class Tags:
+    """Statements of records, each a list of strings: tags[row]. table: the distinct ones; numbers (int32):
+    places in it, of one record behind the other; offsets (int64, records + 1): where each begins."""
+
+    def __init__(self, table, numbers, offsets, folder=None):
+        self.table, self.numbers, self.offsets, self.folder = table, numbers, offsets, folder
+
+    @classmethod
+    def of(cls, lists):
+        """Tags of lists of strings."""
+        table = {}
+        packed = pack([table.setdefault(text, len(table)) for text in one] for one in lists)
+        return cls(list(table), *packed)
+
+    @classmethod
+    def read(cls, folder):
+        """Tags of a store, as index wrote them."""
+        table = json.loads(read_text(os.path.join(folder, "statements.json")))
+        return cls(table, mapped(folder, "statements.i32"), mapped(folder, "statements.i64"), folder)
+
+    def __reduce__(self):  # another process maps the files, too
+        if self.folder:
+            return Tags.read, (self.folder,)
+        return Tags, (self.table, self.numbers, self.offsets)
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def numbers_of(self, row):
+        """Places in the table of a record's statements, (N,) int32."""
+        row = range(len(self))[row]  # an IndexError where there is none
+        return self.numbers[self.offsets[row]:self.offsets[row + 1]]
+
+    def __getitem__(self, row):
+        return [self.table[number] for number in self.numbers_of(row).tolist()]
+
+
+def pack(lists):
+    """Lists of whole numbers, one behind the other: all (int32); where each begins, and the end (int64)."""
+    numbers, offsets = array("i"), array("q", [0])
+    for one in lists:
+        numbers.extend(one)
+        offsets.append(len(numbers))
+    return np.array(numbers, DTYPES["i32"]), np.array(offsets, DTYPES["i64"])
+
+
+def mapped(folder, name):
+    """The numbers in a file, memory-mapped, read-only."""
+    path, dtype = os.path.join(folder, name), DTYPES[name.rpartition(".")[2]]
+    return np.asarray(np.memmap(path, dtype, "r")) if os.path.getsize(path) else np.zeros(0, dtype)
+
+
+def read_records(folder, columns=None):
+    """Columns of records.csv [all], DataFrame of strings."""
+    name = os.path.join(folder, "records.csv")
+    return pd.read_csv(name, dtype=str, keep_default_na=False, usecols=columns)
+
+
+def index(folder):
+    """What training reads of records.csv, as numbers -> {file: bytes}. split.u8: places in SPLITS; peaks.i32
+    and .i64: see pack; statements.i32, .i64 and .json: the numbers, offsets and table of Tags."""
+    records = read_records(folder, ["split", "statements", "peaks"])
+    tags = Tags.of(map(json.loads, records["statements"]))
+    peaks, first = pack(map(json.loads, records["peaks"]))
+    arrays = {"split.u8": np.array([SPLITS.index(split) for split in records["split"]], DTYPES["u8"]),
+              "peaks.i32": peaks, "peaks.i64": first, "statements.i32": tags.numbers,
+              "statements.i64": tags.offsets}
+    table = json.dumps(tags.table, ensure_ascii=False).encode()
+    return {name: values.tobytes() for name, values in arrays.items()} | {"statements.json": table}
 
 
 def crc_of(name):
@@ -634,29 +752,28 @@ def build(settings, plan, total, dst, workers):
     state = dict(format=FORMAT, complete=False, plan=plan, rate=settings["rate"], samples=samples,
                  leads=LEADS, settings=settings, rows=0, dropped={}, warnings={},
                  files={"ecg.i16": [0, 0], "records.csv": [len(header), zlib.crc32(header)]})  # bytes, crc32
-    files = {name: os.path.join(folder, name) for name in state["files"]}
     os.makedirs(folder, exist_ok=True)
     if os.path.lexists(os.path.join(folder, "store.json")):
         state = read_state(folder, finished=False)
         if state["plan"] != plan:
             raise DataError(f"{folder}: left by a run with other settings, other code or records; {AGAIN}")
     else:
-        Path(files["records.csv"]).write_bytes(header)
+        Path(folder, "records.csv").write_bytes(header)
     size, free = (total - state["rows"]) * 24 * samples, shutil.disk_usage(folder).free
     if source == "simulated" and size > free:  # of other sources, not every row has a record
         text = f"{total} records need {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
         raise DataError(f"{folder}: {text}")
     for name, (size, crc) in state["files"].items():
-        with open(files[name], "ab") as file:
+        with open(os.path.join(folder, name), "ab") as file:
             file.truncate(size)
-        if crc_of(files[name]) != crc:
-            raise DataError(f"{files[name]}: damaged; delete {folder} and prepare the data set again")
+        if crc_of(file.name) != crc:
+            raise DataError(f"{file.name}: damaged; delete {folder} and prepare the data set again")
     rows = islice(SOURCES[source](settings), state["rows"], None)
     tasks = iter(lambda: list(islice(rows, CHUNK)), [])
     with tqdm(total=total, initial=state["rows"], desc="preparing", unit=" records") as bar:
         for count, blocks, notes in in_order(partial(work, settings), tasks, workers):
             for name, block in blocks.items():
-                with open(files[name], "ab") as file:
+                with open(os.path.join(folder, name), "ab") as file:
                     file.write(block)
                     file.flush()
                     os.fsync(file.fileno())
@@ -674,6 +791,9 @@ def build(settings, plan, total, dst, workers):
         shutil.rmtree(folder)
         faults = [f"{text}, e.g. {entry['examples'][0]}" for text, entry in state["dropped"].items()]
         raise DataError(f"{settings['src']}: no usable record; {'; '.join(faults) or 'the list is empty'}")
+    for name, block in index(folder).items():  # anew, if a run was killed here
+        write_atomic(os.path.join(folder, name), lambda temporary: Path(temporary).write_bytes(block))
+        state["files"][name] = [len(block), zlib.crc32(block)]
     write_state(folder, state | dict(complete=True))
     os.replace(folder, dst)
 
@@ -1449,13 +1569,13 @@ LANGUAGES = "english", "original", "translated"
 
 
 def report_tags(store, language="english"):
-    """Statements of every record of a store, a list of strings each. language: english (PTB-XL's translated),
+    """Tags: the statements of every record of a store. language: english (PTB-XL's translated),
     original (as written), or translated (whatever the source)."""
     if language not in LANGUAGES:
         raise DataError(f"unknown report language {language!r}: use {', '.join(LANGUAGES)}")
     if language == "english":
-        return list(store.records["statements"])
-    return list(map(translate if language == "translated" else split_statements, store.records["report"]))
+        return store.tags
+    return Tags.of(map(translate if language == "translated" else split_statements, store.records["report"]))
 
 
 def split_specs(text):
@@ -2001,7 +2121,7 @@ def maker(source):
 # ---- command line ------------------------------------------------------------------------------------------
 
 def describe(store):
-    splits = [f"{name} {count}" for name, count in store.records["split"].value_counts().items()]
+    splits = [f"{name} {count}" for name in SPLITS if (count := len(store.rows(name)))]
     print(f"{store.path}: {len(store)} of {store.meta['rows']} records, {SECONDS} s at {store.rate} Hz,",
           ", ".join(splits))
     for kind in ("dropped", "warnings"):

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import wfdb
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
+from bench_scale import enlarge
 
 REAL = Path(os.environ.get("ECG_TEST_DATA", ROOT.parent / "shared" / "data"))
 PTBXL = REAL / "ptbxl"
@@ -549,7 +551,7 @@ def test_store_errors(many, tmp_path):
              "records.csv: damaged": lambda f: edit(f / "records.csv", "number 7", "number 8")}
     for i, (message, change) in enumerate(cases.items()):
         with pytest.raises(data.DataError, match=message):
-            data.Store(damaged(f"s{i}", change))
+            data.Store(damaged(f"s{i}", change)).records
     with pytest.raises(data.DataError, match="no store"):
         data.Store(tmp_path / "nowhere")
 
@@ -563,6 +565,128 @@ def test_store_errors(many, tmp_path):
         data.Store(folder, verify=True)
     with pytest.raises(data.DataError, match="other settings"):
         data.prepare("csv", many / "list.csv", many / "whole", rate=125)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_the_end_of_preparing(tmp_path, monkeypatch):
+    """Before every rename from the first index file to the store's own, twice in a row."""
+    source, replace, left = csv_source(tmp_path / "src", 3), os.replace, [0]
+    data.prepare("csv", source, tmp_path / "whole")
+
+    def dying(old, new):
+        if not new.endswith("/store.json") or "complete\": true" in Path(old).read_text():
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", dying)
+    for moment in range(1, 9):  # six files of numbers, store.json, the folder
+        for left[0] in (moment, max(1, moment - 1)):
+            with pytest.raises(Killed):
+                data.prepare("csv", source, tmp_path / f"dst{moment}")
+        data.prepare("csv", source, tmp_path / f"dst{moment}")
+        written = contents(tmp_path / f"dst{moment}")
+        assert written == contents(tmp_path / "whole") and len(written) == 9, moment
+    left[0] = 9
+    data.prepare("csv", source, tmp_path / "dst9")
+    assert left[0] == 1
+
+
+def test_index(tmp_path):
+    records = [dict(split="train", statements=["a", "b"], peaks=[5, 300], report="x, y"),
+               dict(split="unused", statements=[], peaks=[], report=""),
+               dict(split="val", statements=["b", "\u00e4 \"", "b"], peaks=[7], report="")]
+    table(tmp_path / "records.csv", [{k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()}
+                                     for record in records])
+    files = data.index(tmp_path)
+    ints = lambda name: np.frombuffer(files[name], f"<i{int(name[-2:]) // 8}").tolist()
+    assert files["split.u8"] == b"\0\3\1" and json.loads(files["statements.json"]) == ["a", "b", "\u00e4 \""]
+    assert ints("peaks.i32") == [5, 300, 7] and ints("peaks.i64") == [0, 2, 2, 3]
+    assert ints("statements.i32") == [0, 1, 1, 2, 1] and ints("statements.i64") == [0, 2, 2, 5]
+
+
+@pytest.mark.parametrize("name", ["split.u8", "peaks.i32", "peaks.i64", "statements.i32", "statements.i64", "statements.json"])
+def test_damaged_index(tmp_path, name):
+    source, file = csv_source(tmp_path / "src", 2), tmp_path / "dst" / name
+    data.prepare("csv", source, tmp_path / "dst")
+    content = file.read_bytes()
+    for damage in (lambda: file.write_bytes(content[:-1] + bytes([content[-1] ^ 1])), lambda: os.truncate(file, 1), file.unlink):
+        damage()
+        for open_ in (lambda: data.Store(tmp_path / "dst"), lambda: data.prepare("csv", source, tmp_path / "dst")):
+            with pytest.raises(data.DataError, match=f"dst/{name}: damaged .*; delete it and prepare the data set again"):
+                open_()
+        file.write_bytes(content)
+    store = data.Store(tmp_path / "dst")
+    file.write_bytes(content[::-1] + b" ")
+    with pytest.raises(data.DataError, match=f"{name}: damaged"):
+        store.verify()
+
+
+def test_what_is_read_without_the_records(tmp_path):
+    """Of every record the same as in records, though records.csv is away; nothing of it is sent along."""
+    store = data.prepare("simulated", "300", tmp_path / "dst")
+    records, ecg = store.records, store.ecg(slice(None))
+    (tmp_path / "dst" / "records.csv").rename(tmp_path / "records.csv")
+    store = pickle.loads(pickle.dumps(store))
+    assert len(pickle.dumps(store)) < 10_000 and len(pickle.dumps(store.tags)) < 1000
+    tags = pickle.loads(pickle.dumps(store.tags))
+    assert list(tags) == list(store.tags) == list(data.report_tags(store)) == records["statements"].tolist()
+    assert tags[-1] == records["statements"][299] and len(set(tags.table)) == len(tags.table)
+    for row in (300, -301):
+        with pytest.raises(IndexError):
+            tags[row]
+    for split in data.SPLITS:
+        assert store.rows(split).tolist() == np.flatnonzero(records["split"] == split).tolist()
+    rows = [7, 7, 299, 0]
+    peaks = store.peaks(rows)
+    assert peaks.dtype == np.int32 and peaks.shape[1] == max(len(records["peaks"][row]) for row in rows)
+    for row, found in zip(rows, peaks):
+        assert found[found >= 0].tolist() == records["peaks"][row] and (found[len(records["peaks"][row]):] == -1).all()
+    raw = np.fromfile(tmp_path / "dst" / "ecg.i16", "<i2").reshape(300, 12, 1000)
+    for some in (rows, np.array(rows), np.array([], int)):
+        assert (store.microvolts(some) == raw[some]).all() and store.microvolts(some).dtype == np.int16
+        assert store.ecg(some).dtype == np.float32 and (store.ecg(some) == ecg[some]).all()
+        assert store.peaks(some).shape[0] == len(some)
+    assert (ecg == raw.astype(np.float32) / 1000).all()
+    store.microvolts(rows)[:] = 0  # a copy
+    assert (store.microvolts(rows) == raw[rows]).all()
+    with pytest.raises(IndexError):
+        store.microvolts([300])
+    with pytest.raises(data.DataError, match="records.csv: damaged .*No such file"):
+        store.records
+    os.truncate(tmp_path / "dst" / "ecg.i16", 24000 * 299)
+    with pytest.raises(data.DataError, match="ecg.i16: damaged .*ends in record 299"):
+        store.microvolts([299])
+
+
+def test_records_without_peaks_and_statements(tmp_path):
+    store = data.prepare("simulated", "1", tmp_path / "dst")
+    table(tmp_path / "records.csv", [dict(split="test", statements="[]", peaks="[]")])
+    for name, block in data.index(tmp_path).items():
+        (tmp_path / name).write_bytes(block)
+    store.path = str(tmp_path)
+    assert store.peaks([0]).tolist() == [[-1]] and store.rows("test").tolist() == [0]
+    assert list(store.tags) == [[]] and store.tags.table == [] and store.tags.numbers_of(0).tolist() == []
+
+
+def test_tags():
+    tags = data.Tags.of([["b", "a"], [], ["a", "c", "a"]])
+    assert tags.table == ["b", "a", "c"] and tags.numbers.tolist() == [0, 1, 1, 2, 1] and tags.offsets.tolist() == [0, 2, 2, 5]
+    assert (tags.numbers.dtype, tags.offsets.dtype) == (np.int32, np.int64) and tags.numbers_of(2).tolist() == [1, 2, 1]
+    assert list(pickle.loads(pickle.dumps(tags))) == [["b", "a"], [], ["a", "c", "a"]] and len(tags) == 3
+    assert list(data.Tags.of([])) == []
+
+
+def test_a_large_store_opens_at_once(tmp_path):
+    enlarge(data.prepare("simulated", "256", tmp_path / "small"), tmp_path / "dst", 100_000)
+    start = time.perf_counter()
+    store = data.Store(tmp_path / "dst")
+    assert len(store) == len(store.tags) == 100_000 and store.tags[99_999] == store.tags[99_999 % 256]
+    assert store.peaks([256 * 390 + 5]).tolist() == store.peaks([5]).tolist() and len(store.rows("train")) > 60_000
+    assert time.perf_counter() - start < 2  # on a busy machine; 0.1 s on a free one
 
 
 def test_partial_of_other_settings_is_refused(many, tmp_path):
@@ -925,8 +1049,8 @@ def test_damage_is_noticed_when_asked(many, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "empty"), (b"{", "Expecting"), (b"[]", "must be an object"), (b"{}", "not of a store of version"), (b"\xff", "not readable"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b'{"format": ["ecg-language store", 3]}', "not of a store of version 4"),
-    (b'{"format": ["ecg-language store", 4], "rate": "x"}', "damaged"), (b'{"a": 1, "a": 2}', "occurs twice"), (None, "a folder, not a file")])
+    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b'{"format": ["ecg-language store", 4]}', "not of a store of version 5"),
+    (b'{"format": ["ecg-language store", 5], "rate": "x"}', "damaged"), (b'{"a": 1, "a": 2}', "occurs twice"), (None, "a folder, not a file")])
 def test_what_is_no_store_is_said(tmp_path, content, message):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "store.json").mkdir() if content is None else (tmp_path / "dst" / "store.json").write_bytes(content)

@@ -35,6 +35,10 @@ class Painted:
     def __len__(self):
         return len(self.records)
 
+    @property
+    def tags(self):
+        return data.Tags.of(self.records["statements"])
+
     def ecg(self, rows):
         ecg = np.zeros((len(self), 12, self.samples), np.float32)[rows]
         ecg[:, 0, :self.painted.shape[1]] = self.painted[rows]
