@@ -469,6 +469,9 @@ STRANGE = "label codes that prompts.json does not know, so that no label set cou
 UNFINISHED = "preparing it did not finish; run the same prepare command again"
 
 
+Part = namedtuple("Part", "spec first records share")  # one of the data sets of a run: see Stores
+
+
 class Store:
     """A prepared data set, read-only. It reads its files when they are used and holds none of them, so that
     800,000 records open at once and a Store is small to send. rows: row numbers, (B,)."""
@@ -476,6 +479,7 @@ class Store:
     def __init__(self, path, verify=False):
         self.path, self.meta = str(path), read_state(str(path))
         self.rate, self.samples = self.meta["rate"], self.meta["samples"]
+        self.parts = [Part(f"store:{path}", 0, len(self), 1)]
         self.verify(content=verify)
         self.verify(*self.meta["files"].keys() - {"ecg.i16", "records.csv"})
 
@@ -497,6 +501,10 @@ class Store:
 
     def __getstate__(self):  # small to send
         return {name: value for name, value in vars(self).items() if name not in ("records", "tags")}
+
+    def set_of(self, rows):
+        """The place in parts of each row, (B,)."""
+        return np.searchsorted([part.first for part in self.parts], rows, "right") - 1
 
     @cached_property
     def records(self):
@@ -531,10 +539,10 @@ class Store:
         peaks[places < stop] = values[places[places < stop]]
         return peaks
 
-    def microvolts(self, rows):
-        """Signals as they are stored, int16 (B, 12, samples). Errors: DataError."""
+    def microvolts(self, rows, out=None):
+        """Signals as they are stored, int16 (B, 12, samples), in `out` if given. Errors: DataError."""
         rows = np.arange(len(self))[rows]
-        signals = np.empty((len(rows), 12, self.samples), DTYPES["i16"])
+        signals = np.empty((len(rows), 12, self.samples), DTYPES["i16"]) if out is None else out
         with open(os.path.join(self.path, "ecg.i16"), "rb", buffering=0) as file:  # faster than mapped
             for row, signal in zip(rows.tolist(), signals):
                 file.seek(row * signal.nbytes)
@@ -545,6 +553,79 @@ class Store:
     def ecg(self, rows):
         """float32 mV (B, 12, samples)."""
         return self.microvolts(rows) / np.float32(1000)
+
+
+class Stores(Store):
+    """Several stores as one, their rows one behind the other. parts: of each its spec, first row, number of
+    records, and share (see epoch_rows). Errors: DataError."""
+
+    def __init__(self, specs, stores, shares):
+        self.stores, self.path = stores, ",".join(specs)
+        self.rate, self.samples = stores[0].rate, stores[0].samples
+        first = np.cumsum([0, *map(len, stores)]).tolist()
+        self.parts = list(map(Part, specs, first, map(len, stores), shares))
+        plans = [store.meta["plan"] for store in stores]
+        plan = hashlib.sha256(json.dumps(plans).encode()).hexdigest()
+        self.meta = {"plan": plan, "leads": stores[0].meta["leads"]}
+        for number, (spec, store) in enumerate(zip(specs, stores)):
+            if store.rate != self.rate:
+                raise DataError(f"{specs[0]} is at {self.rate} Hz, {spec} at {store.rate}; ask for one rate")
+            if plans[number] in plans[:number]:
+                other = specs[plans.index(plans[number])]
+                raise DataError(f"{spec}: the same records as {other}; to draw them twice an epoch, say *2")
+
+    def __len__(self):
+        return sum(map(len, self.stores))
+
+    def verify(self):
+        for store in self.stores:
+            store.verify()
+
+    def split_rows(self, rows):
+        """Of every store that has some of the rows: their places among them, the store, its rows."""
+        sets = self.set_of(rows := np.arange(len(self))[rows])
+        for number in np.unique(sets):
+            places = np.flatnonzero(sets == number)
+            yield places, self.stores[number], rows[places] - self.parts[number].first
+
+    @cached_property
+    def records(self):
+        return pd.concat([store.records for store in self.stores], ignore_index=True)
+
+    @cached_property
+    def tags(self):
+        return Tags.join([store.tags for store in self.stores])
+
+    def rows(self, split):
+        pairs = zip(self.parts, self.stores)
+        return np.concatenate([part.first + store.rows(split) for part, store in pairs])
+
+    def peaks(self, rows):
+        found = [(places, store.peaks(own)) for places, store, own in self.split_rows(rows)]
+        peaks = np.full((len(rows), max([part.shape[1] for _, part in found], default=1)), -1, np.int32)
+        for places, part in found:
+            peaks[places, :part.shape[1]] = part
+        return peaks
+
+    def microvolts(self, rows, out=None):
+        signals = np.empty((len(rows), 12, self.samples), DTYPES["i16"]) if out is None else out
+        for places, store, own in self.split_rows(rows):
+            store.microvolts(own, [signals[place] for place in places])
+        return signals
+
+
+def epoch_rows(store, rng, rows=None):
+    """Rows that an epoch learns from, of those in `rows` [all training records], not shuffled. A part's share
+    says how many times as many as its own are drawn (rounded, at least one): with 2.5 every record twice, and
+    a random half of them, another one every epoch, a third time."""
+    rows, drawn = store.rows("train") if rows is None else np.asarray(rows), []
+    sets = store.set_of(rows)
+    for number, part in enumerate(store.parts):
+        own = rows[sets == number]
+        wanted = max(round(part.share * len(own)), min(len(own), 1))
+        whole, rest = divmod(wanted, max(len(own), 1))
+        drawn += [np.tile(own, whole), rng.permutation(own)[:rest]]
+    return np.concatenate(drawn)
 
 
 class Tags:
@@ -560,6 +641,16 @@ class Tags:
         table = {}
         packed = pack([table.setdefault(text, len(table)) for text in one] for one in lists)
         return cls(list(table), *packed)
+
+    @classmethod
+    def join(cls, parts):
+        """Tags of several, one behind the other, with one table."""
+        table, numbers, offsets = {}, [], [np.zeros(1, DTYPES["i64"])]
+        for tags in parts:
+            places = [table.setdefault(text, len(table)) for text in tags.table]
+            numbers.append(np.array(places, DTYPES["i32"])[tags.numbers])
+            offsets.append(offsets[-1][-1] + tags.offsets[1:])
+        return cls(list(table), np.concatenate(numbers), np.concatenate(offsets))
 
     @classmethod
     def read(cls, folder):
@@ -673,6 +764,14 @@ def open_data(spec, rate=100, cache=None, **options):
     if not os.path.exists(dst):
         print(f"preparing {spec} at {rate} Hz, this once, into {dst}", file=sys.stderr)
     return prepare(source, src, dst, rate, **options)
+
+
+def open_all(text, rate=100, **options):
+    """Store of a data spec, or Stores of several with commas between (see split_specs), each with *SHARE
+    behind it, if it is not to be drawn once an epoch. rate, options, errors: of open_data."""
+    specs, shares = zip(*map(split_share, split_specs(text) or [text]))
+    stores = [open_data(spec, rate, **options) for spec in specs]
+    return stores[0] if shares == (1,) else Stores(specs, stores, shares)
 
 
 def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
@@ -1578,15 +1677,31 @@ def report_tags(store, language="english"):
     return Tags.of(map(translate if language == "translated" else split_statements, store.records["report"]))
 
 
+def there(spec):
+    """Is the path of a data spec, or the file, there?"""
+    return os.path.exists(os.path.expanduser(re.sub(rf"^({SPEC}):", "", spec.strip())))
+
+
+def split_share(spec):
+    """SPEC or SPEC*SHARE -> spec, share (see epoch_rows). A path with a * that is there is one. Errors:
+    DataError."""
+    name, star, share = spec.rpartition("*")
+    if not star or "/" in share or there(spec):
+        return spec, 1
+    if not NUMBER.fullmatch(share) or not 0 < float(share) <= 1000:
+        raise DataError(f"{spec}: the share {share!r} is not a number over 0 and up to 1000")
+    return name, float(share)
+
+
 def split_specs(text):
     """Data specs and files with commas between -> list. A comma belongs to a name in double quotes, to a path
     that is there, and where what follows it neither begins a spec (ptbxl:, store:, ...) nor is there."""
     parts, specs = re.findall(r'(?:[^,"]|"[^"]*"|")+', text), []
-    there = lambda part: os.path.exists(os.path.expanduser(re.sub(rf"^({SPEC}):", "", part.strip())))
+    exists = lambda part: there(part) or there(re.sub(r"\*[^*/]*$", "", part))  # with a share behind it
     while parts:
-        many = next((n for n in range(len(parts), 1, -1) if there(",".join(parts[:n]))), 1)
+        many = next((n for n in range(len(parts), 1, -1) if exists(",".join(parts[:n]))), 1)
         while many < len(parts) and '"' not in parts[0] + parts[many] and not (
-                re.match(rf"\s*({SPEC}:|simulated\s*$)", parts[many]) or there(parts[many])):
+                re.match(rf"\s*({SPEC}:|simulated\s*(\*|$))", parts[many]) or exists(parts[many])):
             many += 1
         specs.append(",".join(parts[:many]).replace('"', "").strip())
         parts = parts[many:]

@@ -1,5 +1,6 @@
 """Data sets whose labels are codes (CPSC2018, CSN, Georgia, CODE-test, any WFDB folder), and label sets."""
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -351,3 +352,123 @@ def test_records_with_codes_train(tmp_path, monkeypatch):
     train.main(f"--method etp --data georgia:{folder} --width 0.125 --dim 8 --mlm-steps 2 --batch-size 8 "
                "--epochs 1 --threads 1 --name run".split())
     assert (tmp_path / "runs" / "run" / "checkpoint.pt").exists()
+
+
+# ---- several data sets in one run ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    """A data set of one's own, 300 simulated records, and one without a peak or a statement; a spec of all three."""
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat").mkdir()
+    write(tmp_path / "flat" / "r0", np.tile(np.linspace(0, 0.1, 5000), (12, 1)))
+    table(tmp_path / "flat" / "list.csv", [dict(record="r0", report="", split="val")])
+    own = csv_source(tmp_path / "own", 5, "Sinus rhythm. Only here")
+    rows = [dict(record=f"r{i}", report=f"Sinus rhythm. Only here {i}", split="train" if i else "test") for i in range(5)]
+    table(own, rows)
+    return "csv:own/list.csv*2.5,simulated:300*0.3,csv:flat/list.csv"
+
+
+def test_stores_are_their_parts(three):
+    store = data.open_all(three)
+    parts = [data.open_data(spec) for spec in ("csv:own/list.csv", "simulated:300", "csv:flat/list.csv")]
+    assert store.parts == [("csv:own/list.csv", 0, 5, 2.5), ("simulated:300", 5, 300, 0.3), ("csv:flat/list.csv", 305, 1, 1)]
+    assert len(store) == 306 and (store.rate, store.samples) == (100, 1000) and store.meta["leads"] == list(data.LEADS)
+    assert store.set_of([0, 4, 5, 304, 305]).tolist() == [0, 0, 1, 1, 2]
+    rows = np.random.default_rng(0).permutation(306)
+    ecg, counts, peaks = store.ecg(rows), store.microvolts(rows), store.peaks(rows)
+    assert ecg.dtype == np.float32 and counts.dtype == np.int16 and peaks.dtype == np.int32
+    columns = store.records.loc[rows, list(data.COLUMNS)].to_dict("records")
+    for i, row in enumerate(rows):
+        part = parts[store.set_of(row)]
+        place = row - (0, 5, 305)[store.set_of(row)]
+        assert columns[i] == part.records.loc[place, list(data.COLUMNS)].to_dict()
+        assert (ecg[i] == part.ecg([place])[0]).all() and (counts[i] == part.microvolts([place])[0]).all()
+        assert peaks[i][peaks[i] >= 0].tolist() == part.records["peaks"][place]
+        assert store.tags[row] == part.tags[place] and store.ids([row]) == part.ids([place])
+    assert len(store.tags) == 306 and len(set(store.tags.table)) == len(store.tags.table)
+    assert len(store.tags.table) < sum(len(part.tags.table) for part in parts)  # sinus rhythm is one
+    assert list(data.report_tags(store, "original"))[:5] == list(data.report_tags(parts[0], "original"))
+    for split in data.SPLITS:
+        assert store.rows(split).tolist() == np.flatnonzero(store.records["split"] == split).tolist()
+    again = pickle.loads(pickle.dumps(store))
+    assert len(pickle.dumps(store)) < 20_000 and (again.microvolts(rows) == counts).all() and again.parts == store.parts
+    assert store.peaks([305]).tolist() == [[-1]] and store.microvolts([]).shape == (0, 12, 1000)
+    out = np.empty((306, 12, 1000), np.int16)
+    assert store.microvolts(rows, out) is out and (out == counts).all()
+    with pytest.raises(IndexError):
+        store.microvolts([306])
+
+
+def test_one_spec_is_a_store_and_a_plan_is_of_all(three):
+    one = data.open_all("simulated:300")
+    assert type(one) is data.Store and one.meta["plan"] == data.open_data("simulated:300").meta["plan"]
+    assert one.set_of([0, 299]).tolist() == [0, 0]
+    plans = {data.open_all(text).meta["plan"] for text in (three, "simulated:300", "simulated:300,csv:own/list.csv",
+                                                           "csv:own/list.csv,simulated:300")}
+    assert len(plans) == 4 and data.open_all("simulated:300*3,csv:own/list.csv").meta["plan"] in plans
+
+
+def test_damage_of_a_part_is_noticed(three):
+    store = data.open_all(three)
+    store.verify()
+    with open(f"{store.stores[1].path}/ecg.i16", "r+b") as file:
+        file.write(b"\x55\xaa")
+    with pytest.raises(data.DataError, match="simulated.*ecg.i16: damaged"):
+        store.verify()
+
+
+def test_shares(three):
+    store, drawn = data.open_all(three), lambda seed, *rows: data.epoch_rows(store, np.random.default_rng(seed), *rows)
+    train = store.rows("train")
+    own, simulated = train[train < 5], train[train >= 5]
+    assert own.tolist() == [1, 2, 3, 4]  # and no training record in the last
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert (first == again).all() and len(first) == len(other) and set(first) != set(other)
+    for epoch in (first, other):
+        times = np.bincount(epoch, minlength=306)
+        assert sorted(times[own]) == [2, 2, 3, 3] and times.sum() == 10 + round(0.3 * len(simulated))
+        assert set(times[simulated]) == {0, 1} and times[simulated].sum() == round(0.3 * len(simulated))
+    assert set(drawn(1, [3, 7, 8])) & {7, 8} and np.bincount(drawn(1, [3, 7, 8]))[3] == 2  # of 1: 2.5 times, of 2: at least 1
+    assert len(drawn(1, [3, 7, 8])) == 3
+    seen = set().union(*(drawn(seed) for seed in range(60)))
+    assert seen == set(train)  # another third every epoch
+    one = data.open_all("simulated:300")
+    assert data.epoch_rows(one, np.random.default_rng(0)).tolist() == one.rows("train").tolist()
+    twice = data.open_all("simulated:300*2")
+    assert sorted(data.epoch_rows(twice, np.random.default_rng(0))) == sorted([*one.rows("train")] * 2)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("simulated:8*x", "simulated:8[*]x: the share 'x' is not a number over 0 and up to 1000"), ("simulated:8*0", "the share '0'"),
+    ("simulated:8*-1", "the share '-1'"), ("simulated:8*1001", "'1001'"), ("simulated:8*nan", "'nan'"), ("simulated:8*", "share ''"),
+    ("simulated:8*inf,simulated:9", "'inf'"), ("simulated:8,simulated:8", "simulated:8: the same records as simulated:8; .*[*]2"),
+    ("simulated,simulated:9,simulated:4096*2", "simulated:4096: the same records as simulated;"), ("", "no such data"),
+    ("simulated:8,ptb:x", "no such data|No such file"), ("simulated:8,csv:nowhere.csv*2", "nowhere.csv: No such file")])
+def test_bad_sets_are_one_sentence(tmp_path, monkeypatch, text, message):
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "SIMULATED", 16)
+    text = text.replace("4096", "16")
+    with pytest.raises(data.DataError, match=message.replace("4096", "16")):
+        data.open_all(text)
+
+
+def test_sets_of_two_rates(three, tmp_path):
+    fast = data.prepare("simulated", "8", tmp_path / "fast", rate=500)
+    with pytest.raises(data.DataError, match="fast: holds records at 500 Hz, not 100"):
+        data.open_all(f"simulated:300,store:{fast.path}")
+    with pytest.raises(data.DataError, match="simulated:300 is at 100 Hz, store:.*fast at 500; ask for one rate"):
+        data.open_all(f"simulated:300,store:{fast.path}", None)
+    assert data.open_all(f"simulated:9,store:{fast.path}", 500).samples == 5000
+
+
+def test_specs_with_a_share(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.csv", "c.csv*0.5", "d*x.txt"):
+        (tmp_path / name).write_text("")
+    for text, specs in (("csv:a,b.csv*0.5,simulated*2", [("csv:a,b.csv", 0.5), ("simulated", 2)]),
+                        ("csv:c.csv*0.5,simulated:20000*.5", [("csv:c.csv*0.5", 1), ("simulated:20000", 0.5)]),
+                        ("csv:c.csv*0.5*1e1,ptbxl:x*y/z", [("csv:c.csv*0.5", 10), ("ptbxl:x*y/z", 1)]),
+                        ('"csv:q, r.csv"*3,d*x.txt,mimic:/m*2', [("csv:q, r.csv", 3), ("d*x.txt", 1), ("mimic:/m", 2)])):
+        assert [data.split_share(spec) for spec in data.split_specs(text)] == specs, text
