@@ -467,8 +467,6 @@ DTYPES = {"u8": "u1", "i16": "<i2", "i32": "<i4", "i64": "<i8"}  # of a file, by
 AGAIN = "delete it and prepare the data set again"
 STRANGE = "label codes that prompts.json does not know, so that no label set counts them"
 UNFINISHED = "preparing it did not finish; run the same prepare command again"
-
-
 Part = namedtuple("Part", "spec first records share")  # one of the data sets of a run: see Stores
 
 
@@ -533,7 +531,8 @@ class Store:
     def peaks(self, rows):
         """R peaks in samples, (B, K) int32: -1 behind the last; K is 1 or more."""
         values, offsets = mapped(self.path, "peaks.i32"), mapped(self.path, "peaks.i64")
-        start, stop = offsets[rows, None], offsets[np.add(rows, 1), None]
+        rows = np.arange(len(self))[rows]
+        start, stop = offsets[rows, None], offsets[rows + 1, None]
         places = start + np.arange((stop - start).max(initial=1))
         peaks = np.full(places.shape, -1, np.int32)
         peaks[places < stop] = values[places[places < stop]]

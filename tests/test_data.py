@@ -646,15 +646,17 @@ def test_what_is_read_without_the_records(tmp_path):
     for row, found in zip(rows, peaks):
         assert found[found >= 0].tolist() == records["peaks"][row] and (found[len(records["peaks"][row]):] == -1).all()
     raw = np.fromfile(tmp_path / "dst" / "ecg.i16", "<i2").reshape(300, 12, 1000)
-    for some in (rows, np.array(rows), np.array([], int)):
+    for some in (rows, np.array(rows), [], [-1]):
         assert (store.microvolts(some) == raw[some]).all() and store.microvolts(some).dtype == np.int16
         assert store.ecg(some).dtype == np.float32 and (store.ecg(some) == ecg[some]).all()
         assert store.peaks(some).shape[0] == len(some)
     assert (ecg == raw.astype(np.float32) / 1000).all()
     store.microvolts(rows)[:] = 0  # a copy
     assert (store.microvolts(rows) == raw[rows]).all()
-    with pytest.raises(IndexError):
-        store.microvolts([300])
+    assert store.peaks([-1]).tolist() == store.peaks([299]).tolist()
+    for read in (store.microvolts, store.peaks):
+        with pytest.raises(IndexError):
+            read([300])
     with pytest.raises(data.DataError, match="records.csv: damaged .*No such file"):
         store.records
     os.truncate(tmp_path / "dst" / "ecg.i16", 24000 * 299)
