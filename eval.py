@@ -322,7 +322,7 @@ def open_run(folder, ask):
 
 @lru_cache(8)
 def open_store(spec, rate):
-    return data.open_data(spec, rate)
+    return data.open_all(spec, rate)
 
 
 def source_of(store):
@@ -331,21 +331,20 @@ def source_of(store):
 
 def find_store(name, config, specs=()):
     """The store that answers a label set: of several data specs the one of the set's source, a single one
-    whatever it holds; else the run's own data, if they are of that source; else, for PTB-XL, what is in
+    whatever it holds; else those of the run's own data that are of that source; else, for PTB-XL, what is in
     $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is none."""
     source, rate = name.split("_")[0], config.rate
     anything = source in ("own", "age", "sex") or name.endswith(".json")
     kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
-    if specs:
-        kinds = ("csv", "wfdb") if anything else (source,)
-        fitting = list(specs) if len(specs) == 1 else [spec for spec in specs if kind(spec) in kinds]
-        if len(fitting) != 1:
-            fault = "none" if not fitting else "more than one"
-            raise data.DataError(f"{fault} of {', '.join(specs)} is of {name}; name its data with --data")
+    kinds = ("csv", "wfdb") if anything else (source,)
+    given = [data.split_share(spec)[0] for text in specs or [config.data] for spec in data.split_specs(text)]
+    whole = len(given) == 1 and (specs or anything)
+    fitting = given if whole else [spec for spec in given if kind(spec) in kinds]
+    if len(fitting) > 1 or not fitting and (specs or given and anything):
+        fault = "none" if not fitting else "more than one"
+        raise data.DataError(f"{fault} of {', '.join(given)} is of {name}; name its data with --data")
+    if fitting:
         return open_store(fitting[0], rate)
-    if config.data and (anything or config.data.partition(":")[0] in ("store", source)):
-        if anything or kind(config.data) == source:
-            return open_store(config.data, rate)
     if source == "simulated":
         return open_store("simulated", rate)
     if source != "ptbxl" and not anything:
@@ -359,12 +358,14 @@ def find_store(name, config, specs=()):
 
 
 def sets_of(store):
-    """Label sets that a store's test records can answer: those named as its source, or the codes that occur;
-    none where no test record has a label."""
-    source, records = source_of(store), store.records[store.records["split"] == "test"]
-    named = [name for name in data.LABEL_SETS if name in (source, source + "_test")]
-    names = GROUPS["ptbxl"] if source == "ptbxl" else named or ["own"]
-    return [name for name in names if len(records) and data.label_matrix(records, name)[2].any()]
+    """Label sets that a store's test records can answer: those named as their source, or the codes that
+    occur; none where no test record has a label."""
+    found, records = [], store.records[store.records["split"] == "test"]
+    for source, part in records.groupby("source", sort=False):
+        named = [name for name in data.LABEL_SETS if name in (source, source + "_test")]
+        names = GROUPS["ptbxl"] if source == "ptbxl" else named or ["own"]
+        found += [name for name in names if name not in found and data.label_matrix(part, name)[2].any()]
+    return found
 
 
 def test_rows(store, ask):

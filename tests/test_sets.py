@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 import data
-from conftest import SHARED
+import eval as evaluation
+from conftest import SHARED, small_config
 from test_data import beats, csv_source, edit, table, write
 
 REAL = SHARED / "data"
@@ -367,7 +368,8 @@ def three(tmp_path, monkeypatch):
     own = csv_source(tmp_path / "own", 5, "Sinus rhythm. Only here")
     rows = [dict(record=f"r{i}", report=f"Sinus rhythm. Only here {i}", split="train" if i else "test") for i in range(5)]
     table(own, rows)
-    return "csv:own/list.csv*2.5,simulated:300*0.3,csv:flat/list.csv"
+    yield "csv:own/list.csv*2.5,simulated:300*0.3,csv:flat/list.csv"
+    evaluation.open_store.cache_clear()
 
 
 def test_stores_are_their_parts(three):
@@ -408,6 +410,20 @@ def test_one_spec_is_a_store_and_a_plan_is_of_all(three):
     plans = {data.open_all(text).meta["plan"] for text in (three, "simulated:300", "simulated:300,csv:own/list.csv",
                                                            "csv:own/list.csv,simulated:300")}
     assert len(plans) == 4 and data.open_all("simulated:300*3,csv:own/list.csv").meta["plan"] in plans
+
+
+def test_a_label_set_finds_its_part(three):
+    """Of the run's own data, however they are given; a share is no part of the name."""
+    table("own/list.csv", [dict(record=f"r{i}", report="x", split="test", labels="NORM") for i in range(2)])
+    text = "simulated:300*0.3,csv:own/list.csv*2.5"
+    config = small_config("etp", data=text)
+    assert evaluation.sets_of(data.open_all(text)) == ["simulated", "own"]
+    for specs in ((), [text]):
+        assert len(evaluation.find_store("simulated", config, specs)) == 300
+        assert len(evaluation.find_store("own", config, specs)) == 2
+    with pytest.raises(data.DataError, match="none of simulated:300, simulated:9 is of own; name its data"):
+        evaluation.find_store("own", small_config("etp", data="simulated:300,simulated:9"))
+    assert len(evaluation.find_store("own", small_config("etp", data="simulated:9*2"))) == 9
 
 
 def test_damage_of_a_part_is_noticed(three):
