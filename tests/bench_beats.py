@@ -344,13 +344,14 @@ def gpu_speed(records):
 
 
 def main():
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "shared" / "data"
+    folder = Path(next((x for x in sys.argv[1:] if x != "--gpu"), ROOT.parent / "shared" / "data"))
     print(f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}, csrc {csrc.build_info()['implementation']}")
-    others = peers()
-    accuracy(folder, others)
-    hard(others)
     records = ludb(folder / "ludb") if (folder / "ludb").is_dir() else simulated(500, 1)[:100]
-    speed(records, others)
+    if "--gpu" not in sys.argv:
+        others = peers()
+        accuracy(folder, others)
+        hard(others)
+        speed(records, others)
     if torch.cuda.is_available():
         gpu_speed(records)
 

@@ -198,7 +198,8 @@ def gpu_sigmoid():
 
 def main():
     print(f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}, csrc {csrc.build_info()['implementation']}")
-    speed()
+    if "--gpu" not in sys.argv:
+        speed()
     if torch.cuda.is_available():
         gpu()
         gpu_beats()
