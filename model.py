@@ -3,6 +3,7 @@
 To add a method, write a class (see Method) and put its defaults into METHODS at the end of this file.
 """
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -51,10 +52,20 @@ class Batch(NamedTuple):
     tags: list         # B lists of tags: the record's whole report
     ids: list          # B record names, for messages
     peaks: torch.Tensor  # (B, K) int32 R peaks in samples of ecg, -1 behind the last
+    said: Optional[list] = None  # the texts to be encoded, where they are not one a record
+    everyone: Optional[tuple] = None  # chosen and tags of all processes (FG-CLEP)
 
     @property
     def texts(self):
-        return [join(tags) for tags in self.chosen]
+        return [join(tags) for tags in self.chosen] if self.said is None else self.said
+
+    def parts(self, size):
+        """Batches of at most `size` records; other texts are shared out evenly."""
+        starts, said = range(0, len(self.ids), size), self.said
+        share = -(-len(said) // len(starts)) if said is not None else 0
+        for n, i in enumerate(starts):
+            records = (part[i:i + size] for part in self[:5])
+            yield Batch(*records, said if said is None else said[n * share:(n + 1) * share], self.everyone)
 
 
 def join(tags):
@@ -63,57 +74,100 @@ def join(tags):
 
 
 # ---- several processes -----------------------------------------------------------------------------------
-# Every process gathers the features WITH gradient and computes the loss of the whole batch. all_gather sums
-# gradients over processes and DDP averages those of parameters: the result is that of one process.
+# Every process gathers what it compares its own records with, with gradient: gather sums gradients over the
+# processes, train.average_gradients averages those of parameters. So the mean of the processes' losses, and of
+# their gradients, is what one process has with the whole batch.
 
 def world():
     """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank():
+    return dist.get_rank() if world() > 1 else 0
+
+
 def gather(x):
-    """What this process has -> what all have, in order of rank: a list, a tensor (B, ...), differentiable, or
-    views. The N of (B, N, D) may differ between processes: padded with zeros to the longest."""
+    """What this process has, (B, ...) -> what all have, in order of rank, differentiable; None stays. The N of
+    (B, N, D) may differ between processes: padded with zeros to the longest."""
     if world() == 1 or x is None:
         return x
-    if isinstance(x, tuple):
-        return type(x)(*map(gather, x))
-    if isinstance(x, list):
-        parts = [None] * world()
-        dist.all_gather_object(parts, x)
-        return sum(parts, [])
     if x.dim() == 3:
-        longest = torch.tensor(x.shape[1], device=x.device)
+        longest = torch.tensor(x.shape[1])  # on the CPU, so that nothing waits for the GPU
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         x = F.pad(x, (0, 0, 0, int(longest) - x.shape[1]))
     return torch.cat(all_gather(x.contiguous()))
 
 
-def mean_over_all(total, count):
-    """Sum (differentiable scalar) and number of this process' items -> mean of all processes', 0 of none."""
-    count = count.to(total.dtype)
+def gather_lists(rows, number):
+    """B lists of tags of this process -> those of all. number: {tag: number}, the same everywhere: tags travel
+    as numbers."""
+    if world() == 1:
+        return rows
+    size = torch.tensor([len(rows), max(map(len, rows))])
+    dist.all_reduce(size, dist.ReduceOp.MAX)
+    mine = torch.full((int(size[0]), int(size[1])), -1)
+    for i, row in enumerate(rows):
+        mine[i, :len(row)] = torch.tensor([number[tag] for tag in row])
+    parts, tags = [torch.empty_like(mine) for _ in range(world())], list(number)
+    dist.all_gather(parts, mine)
+    return [[tags[n] for n in row if n >= 0] for row in torch.cat(parts).tolist()]
+
+
+def share_out(items):
+    """The U different items that all processes have -> this one's share, as many in each; the last repeat the
+    first. gather(...)[:U] has all again."""
+    share = -(-len(items) // world())
+    padded = items + items[:share * world() - len(items)]
+    return padded[rank() * share:(rank() + 1) * share]
+
+
+def mean_over_processes(x):
+    """Mean of every process' x, without gradient."""
     if world() > 1:
-        total, count = all_reduce(total), all_reduce(count)
-    return total / count.clamp(min=1)
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x / world()
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d with the statistics of the batch of ALL processes in training (also on CPU, where
-    nn.SyncBatchNorm cannot run); with one process exactly nn.BatchNorm1d. x: (B, C) or (B, C, T)."""
+def mean_over_all(total, count):
+    """Sum (differentiable scalar) and number of this process' items -> its part of the mean over all items:
+    the mean over the processes is that. 0 of none."""
+    return total / mean_over_processes(count.to(total.dtype)).clamp(min=1 / world())
+
+
+class BatchNorm(nn.SyncBatchNorm):
+    """BatchNorm1d with the statistics of the batch of ALL processes in training, on CPUs as well, where
+    nn.SyncBatchNorm cannot run. x: (B, C) or (B, C, T)."""
 
     def forward(self, x):
-        if world() == 1 or not self.training:
+        if x.is_cuda and x.dim() == 3:  # (B, C, 1, T): the kernels for channels last are twice as fast
+            return super().forward(x.unsqueeze(2)).squeeze(2)
+        if world() == 1 or not self.training or x.is_cuda:
             return super().forward(x)
-        f, axes = x.float(), [0] if x.dim() == 2 else [0, 2]
+        f, axes = wide(x), [0] if x.dim() == 2 else [0, 2]
         count = f.numel() / f.shape[1] * world()
         mean = all_reduce(f.sum(axes, keepdim=True)) / count                   # (1, C) or (1, C, 1)
         var = all_reduce((f - mean).square().sum(axes, keepdim=True)) / count  # two passes: no cancellation
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.flatten(), self.momentum)
-            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+            momentum = self.momentum if self.track_running_stats else 0
+            self.num_batches_tracked += self.track_running_stats
+            self.running_mean.lerp_(mean.flatten(), momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), momentum)
         weight, bias = self.weight.view(mean.shape), self.bias.view(mean.shape)
         return ((f - mean) * torch.rsqrt(var + self.eps) * weight + bias).to(x.dtype)
+
+
+class Conv(nn.Conv1d):
+    """nn.Conv1d without bias. x: (B, C, T). On a GPU computed as a 2-D one, in and out in the order (B, T, C) of
+    memory, which what is elementwise keeps: cuDNN need not turn every tensor round, a fifth of a ResNet's time."""
+
+    def forward(self, x):
+        if not x.is_cuda:
+            return super().forward(x)
+        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        stride, padding = (1, *self.stride), (0, *self.padding)
+        return F.conv2d(x, self.weight.unsqueeze(2), None, stride, padding).squeeze(2)
 
 
 # ---- ECG encoders: (B, leads, N) -> tokens (B, T, dim) ---------------------------------------------------
@@ -140,7 +194,7 @@ class ResNet1d(nn.Module):
         super().__init__()
         widths = [max(8, int(c * width)) for c in (64, 128, 256, 512)]
         self.dim = widths[0]
-        self.conv1 = nn.Conv1d(leads, self.dim, 7, stride=2, padding=3, bias=False)
+        self.conv1 = Conv(leads, self.dim, 7, stride=2, padding=3, bias=False)
         self.bn1 = BatchNorm(self.dim)
         for i, (c, blocks) in enumerate(zip(widths, self.BLOCKS[depth]), 1):
             stage = nn.Sequential()
@@ -162,11 +216,11 @@ class ResBlock(nn.Module):
         self.out = 4 * c if bottleneck else c
         plan = [(cin, c, 1, 1), (c, c, 3, stride), (c, self.out, 1, 1)] if bottleneck else \
                [(cin, c, 3, stride), (c, c, 3, 1)]
-        self.convs = nn.ModuleList(nn.Conv1d(a, b, k, s, k // 2, bias=False) for a, b, k, s in plan)
+        self.convs = nn.ModuleList(Conv(a, b, k, s, k // 2, bias=False) for a, b, k, s in plan)
         self.norms = nn.ModuleList(BatchNorm(b) for _, b, _, _ in plan)
         self.shortcut = nn.Sequential()
         if stride != 1 or cin != self.out:
-            self.shortcut.extend([nn.Conv1d(cin, self.out, 1, stride, bias=False), BatchNorm(self.out)])
+            self.shortcut.extend([Conv(cin, self.out, 1, stride, bias=False), BatchNorm(self.out)])
 
     def forward(self, x):
         h = x
@@ -254,10 +308,10 @@ class ConvTransformer(nn.Module):
     def __init__(self, size="base", leads=12, dropout=0.1):
         super().__init__()
         channels, self.dim, depth, heads, reach = self.SIZES[size]
-        self.stem = nn.Sequential(nn.Conv1d(leads, channels, 2, stride=2, bias=False),
+        self.stem = nn.Sequential(Conv(leads, channels, 2, stride=2, bias=False),
                                   nn.GroupNorm(channels, channels), nn.GELU())
         for _ in range(3):
-            self.stem.append(nn.Conv1d(channels, channels, 2, stride=2, bias=False)).append(nn.GELU())
+            self.stem.append(Conv(channels, channels, 2, stride=2, bias=False)).append(nn.GELU())
         self.norm_stem, self.project = nn.LayerNorm(channels), nn.Linear(channels, self.dim)
         place = nn.Conv1d(self.dim, self.dim, reach, padding=reach // 2, groups=16)
         nn.init.normal_(place.weight, std=2 / math.sqrt(reach * self.dim))
@@ -313,6 +367,7 @@ class TextTower(nn.Module):
             layers = next(m for m in lm.modules() if isinstance(m, nn.ModuleList))
             for layer in list(layers)[len(layers) - trainable_layers:]:
                 layer.requires_grad_(True)
+        self.kept, self.row = None, {}  # pooled vectors of texts: see keep
         if pooling == "pooler" and (getattr(lm, "pooler", None) is None or getattr(lm, "new_pooler", False)):
             raise ModelError("this text model has no pooler of its own: use --text-pooling mean or cls")
         if pooling != "pooler" and hasattr(lm, "pooler"):
@@ -340,8 +395,18 @@ class TextTower(nn.Module):
             pooled = out.pooler_output if self.pooling == "pooler" else states[:, 0]
         return states[rows], words[rows], pooled[rows]
 
+    @torch.no_grad()
+    def keep(self, texts, bar=iter, size=256):
+        """Of a frozen tower: encode texts now, each different one once, the longest first; forward looks them
+        up from then on. On a GPU in half precision: bf16 has made them."""
+        texts = sorted(set(texts), key=lambda text: (-len(text), text))
+        parts = [self.encode(texts[i:i + size])[2] for i in bar(range(0, len(texts), size))]
+        self.kept = torch.cat([part.half() if part.is_cuda else part for part in parts])
+        self.row = {text: i for i, text in enumerate(texts)}
+
     def forward(self, texts):
-        return self.encode(texts)[2]
+        rows = [self.row.get(text) for text in texts]
+        return self.encode(texts)[2] if None in rows else self.kept[rows].float()
 
 
 def tokenise(tower, texts, **options):
@@ -588,25 +653,39 @@ def small_text_model(texts, seed=0, steps=150, dim=128, layers=2, device="cpu", 
 def cosine(x, y):
     """x @ y.T in float32, also under autocast: at scale 100 the three digits of bf16 are not enough."""
     with torch.autocast(x.device.type, enabled=False):
-        return x.float() @ y.float().T
+        return wide(x) @ wide(y).T
+
+
+def wide(x):
+    """x in float32, or float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def half(x):
+    """x in the precision of autocast, where that is on. (What is normalised under it comes in float32.)"""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def info_nce(x, y, scale):
-    """Contrastive loss of L2-normalised pairs (B = C) as in CLIP: mean over both directions of
-    -1/B sum_i log( exp(s x_i.y_i) / sum_j exp(s x_i.y_j) ). s: 1 / temperature, fixed or learned."""
-    return paired_cross_entropy(scale * cosine(x, y))
+    """Contrastive loss of L2-normalised pairs, x and y (b, D) of this process, as in CLIP: mean over both
+    directions of -1/b sum_i log( exp(s x_i.y_i) / sum_j exp(s x_i.y_j) ), j over the pairs of all processes.
+    s: 1 / temperature, fixed or learned."""
+    rows = scale * cosine(x, gather(y))
+    return paired_cross_entropy(rows, rows.T if world() == 1 else scale * cosine(y, gather(x)))
 
 
-def paired_cross_entropy(logits):
-    """Cross entropy of logits (B, B) whose pairs stand on the diagonal: mean of by rows and by columns."""
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+def paired_cross_entropy(rows, columns):
+    """Cross entropy of logits of this process' ECGs with all texts, and of its texts with all ECGs, each (b, B);
+    mean of the two."""
+    target = rank() * len(rows) + torch.arange(len(rows), device=rows.device)
+    return (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2
 
 
 def masked_cross_entropy(logits, labels):
-    """Cross entropy of logits (..., V) with labels (...), -100 where there is none; of all processes."""
-    total = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum")
-    return mean_over_all(total, (labels >= 0).sum())
+    """Cross entropy of logits (..., V) with labels (...), -100 where there is none -> sum and number."""
+    total = F.cross_entropy(wide(logits).flatten(0, -2), labels.flatten(), reduction="sum")
+    return total, (labels >= 0).sum()
 
 
 def soft_sigmoid(logits, target):
@@ -628,14 +707,15 @@ def frames_of(ecg, size=16):
 
 
 def reconstruction_loss(rebuilt, target, hidden):
-    """Mean squared error of the hidden frames of all processes. Both (B, T, D), hidden (B, T) 0 or 1."""
-    return mean_over_all(((rebuilt - target).square().mean(2) * hidden).sum(), hidden.sum())
+    """Mean squared errors of hidden frames -> sum and number. Both (B, T, D), hidden (B, T) 0 or 1."""
+    return ((rebuilt - target).square().mean(2) * hidden).sum(), hidden.sum()
 
 
 # ---- methods ---------------------------------------------------------------------------------------------
 
 class Objective(nn.Module):
-    """What train.py trains. Called as a module, so that DDP sees every gradient: Batch -> {term: scalar}."""
+    """What train.py trains: Batch -> {term: scalar}, in three steps, so that a batch can be encoded in parts
+    (train.chunked): plan looks at the whole batch, represent at a part of it, compare at what all parts gave."""
     settings = ()        # of Config, that belong to it and maybe to some others: the rest refuse them
     stages = ("train",)  # "fine", if there is one, has config.fine_epochs
     weights = {}         # of the loss terms, where not 1
@@ -644,12 +724,32 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
 
+    def know(self, tags):
+        """tags: all that batches can have, in the same order in every process."""
+
+    def plan(self, batch):
+        return batch
+
+    def represent(self, batch):
+        """-> {name: vectors (n, ...)} that compare asks for, {term: (sum, number)} of single records."""
+        raise NotImplementedError
+
+    def compare(self, vectors, batch):
+        """-> {term: scalar} of vectors of the whole batch."""
+        return {}
+
     @classmethod
     def check(cls, config):
         """Errors: ModelError where settings do not go together."""
 
     def forward(self, batch):
-        return self.loss(batch)
+        batch = self.plan(batch)
+        vectors, sums = self.represent(batch)
+        return self.compare(vectors, batch) | {name: mean_over_all(*pair) for name, pair in sums.items()}
+
+    def weighted(self, terms):
+        """Sum of loss terms {name: value}."""
+        return sum(self.weights.get(name, 1.0) * value for name, value in terms.items())
 
     @torch.no_grad()
     def limit_scales(self):
@@ -668,6 +768,11 @@ class CardioLM(Objective):
         super().__init__(config)
         (self.lm, self.tokenizer), self.max_length = text, config.text_max_length
 
+    @classmethod
+    def check(cls, config):
+        if config.compile or config.chunk:
+            raise ModelError("--compile is of the ECG encoder, --chunk of contrast: cardiolm has neither")
+
     def guess(self, texts):
         """Hide words of B strings -> (sum of their cross entropies, their number, how many are right)."""
         tokens = tokenise(self, texts)
@@ -677,9 +782,9 @@ class CardioLM(Objective):
         loss = F.cross_entropy(logits[hidden], labels[hidden], reduction="sum")
         return loss, hidden.sum(), (logits.argmax(2) == labels)[hidden].sum()
 
-    def loss(self, batch):
+    def represent(self, batch):
         total, count, _ = self.guess(batch.texts)
-        return {"mlm": mean_over_all(total, count)}
+        return {}, {"mlm": (total, count)}
 
 
 def save_language_model(method, folder):
@@ -689,8 +794,9 @@ def save_language_model(method, folder):
 
 
 class Method(Objective):
-    """Two towers, as config (a Config) says; text: (language model, tokenizer). A method gives views, loss,
-    project_text or another encode_text, and for a beat scale beat_options (of token_beat_rhythm)."""
+    """Two towers, as config (a Config) says; text: (language model, tokenizer). A method gives views,
+    represent and compare, project_text or another encode_text, and for a beat scale beat_options (of
+    token_beat_rhythm)."""
     tower = TextTower
     contrast_sides = 1    # loss term "contrast" is this many times ln(batch size) when nothing is learned
     scales = ("rhythm",)  # at which its views can be compared: rhythm, beat, token
@@ -707,6 +813,9 @@ class Method(Objective):
         if config.text_unit == "tags":
             raise ModelError("--text-unit tags is fgclep's: the other methods pair each record with one text")
 
+    def represent(self, batch):
+        return {"ecg": self.encode_ecg(batch.ecg).rhythm, "text": self.encode_text(batch.texts).report}, {}
+
     def encode_ecg(self, ecg):
         """(B, 12, N) mV -> EcgViews."""
         return self.views(self.encode_tokens(ecg), ecg)
@@ -718,6 +827,11 @@ class Method(Objective):
     def encode_text(self, texts):
         """B strings -> TextViews."""
         return TextViews(None, None, F.normalize(self.project_text(self.text(texts)), dim=1))
+
+    def compile_encoder(self):
+        """torch.compile what of the ECG encoder is called, on first use."""
+        for name in {"forward", "states", "embed", "encode"} & set(dir(self.ecg)):
+            setattr(self.ecg, name, torch.compile(getattr(self.ecg, name)))
 
     def learned_scale(self):
         """exp of the learned log-scale, at most 100 (limit_scales)."""
@@ -733,7 +847,7 @@ class Method(Objective):
         if "rhythm" in scales:
             views |= dict(rhythm=ecg.rhythm, report=text.report)
         if "token" in scales:
-            views |= dict(tokens=ecg.tokens, words=text.words, word_count=text.word_count)
+            views |= dict(tokens=half(ecg.tokens), words=half(text.words), word_count=text.word_count)
         if "beat" in scales:
             views |= dict(beats=ecg.beats, sentences=text.sentences, beat_count=ecg.beat_count,
                           sentence_count=text.sentence_count, **self.beat_options())
@@ -754,9 +868,8 @@ class ETP(Method):
         pooled = torch.cat([tokens.mean(1), tokens.amax(1)], 1) if self.config.max_pool else tokens.mean(1)
         return EcgViews(tokens, None, F.normalize(self.project_ecg(pooled), dim=1))
 
-    def loss(self, batch):
-        e, t = gather(self.encode_ecg(batch.ecg).rhythm), gather(self.encode_text(batch.texts).report)
-        return {"contrast": info_nce(e, t, 1 / self.config.temperature)}
+    def compare(self, vectors, batch):
+        return {"contrast": info_nce(vectors["ecg"], vectors["text"], 1 / self.config.temperature)}
 
 
 class MERL(Method):
@@ -792,13 +905,16 @@ class MERL(Method):
         tokens, _, rhythm = self.project(tokens)
         return EcgViews(tokens, None, rhythm)
 
-    def loss(self, batch):
+    def represent(self, batch):
         _, mean, rhythm = self.project(self.encode_tokens(batch.ecg))
-        views = [F.normalize(F.dropout(view(mean), self.config.uma_dropout, self.training), dim=1)
-                 for view in (self.view1, self.view2)]
-        e, t = gather(rhythm), gather(self.encode_text(batch.texts).report)
+        one, other = (F.normalize(F.dropout(view(mean), self.config.uma_dropout, self.training), dim=1)
+                      for view in (self.view1, self.view2))
+        return {"ecg": rhythm, "text": self.encode_text(batch.texts).report, "one": one, "other": other}, {}
+
+    def compare(self, vectors, batch):
         scale = 1 / self.config.temperature
-        return {"contrast": 2 * info_nce(e, t, scale), "uma": 2 * info_nce(*map(gather, views), scale)}
+        return {"contrast": 2 * info_nce(vectors["ecg"], vectors["text"], scale),
+                "uma": 2 * info_nce(vectors["one"], vectors["other"], scale)}
 
 
 class AttentionPool(nn.Module):
@@ -866,19 +982,27 @@ class MELP(Method):
     def encode_text(self, texts):
         return self.text_views(self.text.encode(texts))
 
-    def loss(self, batch):
+    def represent(self, batch):
         tokens, number = self.encode_tokens(batch.ecg), len(batch.texts)
         texts = self.text.encode(batch.texts + [join(tags) for tags in batch.tags])  # contrasted; written
-        text, report = texts.at(slice(number)), texts.at(slice(number, None))
-        e = gather(self.views(tokens, batch.ecg, batch.peaks)._replace(tokens=None))
-        t = gather(self.text_views(text))
-        beat = token_beat_rhythm(beats=e.beats, sentences=t.sentences, beat_count=e.beat_count,
-                                 sentence_count=t.sentence_count, beat_mean=self.config.beat_mean)
-        real = report.mask[:, 1:] == 1  # each piece is written from those before it
+        text, report = self.text_views(texts.at(slice(number))), texts.at(slice(number, None))
+        ecg, real = self.views(tokens, batch.ecg, batch.peaks), report.mask[:, 1:] == 1
+        # each piece is written from those before it
         logits = self.decoder(report.states[:, :-1], self.caption_pool(tokens), real)
-        return {"contrast": info_nce(e.rhythm, t.report, self.learned_scale()),
-                "beat": paired_cross_entropy(beat),
-                "caption": masked_cross_entropy(logits, report.ids[:, 1:][real])}
+        return {"ecg": ecg.rhythm, "beats": ecg.beats, "beat_count": ecg.beat_count, "text": text.report,
+                "sentences": text.sentences, "sentence_count": text.sentence_count}, {
+                    "caption": masked_cross_entropy(logits, report.ids[:, 1:][real])}
+
+    def compare(self, vectors, batch):
+        sides = [{name: vectors[name] for name in names} for names in (
+            ("beats", "beat_count"), ("sentences", "sentence_count"))]
+        beats, sentences = sides
+        all_beats, all_sentences = ({name: gather(x) for name, x in side.items()} for side in sides)
+        rows = token_beat_rhythm(**beats, **all_sentences, beat_mean=self.config.beat_mean)
+        columns = rows.T if world() == 1 else token_beat_rhythm(
+            **all_beats, **sentences, beat_mean=self.config.beat_mean).T
+        return {"contrast": info_nce(vectors["ecg"], vectors["text"], self.learned_scale()),
+                "beat": paired_cross_entropy(rows, columns)}
 
     @torch.no_grad()
     def generate(self, ecg, beams=1, longest=64):
@@ -1022,7 +1146,7 @@ class CMELT(Method):
         tokens = self.encode_frames(frames.gather(1, kept[:, :, None].expand(-1, -1, frames.shape[2])))
         return self.project_ecg(tokens), torch.ones(order.shape, device=order.device).scatter(1, kept, 0)
 
-    def loss(self, batch):
+    def represent(self, batch):
         ecg = normalise(batch.ecg, self.config.normalise)
         visible = ecg * (torch.rand(ecg.shape[:2], device=ecg.device) >= self.config.lead_mask)[:, :, None]
         frames = self.ecg.embed(visible)                                            # (B, T, D)
@@ -1039,12 +1163,15 @@ class CMELT(Method):
         masked = labels >= 0  # only these need the vocabulary
         target = frames_of(ecg if self.config.mem_target == "record" else visible)  # (B, T, 16 * L)
         pair = torch.cat([self.pool_fused_text(fused_text[:, 0]), self.pool_fused_ecg(fused_ecg[:, 0])], 1)
-        e, t = gather(self.pool_ecg(states[:, 0])), gather(self.pool_text(words[:, 0]))
-        ets = sigmoid_loss(e, t, positive=gather(aligned))
-        return {"mlm": masked_cross_entropy(self.tell_word(fused_text[masked]), labels[masked]),
-                "mem": reconstruction_loss(self.rebuild(half, order.argsort(1)), target, hidden),
-                "etm": masked_cross_entropy(self.match(pair), aligned.long()),
-                "ets": ets * len(e) if self.config.ets_sum else ets}
+        return {"ecg": self.pool_ecg(states[:, 0]), "text": self.pool_text(words[:, 0]), "aligned": aligned}, {
+            "mlm": masked_cross_entropy(self.tell_word(fused_text[masked]), labels[masked]),
+            "mem": reconstruction_loss(self.rebuild(half, order.argsort(1)), target, hidden),
+            "etm": masked_cross_entropy(self.match(pair), aligned.long())}
+
+    def compare(self, vectors, batch):
+        ecg, text = vectors["ecg"], gather(vectors["text"])
+        ets = sigmoid_loss(ecg, text, positive=gather(vectors["aligned"]), first=rank() * len(ecg))
+        return {"ets": ets * len(text) if self.config.ets_sum else ets}
 
     def with_negatives(self, batch):
         """The records' texts (B lists of tags), about half replaced by what a far text says and the record's
@@ -1129,7 +1256,7 @@ class FGCLEP(ETP):
 
     def __init__(self, config, text):
         super().__init__(config, text)
-        self.scales = self.ALIGN[config.align]
+        self.scales, self.number = self.ALIGN[config.align], {}  # number: see know
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
         if config.align != "rhythm":
             self.project_tokens = nn.Linear(self.ecg.dim, config.dim)
@@ -1155,20 +1282,39 @@ class FGCLEP(ETP):
         words, count = first_rows(F.normalize(self.project_text(states), dim=2), real)
         return TextViews(words, None, F.normalize(self.project_text(pooled), dim=1), count)
 
-    def loss(self, batch):
-        ecg = gather(self.encode_ecg(batch.ecg))
-        tags, chosen = gather(batch.tags), gather(batch.chosen)
-        if self.config.text_unit == "tags":  # every distinct tag of the batch, against every record
-            chosen = [[tag] for tag in dict.fromkeys(tag for row in tags for tag in row)]
-            text = self.encode_text([join(row) for row in chosen])  # the same in all processes
-        else:
-            text = gather(self.encode_text(batch.texts))
-        target = self.targets(text.report, chosen, tags)  # (B, C)
+    def know(self, tags):
+        self.number = {tag: i for i, tag in enumerate(tags)}
+
+    def plan(self, batch):
+        """Unit tags: every distinct tag of the batch is a text, and each process encodes its share of them."""
+        tags, chosen = gather_lists(batch.tags, self.number), gather_lists(batch.chosen, self.number)
+        if self.config.text_unit != "tags":
+            return batch._replace(everyone=(chosen, tags))
+        texts = list(dict.fromkeys(tag for row in tags for tag in row))
+        return batch._replace(said=share_out(texts), everyone=([[text] for text in texts], tags))
+
+    def represent(self, batch):
+        ecg, vectors = self.encode_ecg(batch.ecg), {}
+        vectors = {"ecg": ecg.rhythm} | ({} if self.config.align == "rhythm" else {"tokens": ecg.tokens})
+        if batch.texts:  # parts can be more than texts
+            text = self.encode_text(batch.texts)
+            vectors |= {"text": text.report} | ({} if text.words is None else {
+                "words": text.words, "word_count": text.word_count})
+        return vectors, {}
+
+    def compare(self, vectors, batch):
+        chosen, tags = batch.everyone
+        report, words, count = (x if x is None else x[:len(chosen)] for x in (
+            gather(vectors.get(name)) for name in ("text", "words", "word_count")))
+        text = TextViews(words, report[:, None], report, count)
+        ecg = EcgViews(vectors.get("tokens"), vectors.get("tokens"), vectors["ecg"])
+        target = self.targets(report, chosen, batch.tags, tags)  # (b, C)
         # with a prior the cosine need not say how frequent a text is, only of which records it is true
-        prior = torch.logit(target.mean(0), eps=0.5 / len(target)) if self.config.prior else 0
+        frequency = mean_over_processes(target.mean(0))
+        prior = torch.logit(frequency, eps=0.5 / len(tags)) if self.config.prior else 0
         terms = {}
         for scale in self.scales:
-            cosines = self.similarity(ecg, text, [scale])  # (B, C)
+            cosines = self.similarity(ecg, text, [scale])  # (b, C)
             name = "" if scale == "rhythm" else "_" + self.config.align
             if self.config.fn_mode == "l1":
                 terms["l1" + name] = l1_similarity(cosines, target)
@@ -1177,41 +1323,52 @@ class FGCLEP(ETP):
         return terms
 
     @torch.no_grad()
-    def targets(self, t, chosen, tags):
-        """Soft targets S (B, C): how far text l is true of record k. similarity tags: share of the text that
-        the record's report contains; half: (1 + cos(t_k, t_l)) / 2, as published: unrelated texts get 1/2;
-        cos: max(cos, 0). fn_mode none: the identity."""
+    def targets(self, t, chosen, tags, everyone):
+        """Soft targets S (b, C): how far text l is true of record k, of this process. similarity tags: share of
+        the text that the record's report contains; half: (1 + cos(t_k, t_l)) / 2, as published: unrelated texts
+        get 1/2; cos: max(cos, 0). fn_mode none: the identity. t (C, dim), chosen: of the texts; tags: the
+        records', everyone: those of all processes."""
+        own = slice(rank() * len(tags), (rank() + 1) * len(tags))
         if self.config.fn_mode == "none":
-            return torch.eye(len(t), device=t.device)
+            return torch.eye(len(t), device=t.device)[own]
         if self.config.similarity == "tags":
-            return tag_containment(chosen, tags).to(t.device)
-        cosines = cosine(t, t)
+            return tag_containment(chosen, tags, everyone, t.device)
+        cosines = cosine(t[own], t)
         return (1 + cosines) / 2 if self.config.similarity == "half" else cosines.clamp(min=0)
 
 
-def tag_containment(chosen, tags):
+def tag_containment(chosen, tags, everyone=None, device="cpu"):
     """S[k, l] = mean over tags a of text l of max over tags b of record k of w(words of a in b) / w(of a),
     (B, C): 1 where record k says all of text l. chosen: C lists of tags, tags: B lists.
 
-    w sums over words log(B / records that use the word) + 0.05: "sinus rhythm" says little of "sinus
-    tachycardia", but "lateral ischemia" nearly all of "probable lateral ischemia"."""
-    unique = list(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))
-    split = [set(tag.replace(",", " ").split()) for tag in unique]
-    words = indicator(split, sorted(set().union(*split)))                    # (U, words)
-    in_record, in_text = indicator(tags, unique), indicator(chosen, unique)  # (B, U), (C, U)
-    records = (in_record @ words > 0).sum(0)                                 # (words,) that use it
-    weight = torch.log(len(tags) / records.clamp(min=1)) + 0.05
-    cover = (words * weight) @ words.T / (words @ weight)[:, None]           # (a, b): share of a in b
-    best = torch.stack([cover[:, row > 0].amax(1) for row in in_record])     # (B, a)
-    return best @ in_text.T / in_text.sum(1)                                 # (B, C)
+    w sums over words log(N / records that use the word) + 0.05, of the N records of everyone (default: tags):
+    "sinus rhythm" says little of "sinus tachycardia", but "lateral ischemia" nearly all of "probable lateral
+    ischemia"."""
+    everyone = tags if everyone is None else everyone
+    number = {tag: i for i, tag in enumerate(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))}
+    used = Counter(word for row in everyone for word in set().union(*map(words_of, row)))
+    place = {word: i for i, word in enumerate(dict.fromkeys(word for tag in number for word in words_of(tag)))}
+    weight = torch.tensor([math.log(len(everyone) / max(1, used[word])) + 0.05 for word in place], device=device)
+    words = members([[place[word] for word in words_of(tag)] for tag in number], len(place), device)  # (U, W)
+    cover = (words * weight) @ words.T / (words @ weight)[:, None]        # (a, b): share of a in b
+    longest = max(map(len, tags))
+    rows = torch.tensor([[number[tag] for tag in row] + [number[row[0]]] * (longest - len(row)) for row in tags])
+    best = cover.T[rows.to(device)].amax(1)                               # (B, a)
+    in_text = members([[number[tag] for tag in row] for row in chosen], len(number), device)          # (C, U)
+    return best @ in_text.T / in_text.sum(1)                              # (B, C)
 
 
-def indicator(rows, columns):
-    """rows: lists of some of columns -> (len(rows), len(columns)) float32 of zeros and ones."""
-    place = {column: j for j, column in enumerate(columns)}
-    out = torch.zeros(len(rows), len(columns))
-    out[[i for i, row in enumerate(rows) for _ in row], [place[x] for row in rows for x in row]] = 1
-    return out
+@functools.lru_cache(2**20)
+def words_of(tag):
+    """Sorted: the order of a set is another in every process, and with it the last bits of sums."""
+    return sorted(set(tag.replace(",", " ").split()))
+
+
+def members(rows, size, device):
+    """Lists of numbers below size -> (len(rows), size) float32 of zeros and ones."""
+    out = torch.zeros(len(rows), size)
+    out[[i for i, row in enumerate(rows) for _ in row], [n for row in rows for n in row]] = 1
+    return out.to(device)
 
 
 # ---- settings --------------------------------------------------------------------------------------------
@@ -1244,6 +1401,7 @@ class Config:
   # text tower
     text_model: str = ""  # Hugging Face name, folder, cardiolm run; default: a small BERT made of the reports
     text_trainable_layers: Annotated[int, -1, 1000] = -1  # -1 all, 0 frozen, n the last n layers
+    text_lr_scale: Annotated[float, 0, 1e3] = 1.0  # learning rate of the language model, as a share of --lr
     text_pooling: Literal["mean", "cls", "pooler"] = "mean"  # model.TextTower
     text_max_length: Annotated[int, 3, 10**6] = 128  # tokens
     text_mask: bool = True  # False: padding is attended to (D-BETA's published code)
@@ -1279,6 +1437,7 @@ class Config:
     fine_epochs: CountOr0 = 0  # of the fine stage
     batch_size: Annotated[int, 2, 10**9] = 32  # records contrasted with one another, over all processes
     accumulate: Count = 1  # such batches per update
+    chunk: CountOr0 = 0  # records encoded at a time, for a batch that memory does not hold; 0: all (train.chunked)
     lr: Annotated[float, 1e-12, 100] = 2e-3  # peak learning rate (AdamW)
     beta2: Annotated[float, 0, 0.999999] = 0.999  # AdamW
     weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.make_optimiser
@@ -1287,8 +1446,8 @@ class Config:
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the ECG encoder
     threads: Annotated[int, 0, 4096] = 0  # CPU threads; 0: torch's choice
-    workers: Annotated[int, 0, 1024] = 0  # processes that read batches
-    save_every: Count = 200  # updates between checkpoints
+    workers: Annotated[int, -1, 1024] = -1  # processes that read batches; -1: with a GPU up to 4, else none
+    save_every: CountOr0 = 0  # updates between checkpoints; 0: those of five minutes
 
 
 TYPES = {field.name: field.type for field in dataclasses.fields(Config)}

@@ -26,13 +26,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import csrc
 import data
 import eval as evaluation
 import model as models
+from model import rank
 
 
 def parse(argv):
@@ -65,49 +65,70 @@ class Corpus:
     twenty, by its own hash, is kept from training."""
 
     def __init__(self, specs, language):
-        texts = data.corpus(specs, language)
-        self.meta = {"plan": str(zlib.crc32("\n".join(texts).encode()))}
-        self.records = pd.DataFrame({
-            "id": [f"text {row}" for row in range(len(texts))], "peaks": [[] for _ in texts],
-            "split": ["train" if zlib.crc32(text.encode()) % 20 else "test" for text in texts],
-            "statements": [[text] for text in texts]})
+        self.texts = data.corpus(specs, language)
+        self.meta = {"plan": str(zlib.crc32("\n".join(self.texts).encode()))}
+        self.parts = [data.Part(specs, 0, len(self.texts), 1)]
 
-    def ecg(self, rows):
-        return np.zeros((len(rows), 12, 0), np.float32)
+    def rows(self, split):
+        kept = np.array([zlib.crc32(text.encode()) % 20 == 0 for text in self.texts])
+        return np.flatnonzero(~kept if split == "train" else kept & (split == "test"))
+
+    def set_of(self, rows):
+        return np.zeros(len(rows), int)
+
+    def microvolts(self, rows):
+        return np.zeros((len(rows), 12, 0), np.int16)
+
+    def peaks(self, rows):
+        return np.full((len(rows), 1), -1, np.int32)
+
+    def ids(self, rows):
+        return [f"text {row}" for row in rows]
 
 
 def open_source(config):
-    """(data.Store or Corpus, tags of every record, numbers of the training records that have any): what a run
-    learns from. Tags are the statements of a report. Errors: DataError."""
+    """(data.Store, data.Stores or Corpus, data.Tags of every record, numbers of the training records that have
+    any): what a run learns from. Tags are the statements of a report. Errors: DataError."""
     if config.method == "cardiolm":
         store = Corpus(config.data, config.report_language)
-        tags = store.records["statements"].tolist()
+        tags = data.Tags.of([text] for text in store.texts)
     else:
-        store = data.open_data(config.data, config.rate)
+        store = data.open_all(config.data, config.rate)
         store.verify()
         tags = data.report_tags(store, config.report_language)
-    rows = np.flatnonzero(store.records["split"] == "train").tolist()
-    return store, tags, [row for row in rows if tags[row]]
+    rows = store.rows("train")
+    return store, tags, rows[np.diff(tags.offsets)[rows] > 0]
+
+
+class Drawn(NamedTuple):
+    """A batch as it is read, and what is random about it."""
+    batch: models.Batch    # ecg (B, L, N) int16 microvolts, peaks as stored
+    dropped: torch.Tensor  # (B, L) bool: leads to be zeroed
+    steps: torch.Tensor    # (B,) samples to be moved by
 
 
 class Records(torch.utils.data.Dataset):
-    """(stage, epoch, rows) -> model.Batch. What is random about a record follows from (seed, stage, epoch,
-    row) alone: any number of processes, and a resumed run, see the same."""
+    """(stage, epoch, rows) -> Drawn. What is random about a record follows from (seed, stage, epoch, row)
+    alone: any number of processes, and a resumed run, see the same."""
 
     def __init__(self, store, tags, config):
         self.store, self.tags, self.config = store, tags, config
-        peaks = pd.DataFrame(store.records["peaks"].tolist()).fillna(-1)  # behind the last of a record: -1
-        self.peaks = peaks.to_numpy(np.int32)
 
     def __getitem__(self, key):
         stage, epoch, rows = key
-        ecg, peaks, chosen = self.store.ecg(rows), self.peaks[rows], []
+        ecg, chosen = torch.from_numpy(self.store.microvolts(rows)), []
+        dropped, steps = np.zeros(ecg.shape[:2], bool), np.zeros(len(rows), np.int64)
+        limit = int(self.config.shift * self.config.rate)
         for i, row in enumerate(rows):
             rng = np.random.default_rng((self.config.seed, stage, epoch, row))
             chosen.append(sample_tags(self.tags[row], self.config.text_unit, rng))
-            augment(ecg[i], peaks[i], self.config, rng)
-        return models.Batch(torch.from_numpy(ecg), chosen, [self.tags[row] for row in rows],
-                            self.store.records["id"].iloc[rows].tolist(), torch.from_numpy(peaks))
+            if self.config.lead_drop:
+                dropped[i] = rng.random(ecg.shape[1]) < self.config.lead_drop
+            if limit:
+                steps[i] = rng.integers(-limit, limit + 1)
+        batch = models.Batch(ecg, chosen, [self.tags[row] for row in rows], list(rows),
+                             torch.from_numpy(self.store.peaks(rows)))
+        return Drawn(batch, torch.from_numpy(dropped), torch.from_numpy(steps))
 
 
 def sample_tags(tags, unit, rng):
@@ -118,24 +139,52 @@ def sample_tags(tags, unit, rng):
     return [tags[i] for i in rng.permutation(len(tags))[:count]]
 
 
-def augment(ecg, peaks, config, rng):
-    """Zero some leads and shift in time, in place. ecg (L, N) mV; peaks (K,) samples, -1 behind the last."""
-    if config.lead_drop:
-        ecg[rng.random(len(ecg)) < config.lead_drop] = 0
-    if limit := int(config.shift * config.rate):
-        step = int(rng.integers(-limit, limit + 1))
-        data.shift(ecg, step)
-        moved = peaks[peaks >= 0] + step
-        moved = moved[(moved >= 0) & (moved < ecg.shape[1])]
-        peaks[:len(moved)], peaks[len(moved):] = moved, -1
+def step_texts(tags, rows, unit):
+    """The texts that steps can be made of; none where they are too many to be listed."""
+    if unit == "report":
+        return [models.join(tags[row]) for row in rows]
+    return [] if unit == "subset" else [tag for row in rows for tag in tags[row]]
 
 
-def batch_keys(rows, config, stage, epoch):
-    """Keys of one epoch for this process: a seeded shuffle, whole batches only, its share of each."""
-    order = np.random.default_rng((config.seed, stage, epoch)).permutation(rows)
-    share = config.batch_size // models.world()
-    for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
-        yield stage, epoch, order[start + rank() * share: start + (rank() + 1) * share]
+def augment(drawn, device):
+    """Drawn -> models.Batch on the device, in mV: leads are zeroed, and records moved in time (zeros move in)
+    with their R peaks."""
+    ecg, peaks, dropped, steps = (x.to(device, non_blocking=True) for x in (
+        drawn.batch.ecg, drawn.batch.peaks, drawn.dropped, drawn.steps))
+    ecg, length = (ecg.float() / 1000).masked_fill_(dropped[:, :, None], 0), ecg.shape[2]
+    if drawn.steps.any():
+        source = torch.arange(length, device=device) - steps[:, None]                # (B, N)
+        outside = (source < 0) | (source >= length)
+        ecg = ecg.gather(2, source.clamp(0, length - 1)[:, None].expand_as(ecg))
+        ecg.masked_fill_(outside[:, None], 0)
+        moved = peaks + steps[:, None].int()
+        lost = (peaks < 0) | (moved < 0) | (moved >= length)
+        peaks = moved.masked_fill(lost, length).sort(1).values  # the lost behind the others
+        peaks = peaks.masked_fill(peaks == length, -1)
+    return drawn.batch._replace(ecg=ecg, peaks=peaks)
+
+
+class Keys:
+    """Keys of a stage for this process, from batch `first` on: in every epoch a seeded shuffle of the rows that
+    it learns from (data.epoch_rows), whole batches only, of each batch its share."""
+
+    def __init__(self, store, rows, config, number, epochs, first=0):
+        self.store, self.rows, self.config = store, rows, config
+        self.number, self.epochs, self.first = number, epochs, first
+
+    def of_epoch(self, epoch):
+        rng = np.random.default_rng((self.config.seed, self.number, epoch))
+        return rng.permutation(data.epoch_rows(self.store, rng, self.rows))
+
+    def __iter__(self):
+        size, share = self.config.batch_size, self.config.batch_size // models.world()
+        batches = len(self.of_epoch(0)) // size
+        for place in range(self.first, self.epochs * batches):
+            epoch, batch = divmod(place, batches)
+            if batch == 0 or place == self.first:
+                order = self.of_epoch(epoch)
+            start = batch * size + rank() * share
+            yield self.number, epoch, order[start:start + share]
 
 
 class Stage(NamedTuple):
@@ -145,16 +194,16 @@ class Stage(NamedTuple):
     end: int    # and after its last
 
 
-def plan_stages(config, records):
+def plan_stages(config, store, rows):
     """Stages of a run, for most methods one. Errors: DataError where one has no update."""
-    stages, end = [], 0
+    records, stages, end = len(data.epoch_rows(store, np.random.default_rng(0), rows)), [], 0
     for name in models.METHODS[config.method][0].stages:
         if epochs := config.fine_epochs if name == "fine" else config.epochs:
             first, end = end, end + epochs * (records // config.batch_size) // config.accumulate
             stages.append(Stage(name, epochs, first, end))
     if config.batch_size % models.world() or any(stage.first == stage.end for stage in stages):
         raise data.DataError(
-            f"{records} training records with a report, batches of {config.batch_size} by {models.world()} "
+            f"{records} training records with a report an epoch, batches of {config.batch_size} by {models.world()} "
             f"process(es), {config.accumulate} for an update: every stage needs one update, and a batch must "
             "divide by the processes; lower --batch-size or --accumulate")
     return stages
@@ -175,7 +224,8 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=3))
+        backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # what is on the CPU must not wait for the GPU
+        dist.init_process_group(backends, timeout=datetime.timedelta(hours=3))
     return device
 
 
@@ -187,10 +237,6 @@ def leave_processes():
         dist.barrier()
         time.sleep(0.2)
         dist.destroy_process_group()
-
-
-def rank():
-    return dist.get_rank() if models.world() > 1 else 0
 
 
 def from_first(value=None):
@@ -219,19 +265,19 @@ class Stop:
             sys.exit(128 + number)
         self.asked = number
 
-    def anywhere(self, device):
+    def anywhere(self):
         """Whether any process was asked."""
-        if models.world() == 1:
-            return bool(self.asked)
-        flag = torch.tensor(self.asked, device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        flag = torch.tensor(self.asked)
+        if models.world() > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
 
 # ---- model and optimiser -----------------------------------------------------------------------------------
 
-def make_text(config, run, texts, device, fresh):
-    """(language model, tokenizer) of a run: loaded or, by default, made of `texts` (all training reports).
+def make_text(config, run, reports, device, fresh):
+    """(language model, tokenizer) of a run: loaded or, by default, made of what reports() gives, all training
+    reports.
 
     Process 0 of a fresh run makes it and keeps tokenizer and architecture in run/tokenizer; the others, and a
     resumed run, build it from there: their weights come from process 0 (DDP) or from the checkpoint."""
@@ -241,9 +287,9 @@ def make_text(config, run, texts, device, fresh):
         if config.text_model:
             made = models.load_text_model(config.text_model, head)
         elif language:
-            made = models.new_bert(texts, config.seed)
+            made = models.new_bert(reports(), config.seed)
         else:
-            made = models.small_text_model(texts, config.seed, config.mlm_steps, device=device,
+            made = models.small_text_model(reports(), config.seed, config.mlm_steps, device=device,
                                            bar=lambda steps: tqdm(steps, desc="language model"))
         models.save_text_model(*made, folder)
     from_first()
@@ -263,15 +309,17 @@ def far_texts(method, texts, run, device, fresh):
 
 def make_optimiser(method, config):
     """AdamW. Weight decay is on matrices that something is multiplied by, not on positions, class tokens,
-    queries and scales, whatever their shape."""
-    matrices, others = [], []
+    queries and scales, whatever their shape. "scale" of a group: its share of the learning rate."""
+    groups = defaultdict(list)
     for path, p in method.named_parameters():
         named = path.endswith(("weight", "project_beats", "vocabulary"))
         table = "position" in path or "relative_attention_bias" in path
+        decays = named and p.dim() > 1 and not table
+        scale = config.text_lr_scale if path.startswith("text.") else 1.0
         if p.requires_grad:
-            (matrices if named and p.dim() > 1 and not table else others).append(p)
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                              {"params": others, "weight_decay": 0.0}], config.lr, (0.9, config.beta2))
+            groups[config.weight_decay if decays else 0.0, scale].append(p)
+    groups = [{"params": groups[key], "weight_decay": key[0], "scale": key[1]} for key in sorted(groups, reverse=True)]
+    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=groups[0]["params"][0].is_cuda)
 
 
 def rate_at(update, updates, config):
@@ -286,7 +334,8 @@ def rate_at(update, updates, config):
 
 def new_folder(config, made_by):
     """Make the folder of a new run, which no other process has, with its config.json. Errors: DataError."""
-    source, now = Path(config.data.split(":")[0]).stem, time.strftime("%Y%m%d-%H%M%S")
+    kinds = [re.split(r"[:*]", spec)[0] for spec in data.split_specs(config.data)]
+    source, now = "-".join(dict.fromkeys(Path(kind).stem for kind in kinds)), time.strftime("%Y%m%d-%H%M%S")
     base = config.name or f"{config.method}-{source}-{now}"
     for number in itertools.count(1):
         run = Path("runs", base if number == 1 else f"{base}-{number}")
@@ -360,7 +409,9 @@ def read_checkpoint(run, save_every):
     with it, is damaged or lost."""
     path = run / "checkpoint.pt"
     if not path.exists():
-        if any(line["update"] >= save_every for line in read_log(run)):
+        log = read_log(run)
+        if save_every and any(line["update"] >= save_every for line in log) or (
+                sum(line.get("seconds", 0) for line in log) > 2 * SAVE_SECONDS):
             fault = "missing, and the run was beyond its first; restore it, or train anew"
             raise data.DataError(f"{path}: {fault}")
         return None
@@ -481,11 +532,12 @@ def recover_features(method, store, tags, rows, proposals, config, run, device):
     is kept if its cosine reaches keep_threshold and, where it is a candidate of n records, if the ECG is one
     of the keep_share * n training ECGs with the highest cosine: so neither its popularity nor the level of
     its cosines matters. Writes run/recovered.jsonl, a line each: row, id, feature, cosine, kept."""
-    knowledge, lines, places = data.Findings(), [], defaultdict(list)  # feature -> (place in rows, its line)
+    knowledge, lines, names = data.Findings(), [], store.ids(rows)
+    places = defaultdict(list)  # feature -> (place in rows, its line)
     for place, row in enumerate(rows):
         for feature in proposals[place] if proposals else knowledge.candidates(tags[row]):
             if feature not in tags[row]:
-                lines.append({"row": row, "id": store.records["id"].iloc[row], "feature": feature})
+                lines.append({"row": int(row), "id": names[place], "feature": feature})
                 places[feature].append((place, lines[-1]))
     method.eval()
     vectors = evaluation.embed_records(method, store, rows, device, "scoring candidates")
@@ -507,7 +559,7 @@ def enrich(store, tags, rows, config, run):
     """Tags of every record with the recovered features that were kept. Prints how many are, and on simulated
     records how right, summed over all: run/recovery.json. Errors: DataError."""
     shape = {"row": int, "feature": str, "cosine": float, "kept": bool}
-    lines, enriched, quality = read_lines(run / "recovered.jsonl", shape), [list(row) for row in tags], {}
+    lines, enriched, quality = read_lines(run / "recovered.jsonl", shape), list(tags), {}
     kept = [line for line in lines if line["kept"]]
     for line in kept:
         enriched[line["row"]].append(line["feature"])
@@ -521,10 +573,13 @@ def enrich(store, tags, rows, config, run):
             quality[name] = {"features": len(part), "precision": precision, "recall": recall}
             print(f"  {name:<20} {len(part):7d} features   precision {precision:.3f}   recall {recall:.3f}")
         data.write_text(run / "recovery.json", json.dumps(quality, indent=1))
-    return enriched
+    return data.Tags.of(enriched)
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
+
+LOOK_EVERY = {"cpu": 1, "cuda": 10}  # updates; between two looks at the losses nothing waits for the GPU
+SAVE_SECONDS = 300                   # between checkpoints, unless --save-every says
 
 class Watch:
     """Reports collapse while there is still time: of both towers on a fixed probe batch, and of the loss. A
@@ -561,69 +616,192 @@ class Watch:
         return ""
 
 
-def do_update(parallel, optimiser, batches, update, config, device, stop):
-    """One update, from the gradients of config.accumulate batches -> its part of the log: {"loss", "terms",
-    "grad_norm"}; None where a stop was asked for: half an update is left undone. Errors: DataError where the
-    loss or the gradient is not finite."""
-    method, terms, ids = getattr(parallel, "module", parallel), defaultdict(float), []
-    weighted = lambda terms: sum(method.weights.get(name, 1.0) * value for name, value in terms.items())
+def autocast(config, device):
     amp = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def do_update(method, optimiser, batches, config, device, stop):
+    """One update, from the gradients of config.accumulate batches -> ({term: value}, gradient norm), which stay
+    on the device, and the records' names; None where a stop was asked for: half an update is left undone."""
+    terms, ids = defaultdict(float), []
     optimiser.zero_grad(set_to_none=True)
-    for left in reversed(range(config.accumulate)):
-        if stop.anywhere(device):
+    for _ in range(config.accumulate):
+        if stop.anywhere():
             return None
-        batch = next(batches)
-        batch = batch._replace(ecg=batch.ecg.to(device, non_blocking=True),
-                               peaks=batch.peaks.to(device, non_blocking=True))
-        with parallel.no_sync() if left and parallel is not method else contextlib.nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                losses = parallel(batch)
-            (weighted(losses) / config.accumulate).backward()
+        batch = augment(next(batches), device)
+        if config.chunk:
+            losses = chunked(method, batch, config, device)
+        else:
+            with autocast(config, device):
+                losses = method(batch)
+            (method.weighted(losses) / config.accumulate).backward()
         for name, value in losses.items():
-            terms[name] += value.item() / config.accumulate
+            terms[name] += value.detach().float() / config.accumulate
         ids += batch.ids
     trained = [p for group in optimiser.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
-    for what, value in (("loss", weighted(terms)), ("gradient", norm)):
-        if not math.isfinite(value):
-            raise data.DataError(f"the {what} is {value} at update {update}; records of this batch: "
-                                 f"{', '.join(ids)}. Look at their signals (python data.py plot), or lower "
-                                 "--lr")
+    average_gradients(trained)
+    norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
     optimiser.step()
     method.limit_scales()
-    return {"loss": weighted(terms), "terms": terms, "grad_norm": norm}
+    return terms, norm, ids
 
 
-def train_stage(stage, done, parallel, optimiser, batches, config, run, device, log, watch):
+def chunked(method, batch, config, device):
+    """Loss terms of a batch, and their gradients, with config.chunk records in memory at a time (GradCache, Gao
+    et al. 2021): the parts are encoded without gradient; the loss of all vectors gives the gradients of these;
+    then the parts are encoded again, with the same random numbers, and the gradients go on through them.
+
+    It is the gradient of parts that are encoded one by one and compared together: BatchNorm normalises a
+    part, and its running statistics see each part once."""
+    batch, found, terms = method.plan(batch), [], {}
+    parts = list(batch.parts(config.chunk))
+    for part in parts:
+        state = random_state(device)
+        with torch.no_grad(), autocast(config, device):
+            found.append((state, *method.represent(part)))
+    names = dict.fromkeys(name for _, vectors, _ in found for name in vectors)
+    pieces = {name: [vectors[name] for _, vectors, _ in found if name in vectors] for name in names}
+    whole = {name: padded(some).requires_grad_(some[0].is_floating_point()) for name, some in pieces.items()}
+    with autocast(config, device):
+        terms = method.compare(whole, batch)
+    (method.weighted(terms) / config.accumulate).backward()
+    pieces = {name: iter(whole[name].grad.split([len(piece) for piece in some]))
+              for name, some in pieces.items() if whole[name].grad is not None}
+    counts = {name: sum(sums[name][1] for _, _, sums in found) for name in found[0][2]}
+    counts = {name: models.mean_over_processes(count.float()).clamp(min=1 / models.world())
+              for name, count in counts.items()}
+    after = random_state(device)
+    with replaying(method):
+        for part, (state, _, _) in zip(parts, found):
+            set_random_state(state, device)
+            with autocast(config, device):
+                vectors, sums = method.represent(part)
+            own = {name: total / counts[name] for name, (total, _) in sums.items()}
+            ends = [vectors[name] for name in pieces if name in vectors]
+            given = [next(pieces[name])[:, :vectors[name].shape[1]] for name in pieces if name in vectors]
+            last = [method.weighted(own) / config.accumulate] if own else []
+            torch.autograd.backward(ends + last, given + [None] * len(last))
+            for name, value in own.items():
+                terms[name] = terms.get(name, 0) + value.detach()
+    set_random_state(after, device)
+    return terms
+
+
+def padded(pieces):
+    """(b, ...) tensors one behind the other; the N of (b, N, D) padded with zeros to the longest."""
+    if pieces[0].dim() == 3:
+        longest = max(piece.shape[1] for piece in pieces)
+        pieces = [torch.nn.functional.pad(piece, (0, 0, 0, longest - piece.shape[1])) for piece in pieces]
+    return torch.cat(pieces)
+
+
+def random_state(device):
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@contextlib.contextmanager
+def replaying(method):
+    """BatchNorm uses the statistics of its batch, and does not count it again."""
+    norms = [module for module in method.modules() if isinstance(module, models.BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def average_gradients(parameters):
+    """Over the processes, at once; a parameter without gradient counts as zeros."""
+    if models.world() > 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, mean in zip(parameters, (flat / models.world()).split([p.numel() for p in parameters])):
+            p.grad.copy_(mean.view_as(p))
+
+
+class Ledger:
+    """Losses of the last updates, still on the device: to look at them is to wait for it, so that is done for
+    several at once, by all processes together. log: log.jsonl, open, or None; names: of rows (data.Store.ids)."""
+
+    def __init__(self, log, method, names):
+        self.log, self.method, self.names = log, method, names
+        self.waiting, self.since = [], time.perf_counter()
+
+    def add(self, line, terms, norm, ids):
+        """line: what log.jsonl says of an update besides."""
+        self.waiting.append((line, terms, norm, ids))
+
+    def settle(self):
+        """Write the lines of log.jsonl -> them. Errors: DataError where a loss or gradient is not finite."""
+        waiting, self.waiting, lines = self.waiting, [], []
+        numbers = [torch.stack([*terms.values(), norm]) for _, terms, norm, _ in waiting]
+        numbers = models.mean_over_processes(torch.stack(numbers)).tolist() if numbers else []
+        seconds = round((time.perf_counter() - self.since) / max(1, len(waiting)), 6)
+        for (line, terms, _, ids), (*values, norm) in zip(waiting, numbers):
+            terms = dict(zip(terms, values))
+            loss = self.method.weighted(terms)
+            for what, value in (("loss", loss), ("gradient", norm)):
+                if not math.isfinite(value):
+                    raise data.DataError(
+                        f"the {what} is {value} at update {line['update']}; records of its batch: "
+                        f"{', '.join(self.names(ids))}. Look at their signals (python data.py plot), or lower --lr")
+            lines.append({**line, "loss": loss, "terms": terms, "grad_norm": norm, "seconds": seconds})
+            if self.log:
+                add_line(self.log, lines[-1])
+        self.since = time.perf_counter()
+        return lines
+
+
+def train_stage(stage, done, method, optimiser, batches, names, config, run, device, log, watch):
     """Do the updates of a stage, of which the run has done some -> updates done. log, watch: process 0's."""
-    method, batches = getattr(parallel, "module", parallel).train(), iter(batches)
-    updates = stage.end - stage.first
+    batches, ledger, first = iter(batches), Ledger(log, method.train(), names), done
+    updates, saved, every = stage.end - stage.first, time.monotonic(), LOOK_EVERY[device.type]
     bar = tqdm(range(done, stage.end), stage.name, updates, initial=done - stage.first, disable=rank() > 0,
                unit="rec", unit_scale=config.batch_size * config.accumulate)
     with Stop() as stop, bar:
         for update in bar:
-            began, rate = time.perf_counter(), rate_at(update - stage.first, updates, config)
+            rate = rate_at(update - stage.first, updates, config)
             for group in optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             # every process draws numbers of its own, and a resumed run needs the state of none
             seed = np.random.SeedSequence((config.seed, rank(), update)).generate_state(1, np.uint64)
             torch.manual_seed(int(seed[0]))
-            found = do_update(parallel, optimiser, batches, update, config, device, stop)
+            found = do_update(method, optimiser, batches, config, device, stop)
             if found is None:
                 break
             done = update + 1
+            ledger.add({"update": done, "stage": stage.name, "lr": rate}, *found)
+            save = bool(config.save_every) and done % config.save_every == 0
+            if not save and done % every:
+                continue
+            lines = ledger.settle()
             if rank() > 0:
                 continue
-            add_line(log, {"update": done, "stage": stage.name, **found, "lr": rate,
-                           "seconds": round(time.perf_counter() - began, 6)})
-            bar.set_postfix({name: f"{value:.3f}" for name, value in found["terms"].items()}, refresh=False)
-            if watch and done - stage.first > config.warmup * updates:  # until then every loss is stuck
-                watch.note(found["terms"])
+            bar.set_postfix({name: f"{value:.3f}" for name, value in lines[-1]["terms"].items()}, refresh=False)
+            if done - first == 20:
+                bar.write(cost(method, lines[-1]["seconds"], stage.end - done, device))
+            for line in lines if watch else ():
+                if line["update"] - stage.first > config.warmup * updates:  # until then every loss is stuck
+                    watch.note(line["terms"])
             if watch and done % 50 == 0 and (warning := watch.look()):
                 add_line(log, {"update": done, "warning": warning})
                 bar.write(f"update {done}: {warning}")
-            if done % config.save_every == 0 and done < stage.end:
+            if done < stage.end and (save or not config.save_every and time.monotonic() - saved > SAVE_SECONDS):
                 save_checkpoint(run, method, optimiser, done, watch)
+                saved = time.monotonic()
+            ledger.since = time.perf_counter()
+        ledger.settle()
         if rank() == 0:
             save_checkpoint(run, method, optimiser, done, watch)
         if rank() == 0 and done < stage.end:
@@ -631,30 +809,42 @@ def train_stage(stage, done, parallel, optimiser, batches, config, run, device, 
     return done
 
 
+def cost(method, seconds, left, device):
+    """Sentence on what the rest of a stage will take."""
+    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
+    adam = 2 * size(p for p in method.parameters() if p.requires_grad)
+    memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if device.type == "cuda" else ""
+    arrival = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
+    return (f"{seconds:.3g} s an update, {left} to go: until {arrival:%a %H:%M}; a checkpoint is "
+            f"{(size(method.state_dict().values()) + adam) / 1e9:.2f} GB{memory}")
+
+
 def train(config, run, source, device):
     """Train, or continue a run, to its end. Returns whether it came there: no, if it was stopped."""
     store, tags, rows = source
-    texts, stages = [models.join(tags[row]) for row in rows], plan_stages(config, len(rows))
+    reports, stages = lambda: [models.join(tags[row]) for row in rows], plan_stages(config, store, rows)
     checkpoint, proposals = read_checkpoint(run, config.save_every), None
     if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
         proposals = ask_llm(run, config.llm, [tags[row] for row in rows], device)
-    text = make_text(config, run, texts, device, checkpoint is None)
+    text = make_text(config, run, reports, device, checkpoint is None)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
     if config.method == "cmelt" and config.negatives == "far":
-        method.far = far_texts(method, texts, run, device, checkpoint is None)
-    optimiser, parallel, cuda = make_optimiser(method, config), method, device.type == "cuda"
+        method.far = far_texts(method, reports(), run, device, checkpoint is None)
+    for tensor in method.state_dict().values() if models.world() > 1 else ():
+        dist.broadcast(tensor, 0)
+    optimiser, cuda = make_optimiser(method, config), device.type == "cuda"
     update = restore(checkpoint, run, method, optimiser) if checkpoint else 0
     log = watch = None
     if rank() == 0:
         count = sum(p.numel() for p in method.parameters())
-        print(f"{config.method}: {len(rows)} training records of {config.data}, {stages[-1].end} updates, "
+        sets = ", ".join(f"{n} of {spec}" for spec, n in by_set(store, rows).items())
+        print(f"{config.method}: training records: {sets}; {stages[-1].end} updates, "
               f"{count / 1e6:.2f} M parameters, run {run}")
         log = write_lines(run / "log.jsonl", [line for line in read_log(run) if line["update"] <= update])
     if config.compile:
-        method.ecg.compile()
-    if models.world() > 1:
-        parallel = DistributedDataParallel(method, [device.index] if cuda else None, broadcast_buffers=False)
+        method.compile_encoder()
+    workers = config.workers if config.workers >= 0 else cuda * min(4, os.cpu_count() // models.world())
     for number, stage in enumerate(stages):
         if update >= stage.end:
             continue
@@ -663,25 +853,34 @@ def train(config, run, source, device):
                 recover_features(method, store, tags, rows, proposals, config, run, device)
             from_first()
             tags = enrich(store, tags, rows, config, run)
-        records = Records(store, tags, config)
-        keys = [key for epoch in range(stage.epochs) for key in batch_keys(rows, config, number, epoch)]
+        if getattr(method, "text", None) and method.text.frozen and "text_pooling" in method.settings:
+            with autocast(config, device):
+                method.text.keep(step_texts(tags, rows, config.text_unit), lambda x: tqdm(x, "texts", leave=False))
+        method.know(tags.table)
+        records, read = Records(store, tags, config), (update - stage.first) * config.accumulate
         batches = torch.utils.data.DataLoader(
-            records, sampler=keys[(update - stage.first) * config.accumulate:], batch_size=None,
-            num_workers=config.workers, pin_memory=cuda, worker_init_fn=ignore_interrupts)
+            records, sampler=Keys(store, rows, config, number, stage.epochs, read), batch_size=None,
+            num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_interrupts)
         if rank() == 0 and hasattr(method, "encode_ecg"):  # a language model has no towers to watch
-            probe = records[keys[0]]
-            watch = Watch(probe._replace(ecg=probe.ecg.to(device)), method, config)
+            probe = records[next(iter(Keys(store, rows, config, number, stage.epochs)))]
+            watch = Watch(augment(probe, device), method, config)
             if update > stage.first:
                 watch.state = checkpoint["watch"]
-        update = train_stage(stage, update, parallel, optimiser, batches, config, run, device, log, watch)
+        update = train_stage(stage, update, method, optimiser, batches, store.ids, config, run, device, log, watch)
         if update < stage.end:
             return False
     if rank() == 0:
-        finish(config, run, store, len(rows), method, device)
+        finish(config, run, store, rows, method, device)
     return True
 
 
-def finish(config, run, store, records, method, device):
+def by_set(store, rows):
+    """How many of the rows are of each data set: {spec: number}."""
+    return dict(zip([part.spec for part in store.parts],
+                    np.bincount(store.set_of(rows), minlength=len(store.parts)).tolist()))
+
+
+def finish(config, run, store, rows, method, device):
     """Write weights, curves.png and training.json. Of that, seconds are of all sessions, records_per_second
     of the median update (a busy machine makes some slow), the rest of the session that ended the run."""
     lines, gpu = read_log(run), device if device.type == "cuda" else None
@@ -691,7 +890,7 @@ def finish(config, run, store, records, method, device):
         facts = {
             "parameters": sum(p.numel() for p in method.parameters()),
             "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
-            "records": records, "seconds": sum(seconds),
+            "records": len(rows), "records_by_set": by_set(store, rows), "seconds": sum(seconds),
             "records_per_second": config.batch_size * config.accumulate / float(np.median(seconds)),
             "peak_memory_gb": torch.cuda.max_memory_allocated(gpu) / 1e9 if gpu else None,
             "device": torch.cuda.get_device_name(gpu) if gpu else platform.processor() or platform.machine(),
@@ -702,14 +901,13 @@ def finish(config, run, store, records, method, device):
     plot_log(updates, run / "curves.png")
     if config.method == "cardiolm":
         models.save_language_model(method, run / "language_model")
-        held_out = store.records.loc[store.records["split"] == "test", "statements"]
-        evaluation.report_language(method, [models.join(tags) for tags in held_out], run)
+        evaluation.report_language(method, [store.texts[row] for row in store.rows("test")], run)
 
 
 def absolute(spec):
     """A data spec or text file whose path does not depend on where the program is started."""
     kind, colon, path = spec.partition(":")
-    if kind == "simulated":
+    if kind.partition("*")[0] == "simulated":
         return spec
     path = os.path.abspath(os.path.expanduser(path if colon else spec))
     return f"{kind}:{path}" if colon else path
@@ -727,7 +925,7 @@ def main(argv=None):
     source = store, _, rows = open_source(config)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
                "csrc": csrc.build_info().get("sources", "reference")}
-    plan_stages(config, len(rows))
+    plan_stages(config, store, rows)
     first, sets = rank() == 0, [] if language else evaluation.sets_of(store)
     if first and not sets and not language:
         print(f"{config.data}: no test record has a label, so there will be no table at the end")

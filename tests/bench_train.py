@@ -1,8 +1,10 @@
-"""Training speed: records/s of whole updates (batch in memory -> optimiser step), median of several, on this machine.
+"""Training speed: records/s of whole updates as train.py does them (batch in memory -> optimiser step), median of
+several, and the GPU's peak memory, on this machine. Text models have their published shapes, with random weights.
 
-    python tests/bench_train.py [--size small|paper] [--threads 2]
+    python tests/bench_train.py [--method merl] [--size small|paper] [--batch-size 64] [--compile] [--profile]
 """
 import argparse
+import itertools
 import platform
 import statistics
 import sys
@@ -13,51 +15,97 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import model as models
+import train
 
 WITH_ECGS = [name for name in models.METHODS if name != "cardiolm"]
 REPORT = ["sinus rhythm", "left axis deviation", "left anterior fascicular block", "possible left ventricular hypertrophy"]
 
 
-def speed(name, size, device, updates=7, batch_size=64):
-    """(records/s, parameters in millions) of a method at its small or paper size; the text model is the small BERT in both."""
-    text = dict(text_model="", text_trainable_layers=-1, text_max_length=128)
-    if "text_pooling" in models.METHODS[name][0].settings:
-        text["text_pooling"] = "mean"
-    config = models.configure(name, size, batch_size=batch_size, **(text if size == "paper" else {}))
-    method = models.build_method(config, models.small_text_model([models.join(REPORT)] * 4, steps=1)).to(device).train()
+def text_model(config, size):
+    if size == "small":
+        return models.small_text_model([models.join(REPORT)] * 4, steps=1)
+    from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+    lm = BertModel(BertConfig()) if config.method != "cmelt" else T5EncoderModel(T5Config(
+        d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu", is_encoder_decoder=False))
+    return lm, models.word_tokenizer([models.join(REPORT)] * 4)
+
+
+def prepare(name, size, device, batch_size, compiled):
+    """One update of a method as a function without arguments, its config and its parameters in millions."""
+    config = models.configure(name, size, **(dict(batch_size=batch_size) if batch_size else {}))
+    method = models.build_method(config, text_model(config, size)).to(device).train()
     tags = [REPORT[:1 + i % 4] + [f"finding {i % 29}"] for i in range(config.batch_size)]
     if name == "cmelt":
         texts = sorted({models.join(one) for one in tags})
         method.far = models.FarTexts(texts, torch.randn(len(texts), 512, device=device))
-    batch = models.Batch(torch.randn(config.batch_size, 12, method.samples, device=device), tags, tags, [""] * len(tags),
-                         torch.full((len(tags), 1), -1, dtype=torch.int32, device=device))
-    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4)
+    ecg = (300 * torch.randn(config.batch_size, 12, method.samples)).short()
+    batch = models.Batch(ecg, tags, tags, [""] * len(tags), torch.full((len(tags), 1), -1, dtype=torch.int32))
+    drawn = train.Drawn(batch, torch.zeros(ecg.shape[:2], dtype=torch.bool), torch.ones(len(ecg), dtype=torch.long))
+    if device.type == "cuda":
+        drawn = drawn._replace(batch=batch._replace(ecg=ecg.pin_memory()))
+    if compiled:
+        method.compile_encoder()
+    if method.text.frozen:
+        method.text.keep(batch.texts)
+    optimiser, batches, stop = train.make_optimiser(method, config), itertools.repeat(drawn), train.Stop()
+    stop.asked = 0
+    update = lambda: train.do_update(method, optimiser, batches, config, device, stop)
+    return update, config, sum(p.numel() for p in method.parameters()) / 1e6
+
+
+def timed(update, device, count):
+    """Seconds of an update, some times over: mean of as many as do not wait for one another."""
     seconds = []
-    for _ in range(updates + 2):
+    for _ in range(count):
         start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = sum(method(batch).values())
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        loss.item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return config.batch_size / statistics.median(seconds[2:]), sum(p.numel() for p in method.parameters()) / 1e6
+        for _ in range(train.LOOK_EVERY[device.type]):
+            update()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / train.LOOK_EVERY[device.type])
+    return seconds
+
+
+def profile(update):
+    """What an update spends its time on: the operators by their own time, then by time on the CPU."""
+    kinds = torch.profiler.ProfilerActivity
+    kinds = [kinds.CPU, kinds.CUDA] if torch.cuda.is_available() else [kinds.CPU]
+    with torch.profiler.profile(activities=kinds) as found:
+        for _ in range(3):
+            update()
+    averages = found.key_averages()
+    for order in ["self_cuda_time_total"] * torch.cuda.is_available() + ["self_cpu_time_total"]:
+        print(averages.table(sort_by=order, row_limit=16, max_name_column_width=70))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="+", default=WITH_ECGS)
     parser.add_argument("--size", choices=("small", "paper"), nargs="+", default=["small", "paper"])
+    parser.add_argument("--batch-size", type=int, help="instead of the method's own")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {args.threads} threads"
-    print(f"{name}, torch {torch.__version__}\n\n| method | size | parameters | records/s |\n|---|---|---|---|")
-    for method in WITH_ECGS:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()}, {args.threads} threads"
+    print(f"{name}, torch {torch.__version__}{', compiled' * args.compile}\n\n"
+          "| method | size | batch | parameters | records/s | GB on the GPU |\n|---|---|---|---|---|---|")
+    for method in args.method:
         for size in args.size:
-            rate, parameters = speed(method, size, device)
-            print(f"| {method} | {size} | {parameters:.1f} M | {rate:.0f} |")
+            if gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            update, config, parameters = prepare(method, size, device, args.batch_size, args.compile)
+            timed(update, device, 2)
+            rate = config.batch_size / statistics.median(timed(update, device, 5))
+            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if gpu else "-"
+            print(f"| {method} | {size} | {config.batch_size} | {parameters:.1f} M | {rate:,.0f} | {peak} |", flush=True)
+            if args.profile:
+                profile(update)
+            del update
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def test_melp_coca_loss():
     golden = load("melp_coca_loss")
     ecg, text, logits, scale = (golden[name].requires_grad_() for name in ("ecg", "text", "logits", "logit_scale"))
     clip = models.info_nce(ecg, text, scale)
-    caption = models.masked_cross_entropy(logits, golden["labels"].masked_fill(golden["labels"] == 0, -100))
+    caption = models.mean_over_all(*models.masked_cross_entropy(logits, golden["labels"].masked_fill(golden["labels"] == 0, -100)))
     (clip + caption).backward()
     agree(golden, clip_loss=clip.detach(), caption_loss=caption.detach(), grad_ecg=ecg.grad, grad_text=text.grad,
           grad_logit_scale=scale.grad, grad_logits=logits.grad)
@@ -278,9 +278,10 @@ def test_dbeta_losses():
     golden = load("dbeta_losses")
     inputs = {name: golden[name].requires_grad_() for name in ("mem_logits", "mlm_logits", "etm_logits", "uni_ecg", "uni_text")}
     target = models.frames_of(golden["ecg"])
-    parts = dict(mlm=models.masked_cross_entropy(inputs["mlm_logits"], golden["mlm_labels"]),
-                 mem=models.reconstruction_loss(inputs["mem_logits"].flatten(2), target, golden["mem_mask"]),
-                 etm=models.masked_cross_entropy(inputs["etm_logits"], golden["is_aligned"].long()),
+    mean = lambda pair: models.mean_over_all(*pair)
+    parts = dict(mlm=mean(models.masked_cross_entropy(inputs["mlm_logits"], golden["mlm_labels"])),
+                 mem=mean(models.reconstruction_loss(inputs["mem_logits"].flatten(2), target, golden["mem_mask"])),
+                 etm=mean(models.masked_cross_entropy(inputs["etm_logits"], golden["is_aligned"].long())),
                  ets=csrc.sigmoid_loss(inputs["uni_ecg"], inputs["uni_text"], positive=golden["is_aligned"].bool()))
     total = sum(parts.values())
     total.backward()

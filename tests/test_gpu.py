@@ -1,8 +1,11 @@
 """What only a GPU can show: the same loss and the same R peaks as on the CPU, bf16 training, torch.compile, resuming. Skipped without
 CUDA."""
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import csrc
 import eval as evaluation
@@ -20,7 +23,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("name, options", [("etp", {}), ("merl", {}), ("fgclep", {}), ("fgclep", {"align": "tag"}),
                                            ("fgclep", {"align": "word"}), ("melp", {}), ("melp", {"beats": "rpeak"}),
                                            ("cmelt", NOTHING_RANDOM)])
-def test_loss_and_gradients_are_those_of_the_cpu(name, options):
+def test_loss_and_gradients_are_those_of_the_cpu(monkeypatch, name, options):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     batch, losses, grads = toy_batch(), [], []
     for device in ("cpu", "cuda"):
         method = toy_method(name, **options).to(device)
@@ -28,16 +32,37 @@ def test_loss_and_gradients_are_those_of_the_cpu(name, options):
         loss.backward()
         losses.append(loss.item())
         grads.append({n: p.grad.cpu() for n, p in method.named_parameters() if p.grad is not None})
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # TF32 convolutions
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     top = max(g.abs().max() for g in grads[0].values())
-    assert all((g - grads[1][n]).abs().max() < 0.02 * top for n, g in grads[0].items())
+    for n, g in grads[0].items():
+        assert (g - grads[1][n]).abs().max() < 2e-3 * top, (n, ((g - grads[1][n]).abs().max() / top).item())
 
 
-@pytest.mark.parametrize("flags", [[], ["--compile"], ["--accumulate", "2"], ["--precision", "float32"]])
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--accumulate", "2"], ["--precision", "float32"],
+                                   ["--method", "merl", "--workers", "2"], ["--method", "etp", "--compile"]])
 def test_training_runs_to_its_table(tiny_store, tmp_path, monkeypatch, flags):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    train.main(["--name", "gpu", "--data", f"store:{tiny_store}", "--fine-epochs", "1", *TINY, *flags])
+    train.main(["--name", "gpu", "--data", f"store:{tiny_store}", *TINY, *flags,
+                *["--fine-epochs", "1"] * ("--method" not in flags)])
     assert (tmp_path / "runs/gpu/results.json").exists()
+    log = [json.loads(line) for line in open(tmp_path / "runs/gpu/log.jsonl")]
+    assert [line["update"] for line in log if "terms" in line] == list(range(1, log[-1]["update"] + 1))
+
+
+def test_a_run_is_stopped_and_resumed(tiny_store, tmp_path, monkeypatch):  # noqa: F811
+    """The weights that a whole run ends with, but for the order of sums on a GPU."""
+    monkeypatch.chdir(tmp_path)
+    args = ["--method", "etp", "--data", f"store:{tiny_store}", *TINY, "--precision", "float32", "--lr", "1e-4"]
+    train.main([*args, "--name", "whole"])
+    asked = []
+    monkeypatch.setattr(train.Stop, "anywhere", lambda self: asked.append(0) or len(asked) > 7)
+    train.main([*args, "--name", "part"])
+    assert torch.load(tmp_path / "runs/part/checkpoint.pt")["update"] == 7
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "runs/part"])
+    a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in ("whole", "part"))
+    assert all((a[k].float() - b[k].float()).abs().max() < 1e-3 for k in a)
 
 
 @pytest.mark.parametrize("method", ["cmelt", "melp"])

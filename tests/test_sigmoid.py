@@ -40,6 +40,18 @@ def test_it_is_the_loss_over_all_pairs(in_blocks, size, dtype, tolerance):
     assert all((a - b).abs().max() < tolerance for a, b in zip(gradients, torch.autograd.grad(2 * theirs, exact)))
 
 
+def test_rows_of_a_batch_make_up_the_whole(in_blocks):
+    """The mean of the losses of both halves of x, each against all y, is the loss; so are the gradients."""
+    x, y, positive = draw(6, 5), draw(6, 5, seed=1), torch.arange(6) % 3 != 1
+    whole = csrc.sigmoid_loss(x, y, 3.0, -2.0, positive)
+    halves = [csrc.sigmoid_loss(x[i:i + 3], y, 3.0, -2.0, positive, first=i) for i in (0, 3)]
+    assert torch.isclose(sum(halves) / 2, whole, rtol=1e-12)
+    for a, b in zip(torch.autograd.grad(sum(halves) / 2, (x, y)), torch.autograd.grad(whole, (x, y))):
+        assert torch.allclose(a, b, rtol=1e-10)
+    with pytest.raises(ValueError, match="rows of such from 4 on"):
+        csrc.sigmoid_loss(x[:3], y, first=4)
+
+
 def test_without_positive_all_pairs_belong_together():
     x, y = draw(4, 3), draw(4, 3, seed=1)
     assert torch.isclose(csrc.sigmoid_loss(x, y, 2.0), with_all_pairs(x, y, 2.0, 0.0, torch.ones(4, dtype=torch.bool)))

@@ -117,7 +117,7 @@ def rank_of_two(rank, port, folder, jobs):
         made, hidden, asked = [], [], []
         train.make_optimiser = lambda method, config: made.append(method) or optimiser(method, config)
         models.CMELT.masked_states = lambda self, frames, order: hidden.append(order.clone()) or masked(self, frames, order)
-        train.Stop.anywhere = lambda self, device: asked.append(0) or len(asked) > last or anywhere(self, device)
+        train.Stop.anywhere = lambda self: asked.append(0) or len(asked) > last or anywhere(self)
         train.main(argv)
         torch.save({"model": made[0].state_dict(), "hidden": hidden[:1]}, f"{name}-{rank}.pt")
 
@@ -186,7 +186,7 @@ def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_store, t
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "info_nce", lambda x, y, *a: (x.sum() + y.sum()) * float("nan"))
     for more, words in ((["--accumulate", "100"], "every stage needs one update"), (["--batch-size", "5000"], "lower --batch-size"),
-                        (["--text-model", str(tmp_path)], "neither a folder with a whole model"), ([], "loss is nan at update 0")):
+                        (["--text-model", str(tmp_path)], "neither a folder with a whole model"), ([], "loss is nan at update 1")):
         with pytest.raises((data.DataError, models.ModelError), match=words):
             train.main(["--method", "etp", "--data", f"store:{tiny_store}", *TINY, *more])
         assert not list((tmp_path / "runs").glob("*"))
@@ -203,7 +203,7 @@ def test_a_gradient_that_is_not_finite_stops(tiny_store, tmp_path, monkeypatch):
             return grad * float("inf")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "info_nce", lambda x, y, *a: Root.apply(x.sum() + y.sum()))
-    with pytest.raises(data.DataError, match="the gradient is (inf|nan) at update 0; records"):
+    with pytest.raises(data.DataError, match="the gradient is (inf|nan) at update 1; records"):
         train.main(["--method", "etp", "--data", f"store:{tiny_store}", *TINY])
 
 
@@ -216,7 +216,7 @@ def finished(tiny_store, tmp_path_factory):
         patch.chdir(folder)
         train.main([*args, "--name", "whole"])
         asked = []
-        patch.setattr(train.Stop, "anywhere", lambda self, device: asked.append(0) or len(asked) > 14)
+        patch.setattr(train.Stop, "anywhere", lambda self: asked.append(0) or len(asked) > 14)
         train.main([*args, "--name", "fine"])
     assert torch.load(folder / "runs/fine/checkpoint.pt")["update"] == 14 and (folder / "runs/fine/recovered.jsonl").exists()
     return folder / "runs"
@@ -346,7 +346,7 @@ def test_a_run_of_ones_own_records_ends_with_their_table(tmp_path, monkeypatch, 
 def test_a_not_finite_loss_stops_with_the_record_ids(tiny_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "info_nce", lambda x, y, *a: (x.sum() + y.sum()) * float("nan"))
-    with pytest.raises(data.DataError, match="loss is nan at update 0; records of this batch: .*[0-9]"):
+    with pytest.raises(data.DataError, match="loss is nan at update 1; records of its batch: .*[0-9]"):
         train.main(["--method", "etp", "--data", f"store:{tiny_store}", *TINY])
 
 
@@ -415,14 +415,16 @@ def test_weight_decay_is_on_matrices_only():
 
 def test_every_process_sees_its_share_of_the_same_batches(monkeypatch):
     config = small_config("etp", batch_size=8)
-    rows = np.arange(100, 137)
-    whole = list(train.batch_keys(rows, config, 0, 1))
+    rows, store = np.arange(100, 137), SimpleNamespace(parts=[data.Part("x", 0, 200, 1)], set_of=lambda rows: np.zeros(len(rows), int))
+    whole = list(train.Keys(store, rows, config, 0, 3))[4:8]
+    assert {key[:2] for key in whole} == {(0, 1)} and [list(k[2]) for k in train.Keys(store, rows, config, 0, 2, 4)] == [
+        list(k[2]) for k in whole]
     assert len(whole) == 4 and len({int(r) for key in whole for r in key[2]}) == 32
     monkeypatch.setattr(models, "world", lambda: 2)
     parts = []
     for rank in range(2):
         monkeypatch.setattr(train.dist, "get_rank", lambda rank=rank: rank)
-        parts.append(list(train.batch_keys(rows, config, 0, 1)))
+        parts.append(list(train.Keys(store, rows, config, 0, 2, 4)))
     for key, a, b in zip(whole, *parts):
         assert np.array_equal(key[2], np.concatenate([a[2], b[2]]))
 
@@ -435,16 +437,37 @@ def test_text_units():
     assert {len(s) for s in subsets} == {1, 2, 3} and all(set(s) <= set(tags) and len(set(s)) == len(s) for s in subsets)
 
 
+def drawn(ecg, peaks, dropped, steps):
+    batch = models.Batch(torch.from_numpy(ecg), [], [], [], torch.tensor(peaks, dtype=torch.int32))
+    return train.Drawn(batch, torch.tensor(dropped), torch.tensor(steps))
+
+
 def test_augmentation_moves_and_drops():
-    config, peaks = small_config("etp", lead_drop=0.5, shift=1.0), np.array([2, 300, 600, 999])
-    ecg = np.tile(np.arange(1, 1001, dtype=np.float32), (12, 1))
-    train.augment(ecg, peaks, config, np.random.default_rng(1))
-    kept = ecg[ecg.any(1)]
-    assert 0 < len(kept) < 12 and (kept == kept[0]).all()
-    inside = kept[0][kept[0] > 0]
-    assert 900 <= len(inside) < 1000 and (np.diff(inside) == 1).all()  # shifted, zeros moved in
-    assert (peaks[:3] >= 0).all() and peaks[3] == -1                    # and one peak moved out
-    assert set(kept[0][peaks[:3]]) < {3, 301, 601, 1000}                # the others lie where they did
+    """Record by record what data.shift and a zeroed lead make of it, and every peak where its sample went."""
+    rng, steps = np.random.default_rng(0), [0, 3, -4, 10, -10, 25]
+    ecg = rng.integers(1, 30000, (6, 12, 10)).astype(np.int16)
+    dropped, peaks = rng.random((6, 12)) < 0.4, np.tile([1, 5, 9, -1], (6, 1))
+    batch = train.augment(drawn(ecg, peaks, dropped, steps), torch.device("cpu"))
+    for i, step in enumerate(steps):
+        expected = ecg[i].astype(np.float32) / 1000
+        expected[dropped[i]] = 0
+        data.shift(expected, step)
+        assert np.array_equal(batch.ecg[i].numpy(), expected) and not np.signbit(batch.ecg[i].numpy()).any()
+        moved = [p + step for p in (1, 5, 9) if 0 <= p + step < 10]
+        assert batch.peaks[i].tolist() == moved + [-1] * (4 - len(moved))
+        for p in moved:
+            assert (batch.ecg[i, :, p].numpy() == np.where(dropped[i], 0, ecg[i, :, p - step] / np.float32(1000))).all()
+
+
+def test_what_is_random_about_a_record_is_its_own(tiny_store):
+    """Not that of its batch, nor of the number of batches before."""
+    store, config = data.open_data(f"store:{tiny_store}"), small_config("etp", lead_drop=0.5, shift=1.0)
+    records = train.Records(store, data.report_tags(store), config)
+    one, other = records[0, 1, [4, 7, 9]], records[0, 1, [9, 4]]
+    assert one.steps.unique().numel() == 3 and one.steps.abs().max() <= 100 and 0 < one.dropped.float().mean() < 1
+    assert other.steps.tolist() == [one.steps[2], one.steps[0]] and torch.equal(other.dropped, one.dropped[[2, 0]])
+    assert other.batch.chosen == [one.batch.chosen[2], one.batch.chosen[0]]
+    assert not torch.equal(records[0, 2, [4, 7, 9]].steps, one.steps)
 
 
 def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, capsys):
@@ -452,9 +475,9 @@ def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, c
     lines = [{"row": row, "id": str(row), "feature": feature, "cosine": 0.5, "kept": kept} for row, feature, kept in found]
     (tmp_path / "recovered.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     store = SimpleNamespace(records=pd.DataFrame({"features": [["a"], ["c", "d", "y"], ["e"]]}))
-    tags = [["x"], ["y"], ["z"]]
+    tags = data.Tags.of([["x"], ["y"], ["z"]])
     enriched = train.enrich(store, tags, [0, 1], small_config("fgclep"), tmp_path)
-    assert enriched == [["x", "a"], ["y", "a", "c"], ["z"]] and tags == [["x"], ["y"], ["z"]]
+    assert list(enriched) == [["x", "a"], ["y", "a", "c"], ["z"]] and list(tags) == [["x"], ["y"], ["z"]]
     assert json.loads((tmp_path / "recovery.json").read_text()) == {
         "all candidates": {"features": 4, "precision": 0.5, "recall": 2 / 3},
         "kept by the filter": {"features": 3, "precision": 2 / 3, "recall": 2 / 3}}
@@ -512,5 +535,6 @@ def test_a_language_model_of_ones_own(tiny_store, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("name", bench_train.WITH_ECGS)
 def test_the_speed_benchmark_runs_every_method(name):
-    rate, parameters = bench_train.speed(name, "small", "cpu", updates=1, batch_size=4)
-    assert rate > 0 and 0.1 < parameters < 10
+    update, config, parameters = bench_train.prepare(name, "small", torch.device("cpu"), 4, False)
+    terms, norm, ids = update()
+    assert len(ids) == 4 and norm > 0 and 0.1 < parameters < 10
