@@ -8,9 +8,9 @@ nor is anything registered: who uses torch.ops.ecg.* alone says import csrc.ops.
 
     python -c "import csrc; print(csrc.build_info())"     # what runs, and how it was built
 """
-from .beats import max_peaks  # noqa: F401
+from .beats import max_peaks
 
-__all__ = ["segment_beats", "beat_of_token", "token_beat_rhythm", "sigmoid_loss", "build_info"]
+__all__ = ["segment_beats", "beat_of_token", "token_beat_rhythm", "sigmoid_loss", "build_info", "max_peaks"]
 
 
 def __getattr__(name):

@@ -2,9 +2,10 @@
 import numpy as np
 import torch
 
-from . import beats, build, reference, similarity
-from .sigmoid import sigmoid_loss  # noqa: F401
-from .similarity import token_beat_rhythm  # noqa: F401
+from . import build, reference, sigmoid, similarity
+from .beats import by_reference, check, max_peaks
+
+sigmoid_loss, token_beat_rhythm = sigmoid.sigmoid_loss, similarity.token_beat_rhythm
 
 torch.library.define("ecg::segment_beats", "(Tensor ecg, float fs) -> (Tensor, Tensor)")
 torch.library.define("ecg::beat_of_token", "(Tensor peaks, Tensor count, SymInt tokens, SymInt samples) -> Tensor")
@@ -24,7 +25,7 @@ def segment_beats(ecg, fs):
     if not isinstance(ecg, torch.Tensor) or ecg.dtype not in (torch.float32, torch.int16):
         found = ecg.dtype if isinstance(ecg, torch.Tensor) else type(ecg).__name__
         raise TypeError(f"segment_beats: ecg is {found}; give a tensor of float32 millivolts (ecg.float()) or int16 microvolts")
-    beats.check(ecg.shape, fs)
+    check(ecg.shape, fs)
     return torch.ops.ecg.segment_beats(ecg.contiguous(), float(fs))
 
 
@@ -47,7 +48,7 @@ def beat_of_token(peaks, count, n_tokens, n_samples):
 @torch.library.register_fake("ecg::segment_beats")
 def _(ecg, fs):
     records, integers = ecg.shape[0], dict(dtype=torch.int32)
-    return ecg.new_empty(records, beats.max_peaks(ecg.shape[2], fs), **integers), ecg.new_empty(records, **integers)
+    return ecg.new_empty(records, max_peaks(ecg.shape[2], fs), **integers), ecg.new_empty(records, **integers)
 
 
 @torch.library.register_fake("ecg::beat_of_token")
@@ -58,7 +59,7 @@ def _(peaks, count, tokens, samples):
 # ---- what runs -----------------------------------------------------------------------------------------------------
 
 def segment_beats_reference(ecg, fs):
-    return tuple(torch.from_numpy(x).to(ecg.device) for x in beats.by_reference(ecg.cpu().numpy(), fs))
+    return tuple(torch.from_numpy(x).to(ecg.device) for x in by_reference(ecg.cpu().numpy(), fs))
 
 
 def beat_of_token_reference(peaks, count, tokens, samples):
