@@ -1,5 +1,5 @@
-"""python setup.py build_ext --inplace, or pip install --no-build-isolation -e ., builds the extensions ahead of their first
-use."""
+"""python setup.py build_ext --inplace, or pip install --no-build-isolation -e ., builds the extensions ahead of
+their first use."""
 import re
 import shutil
 import sys
@@ -53,12 +53,14 @@ class BuildSealed(build_ext):
 
 
 def extensions():
-    """Those that can be built here and now. csrc builds the others on first use, or runs its reference; but where
-    building was asked for, only PyTorch may be missing."""
+    """Those that can be built here and now. csrc builds the others on first use, or runs its reference; but
+    where building was asked for, only PyTorch may be missing."""
     found = []
     for face in ("ops", "beats"):
         try:
             recipe = build.recipe(face)
+            if face == "ops":
+                build.find_ninja()
         except (ImportError, RuntimeError, OSError) as error:
             if "build_ext" in sys.argv and not isinstance(error, ImportError):
                 sys.exit(f"error: {error}")
@@ -83,7 +85,8 @@ setup(
     install_requires=[
         "torch>=2.10", "numpy>=1.26", "scipy>=1.11", "pandas>=2.0", "wfdb>=4.1", "h5py>=3.8",
         "scikit-learn>=1.3", "joblib>=1.3", "threadpoolctl>=3", "matplotlib>=3.7", "tqdm>=4.65",
-        "transformers>=4.56", "tokenizers>=0.20", "safetensors>=0.4", "ninja>=1.11", "pybind11>=2.13", "setuptools",
+        "transformers>=4.56", "tokenizers>=0.20", "safetensors>=0.4", "ninja>=1.11", "pybind11>=2.13",
+        "setuptools",
     ],
     extras_require={"test": ["pytest>=8", "pytest-xdist>=3"], "bench": ["sleepecg==0.6.*", "neurokit2>=0.2"]},
 )

@@ -1,5 +1,5 @@
-"""Builds the extensions and finds them again: "ops", the operators for tensors, and "beats", segment_beats for NumPy
-arrays, which needs no PyTorch. setup.py reads this file, too.
+"""Builds the extensions and finds them again: "ops", the operators for tensors, and "beats", segment_beats for
+NumPy arrays, which needs no PyTorch. setup.py reads this file, too.
 
 What the cache holds is run, so it must be this user's and no other's to change; and a library must be whole
 before it is loaded: a cut one would end the process. What is wrong ends in a RuntimeError of one sentence."""
@@ -322,6 +322,8 @@ def cached(made):
 
 def build(made, folder, locked):
     """folder/ecg_csrc.so and its seal -> "". Where that fails: failed.txt, build.log -> why, in a line."""
+    if made["face"] == "ops":
+        find_ninja()
     note = "" if locked else " (without a file lock: there is none here)"
     print(f"building csrc, this once, into {folder}{note}", file=sys.stderr)
     for old in folder.glob("build-*") if locked else ():  # of builds that were killed
@@ -363,7 +365,6 @@ def compile_in(work, made):
         return compile_module(work, made)
     from torch.utils import cpp_extension
     from unittest import mock
-    find_ninja()
     with mock.patch.dict(os.environ, environment_of(made, work)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cpp_extension.load("ecg_csrc", sources_in(work, made), extra_cflags=made["flags"], extra_cuda_cflags=made["cuda_flags"],
@@ -378,7 +379,8 @@ def compile_module(work, made):
     headers = find_pybind11().get_include(), sysconfig.get_path("include")
     command = [*shlex.split(made["cxx"]), *made["flags"], *(f"-I{folder}" for folder in headers),
                *sources_in(work, made), "-o", str(library)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env={**os.environ, "LC_ALL": "C"})
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
         raise RuntimeError(said or f"{made['cxx']} fails (status {done.returncode})")

@@ -190,6 +190,7 @@ def test_the_reference_runs_with_one_warning(imported, tmp_path, state):
     said, info = imported(environment.pop("ECG_CACHE"), before, **environment)
     assert info["implementation"] == "reference" and re.search(words, info["why"]) and info["why"] in said
     assert not list(tmp_path.rglob("build-*"))
+    assert "ninja" not in state or not list(tmp_path.rglob("failed.txt"))  # it is heeded once it is there
 
 
 NO_PYBIND = "import sys; sys.modules['pybind11'] = None"

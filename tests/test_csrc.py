@@ -2,7 +2,6 @@
 nothing. Real recordings are in ../shared/data or $ECG_TEST_DATA."""
 import ctypes
 import itertools
-import os
 import shutil
 import subprocess
 import threading
