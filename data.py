@@ -39,6 +39,8 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 from wfdb.io._signal import BYTES_PER_SAMPLE, INVALID_SAMPLE_VALUE, _rd_dat_signals
 
+from csrc.beats import segment_beats
+
 try:
     import fcntl
 except ImportError:  # Windows: no locks
@@ -948,9 +950,7 @@ def work(settings, rows):
         if strange := [code for code in row["codes"] if not finding_of(code, row["source"])]:
             notes.append(("warnings", STRANGE, len(strange), f"{row['id']}: {', '.join(strange)[:200]}"))
     if kept and "peaks" not in kept[0]:  # the simulator knows them
-        import torch  # with csrc it takes two seconds, which reading a store can do without
-        from csrc import segment_beats
-        peaks, counts = segment_beats(torch.from_numpy(np.stack(signals)), settings["rate"])
+        peaks, counts = segment_beats(np.stack(signals), settings["rate"])
         for row, places, count in zip(kept, peaks, counts):
             row["peaks"] = places[:count].tolist()
     table = pd.DataFrame(kept, columns=COLUMNS)

@@ -1,145 +1,21 @@
-"""The compiled operators, one Python function each.
+"""The compiled operators, one Python function each: of PyTorch tensors here, of NumPy arrays in csrc.beats.
 
-Behind a function stands the C++ (CPU) or the CUDA version or, where nothing could be built, the NumPy reference: one warning, then
-it just works, slower. The extension is built when this package is first imported (half a minute, once; kept in
-~/.cache/ecg-language or $ECG_CACHE, which only you may be able to write to), or ahead of time by
-python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the reference.
+Behind a function stands the C++ (CPU) or the CUDA version or, where nothing could be built, the reference: one
+warning, then it just works, slower. The extension is built when the first function is asked for (half a minute,
+once; kept in ~/.cache/ecg-language or $ECG_CACHE, which only you may be able to write to), or ahead of time by
+python setup.py build_ext --inplace. $ECG_CSRC=reference asks for the reference. Until then PyTorch is not imported,
+nor is anything registered: who uses torch.ops.ecg.* alone says import csrc.ops.
 
     python -c "import csrc; print(csrc.build_info())"     # what runs, and how it was built
 """
-import os
-import warnings
+from .beats import max_peaks
 
-import numpy as np
-import torch
-
-from . import build, reference, similarity
-from .sigmoid import sigmoid_loss
-from .similarity import token_beat_rhythm
-
-__all__ = ["segment_beats", "beat_of_token", "token_beat_rhythm", "sigmoid_loss", "build_info"]
-
-torch.library.define("ecg::segment_beats", "(Tensor ecg, float fs) -> (Tensor, Tensor)")
-torch.library.define("ecg::beat_of_token", "(Tensor peaks, Tensor count, SymInt tokens, SymInt samples) -> Tensor")
+__all__ = ["segment_beats", "beat_of_token", "token_beat_rhythm", "sigmoid_loss", "build_info", "max_peaks"]
 
 
-# ---- operators -----------------------------------------------------------------------------------------------------
-
-def segment_beats(ecg, fs):
-    """R peaks of a batch of ECGs; all leads vote.
-
-    ecg: (B, leads, N) float32 mV, or int16 microvolts as a store holds them; 1 to 12 leads in any order, 2 s at least. NaN,
-    infinity and int16 -32768 are missing samples. fs: Hz, 100 to 1000.
-    Returns peaks (B, K) int32, positions in samples, ascending, -1 behind the last; count (B,) int32. No two peaks are closer than
-    200 ms; a record without a signal has none. The same on CPU, on GPU and by the reference, to the sample. No gradient.
-    Errors: TypeError, ValueError, in one sentence.
-    Method: see reference.py (after Pan & Tompkins 1985; Zong, Moody & Jiang 2003)."""
-    if not isinstance(ecg, torch.Tensor) or ecg.dtype not in (torch.float32, torch.int16):
-        found = ecg.dtype if isinstance(ecg, torch.Tensor) else type(ecg).__name__
-        raise TypeError(f"segment_beats: ecg is {found}; give a tensor of float32 millivolts (ecg.float()) or int16 microvolts")
-    if ecg.dim() != 3 or not 1 <= ecg.shape[1] <= 12:
-        raise ValueError(f"segment_beats: ecg has shape {tuple(ecg.shape)}; it must be (B, leads, N) with 1 to 12 leads")
-    if not 100 <= fs <= 1000:
-        raise ValueError(f"segment_beats: fs is {fs}; it must be 100 to 1000 Hz (resample the signal)")
-    if not 2 * fs <= ecg.shape[2] < 2**30:
-        raise ValueError(f"segment_beats: {ecg.shape[2]} samples at {fs} Hz; it takes 2 s at least, and fewer than 2^30 samples")
-    return torch.ops.ecg.segment_beats(ecg.contiguous(), float(fs))
-
-
-def beat_of_token(peaks, count, n_tokens, n_samples):
-    """To which beat each encoder token belongs: the borders are half-way between R peaks.
-
-    peaks (B, K), count (B,): of segment_beats, int32. n_tokens: T equal parts of n_samples, the record's length.
-    Returns (B, T) int32, 0 to count - 1; all -1 where a record has no beat. Errors: TypeError, ValueError."""
-    if any(not isinstance(x, torch.Tensor) or x.dtype != torch.int32 for x in (peaks, count)):
-        raise TypeError("beat_of_token: peaks and count must be int32 tensors, as segment_beats returns them")
-    if peaks.dim() != 2 or count.shape != peaks.shape[:1] or peaks.device != count.device:
-        raise ValueError(f"beat_of_token: peaks {tuple(peaks.shape)} on {peaks.device} and count {tuple(count.shape)} on "
-                         f"{count.device}; they must be (B, K) and (B,) on one device")
-    if not (1 <= n_tokens < 2**31 and 1 <= n_samples < 2**31):
-        raise ValueError(f"beat_of_token: {n_tokens} tokens of {n_samples} samples; there must be one of "
-                         "each at least, and fewer than 2^31")
-    return torch.ops.ecg.beat_of_token(peaks.contiguous(), count.contiguous(), n_tokens, n_samples)
-
-
-@torch.library.register_fake("ecg::segment_beats")
-def _(ecg, fs):
-    records, integers = ecg.shape[0], dict(dtype=torch.int32)
-    return ecg.new_empty(records, max_peaks(ecg.shape[2], fs), **integers), ecg.new_empty(records, **integers)
-
-
-@torch.library.register_fake("ecg::beat_of_token")
-def _(peaks, count, tokens, samples):
-    return peaks.new_empty(peaks.shape[0], tokens)
-
-
-def max_peaks(length, fs):
-    """K, the columns of peaks: so many fit into length samples, 200 ms apart."""
-    gap = int(0.2 * fs + 0.5)
-    return (length + gap - 1) // gap
-
-
-# ---- what runs -----------------------------------------------------------------------------------------------------
-
-def segment_beats_reference(ecg, fs):
-    peaks = torch.full((len(ecg), max_peaks(ecg.shape[2], fs)), -1, dtype=torch.int32)
-    count = torch.zeros(len(ecg), dtype=torch.int32)
-    for i, record in enumerate(ecg.cpu().numpy()):
-        found = torch.from_numpy(reference.segment_beats(record, fs))
-        peaks[i, :len(found)], count[i] = found, len(found)
-    return peaks.to(ecg.device), count.to(ecg.device)
-
-
-def beat_of_token_reference(peaks, count, tokens, samples):
-    rows = [reference.beat_of_token(p[:max(0, c)], tokens, samples) for p, c in zip(peaks.cpu().numpy(), count.cpu().numpy())]
-    return torch.from_numpy(np.array(rows, np.int32).reshape(len(rows), tokens)).to(peaks.device)
-
-
-def by_way_of_the_cpu(operator):
-    """For GPU tensors where only the CPU version could be built: there and back."""
-    def run(*arguments):
-        moved = [x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments]
-        out, device = operator(*moved), arguments[0].device
-        return tuple(x.to(device) for x in out) if isinstance(out, tuple) else out.to(device)
-    return run
-
-
-def start():
-    """Load or build the extension -> build_info()'s dictionary."""
-    chosen = os.environ.get("ECG_CSRC", "").strip()
-    if chosen not in ("", "reference"):
-        warnings.warn(f"csrc: $ECG_CSRC is {chosen!r}, not heeded; it may be reference, or not set.",
-                      stacklevel=3)
-        chosen = ""
-    try:
-        if chosen:
-            raise RuntimeError("$ECG_CSRC asks for it")
-        library, made, without_cuda = build.library()
-        torch.ops.load_library(str(library))
-        info = {"implementation": "compiled", "library": str(library)} | made
-    except Exception as error:  # whatever is wrong with a compiler or a cache: the reference needs neither
-        why = build.told_by(error)
-        if not chosen:
-            warnings.warn(f"csrc: the extension could not be built: {why}. Its NumPy reference runs instead, "
-                          "slowly.", stacklevel=3)
-        for device in ("cpu", "cuda"):
-            torch.library.impl("ecg::segment_beats", device, segment_beats_reference)
-            torch.library.impl("ecg::beat_of_token", device, beat_of_token_reference)
-            similarity.use_plain(device)
-        return {"implementation": "reference", "why": why}
-    similarity.use_plain("cuda")
-    similarity.KERNELS = bool(info["cuda"])
-    if not info["cuda"]:
-        torch.library.impl("ecg::segment_beats", "cuda", by_way_of_the_cpu(torch.ops.ecg.segment_beats))
-        torch.library.impl("ecg::beat_of_token", "cuda", by_way_of_the_cpu(torch.ops.ecg.beat_of_token))
-        if torch.cuda.is_available():
-            warnings.warn(f"csrc: the CUDA part is missing: {without_cuda}. GPU tensors go to the CPU and back.", stacklevel=3)
-    return info
-
-
-INFO = start()
-
-
-def build_info():
-    """Which implementation runs ("compiled" or "reference"), and the recipe it was built by or why it was not: a dictionary."""
-    return dict(INFO)
+def __getattr__(name):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import ops
+    globals().update((one, getattr(ops, one)) for one in __all__)
+    return globals()[name]

@@ -1,9 +1,12 @@
-"""Builds the extension and finds it again. No operator is registered here: setup.py reads this file, too.
+"""Builds the extensions and finds them again: "ops", the operators for tensors, and "beats", segment_beats for
+NumPy arrays, which needs no PyTorch. setup.py reads this file, too.
 
 What the cache holds is run, so it must be this user's and no other's to change; and a library must be whole
 before it is loaded: a cut one would end the process. What is wrong ends in a RuntimeError of one sentence."""
 import contextlib
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -18,8 +21,6 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -27,6 +28,8 @@ except ImportError:  # not on Windows
 
 FOLDER = Path(__file__).resolve().parent
 CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]  # the second: the same bits everywhere
+MODULE_FLAGS = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden",
+                *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
 CUDA_FLAGS = ["-O3", "--fmad=false"]
 RETRY = 24 * 3600  # seconds after which a build that failed is tried again
 ELSEWHERE = "set $ECG_CACHE to a folder that you, and only you, can write to"
@@ -35,22 +38,23 @@ NAME_ONE = "name a C++ compiler by $CXX, such as g++"
 
 # ---- how it is to be built ------------------------------------------------------------------------------
 
-def recipe(with_cuda=True):
-    """How the extension is to be built on this machine: a dictionary that says all that shapes the result.
+def recipe(face, with_cuda=True):
+    """How "ops" or "beats" is to be built on this machine: a dictionary that says all that shapes the result.
     with_cuda: where there is nvcc and a GPU."""
     if os.name == "nt":
         raise RuntimeError("it is not built on Windows")
-    compiler = find_compiler()
+    compiler, flags, chip = find_compiler(), CFLAGS, ""
     version = output_of(*compiler, "--version").strip()
     if not version:
         raise RuntimeError(f"{shlex.join(compiler)} --version prints nothing; {NAME_ONE}")
-    flags, chip = [*CFLAGS, *([] if sys.platform == "darwin" else ["-fopenmp"])], ""
     if platform.machine() in ("x86_64", "AMD64") and not makes_clones(compiler):
         flags, chip = [*flags, "-march=native"], processor()
+    made = dict(compiler=version.splitlines()[0][:200], cxx=shlex.join(compiler), chip=chip, **here(face))
+    if face == "beats":
+        return made | dict(flags=[*flags, *MODULE_FLAGS], cuda="", pybind11=find_pybind11().__version__)
     cuda = cuda_architecture() if with_cuda else ""
-    flags += ["-DWITH_CUDA"] if cuda else []
-    return dict(compiler=version.splitlines()[0][:200], cxx=shlex.join(compiler), flags=flags, chip=chip,
-                cuda=cuda, cuda_flags=CUDA_FLAGS if cuda else [], **here())
+    flags = [*flags, *([] if sys.platform == "darwin" else ["-fopenmp"]), *(["-DWITH_CUDA"] if cuda else [])]
+    return made | dict(flags=flags, cuda=cuda, cuda_flags=CUDA_FLAGS if cuda else [])
 
 
 def find_compiler():
@@ -77,16 +81,30 @@ def output_of(*command):
     raise RuntimeError(f"{shlex.join(command)} fails ({why}); {NAME_ONE}")
 
 
-def here():
+def here(face):
     """What a library must have been made from and for, whatever the compiler: a dictionary."""
-    return dict(torch=str(torch.__version__), machine=f"{sys.platform} {platform.machine()}",
-                sources=digest_of_sources())
+    made = dict(face=face, machine=f"{sys.platform} {platform.machine()}", sources=digest_of_sources())
+    if face == "beats":
+        return made | dict(python=sysconfig.get_config_var("EXT_SUFFIX"))
+    import torch
+    return made | dict(torch=str(torch.__version__))
 
 
 def digest_of_sources():
     """Of the C++ and CUDA files and this one."""
     files = [path for path in sorted(FOLDER.glob("*")) if path.suffix in (".cpp", ".cu", ".h") or path.name == "build.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def find_pybind11():
+    """The package; Python's headers must be there, too."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise RuntimeError("Python's headers are missing (install python3-dev, or whatever holds Python.h)")
+    try:
+        import pybind11
+    except ImportError:
+        raise RuntimeError("pybind11 is missing (pip install pybind11)") from None
+    return pybind11
 
 
 def find_ninja():
@@ -122,6 +140,7 @@ def processor():
 
 def capability():
     """Of the GPU at hand, "9.0"; "" without one that works."""
+    import torch
     try:
         return "%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else ""
     except Exception:  # the driver is broken in whatever way
@@ -131,6 +150,7 @@ def capability():
 def cuda_architecture():
     """Compute capabilities to build for: what $TORCH_CUDA_ARCH_LIST says, or that of the GPU at hand; "" with
     neither, or no nvcc that works."""
+    import torch
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or capability()
     try:
         return wanted if wanted and torch.version.cuda and find_cuda() else ""
@@ -154,6 +174,8 @@ def sources_in(folder, made):
     stamp = Path(folder) / "recipe.cpp"
     text = f"recipe {json.dumps(made)} end of recipe"
     stamp.write_text(f'extern "C" __attribute__((used)) const char ecg_recipe[] = R"json({text})json";\n')
+    if made["face"] == "beats":
+        return [str(FOLDER / "beats_numpy.cpp"), str(FOLDER / "beats.cpp"), str(stamp)]
     names = ["ops.cpp", "beats.cpp", "token_similarity.cpp", "beat_similarity.cpp"]
     if made["cuda"]:
         names += ["beats_cuda.cu", "similarity_cuda.cu", "beat_similarity_cuda.cu", "beat_similarity_gpu.cpp", "sigmoid_cuda.cu"]
@@ -300,7 +322,8 @@ def cached(made):
 
 def build(made, folder, locked):
     """folder/ecg_csrc.so and its seal -> "". Where that fails: failed.txt, build.log -> why, in a line."""
-    find_ninja()
+    if made["face"] == "ops":
+        find_ninja()
     note = "" if locked else " (without a file lock: there is none here)"
     print(f"building csrc, this once, into {folder}{note}", file=sys.stderr)
     for old in folder.glob("build-*") if locked else ():  # of builds that were killed
@@ -337,7 +360,9 @@ def environment_of(made, work):
 
 
 def compile_in(work, made):
-    """Path of the library, which PyTorch has loaded."""
+    """Path of the library, which has been loaded."""
+    if made["face"] == "beats":
+        return compile_module(work, made)
     from torch.utils import cpp_extension
     from unittest import mock
     with mock.patch.dict(os.environ, environment_of(made, work)), warnings.catch_warnings():
@@ -346,6 +371,21 @@ def compile_in(work, made):
                            extra_ldflags=links_of(made), build_directory=str(work),
                            with_cuda=bool(made["cuda"]), is_python_module=False)
     return next(work.glob("ecg_csrc*.so"))  # a second build in one process has _v1 in its name
+
+
+def compile_module(work, made):
+    """compile_in for what needs no PyTorch, nor its tools: one command."""
+    library = Path(work, "ecg_csrc.so")
+    headers = find_pybind11().get_include(), sysconfig.get_path("include")
+    command = [*shlex.split(made["cxx"]), *made["flags"], *(f"-I{folder}" for folder in headers),
+               *sources_in(work, made), "-o", str(library)]
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(said or f"{made['cxx']} fails (status {done.returncode})")
+    load("beats", library)
+    return library
 
 
 def record(folder, error):
@@ -362,41 +402,77 @@ def told_by(error):
     """What an exception says; where PyTorch could not decode what a compiler said, that; or not load: why."""
     if isinstance(error, UnicodeDecodeError):
         return error.object.decode(errors="replace")
-    if isinstance(error, (RuntimeError, OSError)):
+    if isinstance(error, (RuntimeError, OSError, ImportError)):
         return str(error.__cause__ if isinstance(error, OSError) and error.__cause__ else error)
     return f"{type(error).__name__}: {error}"
 
 
 # ---- which library --------------------------------------------------------------------------------------
 
-def built_ahead():
+def load(face, library):
+    """Registers the operators, or -> the module "beats". OSError, ImportError where it does not load."""
+    if face == "ops":
+        import torch
+        return torch.ops.load_library(str(library))
+    found = importlib.util.spec_from_file_location("csrc._beats", library)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def built_ahead(face):
     """(path, recipe) of the library that setup.py left beside the sources, if it was made from these and for
     this machine, and loads; else None."""
-    library = FOLDER / "_ops.so"
+    library = FOLDER / f"_{face}.so"
     made = recipe_of(library) if is_whole(library) else {}
-    if any(made.get(name) != value for name, value in here().items()):
+    if any(made.get(name) != value for name, value in here(face).items()):
         return None
     if made["chip"] not in ("", processor()):
         return None
-    if cuda_architecture() and capability() not in made["cuda"]:
+    if face == "ops" and cuda_architecture() and capability() not in made["cuda"]:
         return None
     try:
-        torch.ops.load_library(str(library))
-    except OSError:  # from a machine with other libraries
+        load(face, library)
+    except (OSError, ImportError):  # from a machine with other libraries
         return None
     return library, made
 
 
-def library():
-    """(path, recipe) of the extension for this machine, built now if it has to be, and what hindered its CUDA
+def library(face):
+    """(path, recipe) of an extension for this machine, built now if it has to be, and what hindered its CUDA
     part, or "". RuntimeError in one sentence where even the CPU's part fails."""
-    ahead = built_ahead()
+    ahead = built_ahead(face)
     if ahead:
         return *ahead, "" if ahead[1]["cuda"] else "it was built without"
-    made, hindered = recipe(), "there is no nvcc that works"
+    made, hindered = recipe(face), "there is no nvcc that works"
     if made["cuda"]:
         try:
             return cached(made), made, ""
         except RuntimeError as error:
-            made, hindered = recipe(with_cuda=False), str(error)
+            made, hindered = recipe(face, with_cuda=False), str(error)
     return cached(made), made, hindered
+
+
+@functools.cache
+def warn_once(text):
+    warnings.warn(text, stacklevel=5)  # who called the function that needs it
+
+
+def start(face):
+    """Load or build an extension -> what load gives, build_info()'s dictionary, what hindered its CUDA part.
+    Where that fails, one warning: the reference is to run."""
+    chosen = os.environ.get("ECG_CSRC", "").strip()
+    if chosen not in ("", "reference"):
+        warn_once(f"csrc: $ECG_CSRC is {chosen!r}, not heeded; it may be reference, or not set.")
+        chosen = ""
+    try:
+        if chosen:
+            raise RuntimeError("$ECG_CSRC asks for it")
+        path, made, hindered = library(face)
+        return load(face, path), {"implementation": "compiled", "library": str(path)} | made, hindered
+    except Exception as error:  # whatever is wrong with a compiler or a cache: the reference needs neither
+        why = told_by(error)
+        if not chosen:
+            warn_once(f"csrc: the extension could not be built: {why}. Its NumPy reference runs instead, "
+                      "slowly.")
+        return None, {"implementation": "reference", "why": why}, ""

@@ -1,5 +1,5 @@
 // The operators as PyTorch sees them. Schemas, and checks that tell a user what to give instead, are in
-// __init__.py; those here and in checks.h keep direct calls of torch.ops.ecg.* within their tensors' memory.
+// ops.py; those here and in checks.h keep direct calls of torch.ops.ecg.* within their tensors' memory.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

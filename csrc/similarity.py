@@ -10,7 +10,7 @@ import torch
 
 BLOCK = 2**24    # scores that a block of the plain version may hold
 KEEP = 2**23     # scores that the beat scale may keep for its backward pass (32 MB); where they are more, it makes them again
-KERNELS = False  # are the CUDA kernels there? (__init__.py)
+KERNELS = False  # are the CUDA kernels there? (ops.py)
 PLAIN = set()    # devices that the plain version serves
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

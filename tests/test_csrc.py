@@ -2,9 +2,11 @@
 nothing. Real recordings are in ../shared/data or $ECG_TEST_DATA."""
 import ctypes
 import itertools
-import os
 import shutil
 import subprocess
+import threading
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import bench_beats as bench
 import csrc
 import data
 from conftest import ROOT, SHARED
-from csrc import build, reference
+from csrc import beats, build, reference
 
 REAL = SHARED / "data"
 real = pytest.mark.skipif(not (REAL / "ludb").is_dir(), reason=f"no real recordings in {REAL} (set ECG_TEST_DATA)")
@@ -26,8 +28,10 @@ RATES = (100, 119, 128, 250, 257, 360, 500, 1000)
 
 
 def detect(ecg, fs):
-    """Peaks of each record of a batch (B, L, N), as lists."""
+    """Peaks of each record of a batch (B, L, N), as lists; of tensors and of arrays, which must agree."""
     peaks, count = csrc.segment_beats(torch.as_tensor(ecg), fs)
+    for tensor, array in zip((peaks, count), beats.segment_beats(np.asarray(ecg), fs), strict=True):
+        assert type(array) is np.ndarray and array.dtype == np.int32 and np.array_equal(tensor, array)
     assert peaks.dtype == count.dtype == torch.int32 and peaks.shape[1] == csrc.max_peaks(ecg.shape[2], fs)
     for row, n in zip(peaks, count):
         assert (row[n:] == -1).all() and ((row[:n] >= 0) & (row[:n] < ecg.shape[2])).all()
@@ -395,6 +399,67 @@ def test_bad_peaks_are_explained(peaks, count, tokens, error, words):
 def test_a_count_that_cannot_be_is_cut_to_what_can():
     peaks = torch.tensor([[100, 300]] * 2, dtype=torch.int32)
     assert csrc.beat_of_token(peaks, torch.tensor([9, -1], dtype=torch.int32), 4, 400).tolist() == [[0, 0, 1, 1], [-1] * 4]
+
+
+# ---- NumPy -------------------------------------------------------------------------------------------------
+
+def test_arrays_as_they_come(strips, tmp_path):
+    ecg = np.nan_to_num(1000 * strips[250], nan=-32768).clip(-32768, 32767).astype(np.int16)
+    peaks, count = beats.segment_beats(ecg, 250)
+    for one, found, n in zip(ecg, peaks, count):
+        alone = beats.segment_beats(one, 250)
+        assert np.array_equal(alone[0], found) and alone[1] == n and found.shape == (50,)
+    ecg.tofile(tmp_path / "ecg.i16")
+    mapped = np.memmap(tmp_path / "ecg.i16", np.int16, "r", shape=ecg.shape)
+    odd = np.frombuffer(b"\0" + ecg.tobytes(), np.int16, offset=1).reshape(ecg.shape)
+    assert not odd.flags.aligned
+    for other in (mapped, odd, np.asfortranarray(ecg)):
+        assert np.array_equal(beats.segment_beats(other, 250)[0], peaks)
+    few = ecg[::2, 1:9:2]
+    assert np.array_equal(beats.segment_beats(few, 250)[0], beats.segment_beats(few.copy(), 250)[0])
+
+
+def test_the_reference_gives_arrays_like_the_compiled(strips):
+    both = beats.by_reference(strips[100], 100), beats.segment_beats(strips[100], 100)
+    for ours, theirs in zip(*both, strict=True):
+        assert ours.dtype == np.int32 and np.array_equal(ours, theirs)
+
+
+@compiled
+def test_arrays_are_not_copied_and_others_may_run():
+    ecg, ended = np.zeros((4000, 12, 1000), np.int16), []
+    ecg[:] = 300 * np.random.default_rng(0).standard_normal(1000)
+    thread = threading.Thread(target=lambda: ended.append(beats.segment_beats(ecg, 100)))
+    tracemalloc.start()
+    thread.start()
+    turns = 0
+    while not ended:
+        time.sleep(0.001)
+        turns += 1
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    thread.join()
+    assert turns > 5 and most < ecg.nbytes / 20
+
+
+@pytest.mark.parametrize("ecg, fs, error, words", [
+    (torch.zeros(1, 12, 5000), 500, TypeError, "ecg is Tensor; give a NumPy array"),
+    ([[0.0] * 5000], 500, TypeError, "ecg is list"),
+    (np.zeros((1, 12, 5000)), 500, TypeError, r"float64; .* millivolts \(ecg.astype\('float32'\)\) or int16"),
+    (np.zeros((1, 12, 5000), ">i2"), 500, TypeError, "ecg is >i2"),
+    (np.zeros((1, 12, 5000), np.uint16), 500, TypeError, "ecg is uint16"),
+    (np.ma.zeros((1, 12, 5000), np.float32), 500, TypeError, "ecg is MaskedArray"),
+    (np.zeros(5000, np.float32), 500, ValueError, r"shape \(5000,\); it must be \(B, leads, N\)"),
+    (np.zeros((1, 1, 12, 5000), np.float32), 500, ValueError, r"shape \(1, 1, 12, 5000\)"),
+    (np.zeros((13, 5000), np.float32), 500, ValueError, "1 to 12 leads"),
+    (np.zeros((1, 0, 5000), np.float32), 500, ValueError, "1 to 12 leads"),
+    (np.zeros((1, 12, 999), np.float32), 500, ValueError, "999 samples at 500 Hz; it takes 2 s at least"),
+    (np.zeros((1, 12, 5000), np.float32), 2000, ValueError, "fs is 2000; it must be 100 to 1000 Hz"),
+    (np.zeros((1, 12, 5000), np.float32), float("nan"), ValueError, "fs is nan"),
+])
+def test_bad_arrays_are_explained(ecg, fs, error, words):
+    with pytest.raises(error, match=words):
+        beats.segment_beats(ecg, fs)
 
 
 # ---- PyTorch ----------------------------------------------------------------------------------------------------------

@@ -1068,6 +1068,19 @@ def test_what_is_no_store_is_said(tmp_path, content, message):
 
 # ---- where a store is made ------------------------------------------------------------------------------------------
 
+def test_stores_need_no_pytorch(tmp_path):
+    """data.py and its workers start without it: that is a second each, and much memory."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch is imported')")
+    commands = (["prepare", "csv", csv_source(tmp_path / "data", 2), tmp_path / "store", "--workers", "2"],
+                ["info", tmp_path / "store"],
+                ["plot", f"store:{tmp_path / 'store'}", "r0", "--out", tmp_path / "r0.png"])
+    for command in commands:
+        result = subprocess.run([sys.executable, ROOT / "data.py", *command], capture_output=True, text=True,
+                                env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert result.returncode == 0, result.stderr
+    assert all(len(peaks) == 12 for peaks in data.Store(tmp_path / "store").records["peaks"])
+
+
 def test_destinations(tmp_path, monkeypatch):
     source = csv_source(tmp_path / "src", 1)
     (tmp_path / "empty").mkdir()

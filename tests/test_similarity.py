@@ -363,7 +363,7 @@ def test_memory_grows_with_pairs_only():
 
 FUZZ = """
 import faulthandler, random, resource, sys, torch
-import csrc
+import csrc.ops
 faulthandler.enable()
 if sys.argv[1:]:
     torch.ops.load_library(sys.argv[1])
