@@ -502,6 +502,10 @@ class Store:
     def __getstate__(self):  # small to send
         return {name: value for name, value in vars(self).items() if name not in ("records", "tags")}
 
+    def sources(self):
+        """What its records come from: keys of SOURCES."""
+        return {self.meta["settings"]["source"]}
+
     def set_of(self, rows):
         """The place in parts of each row, (B,)."""
         return np.searchsorted([part.first for part in self.parts], rows, "right") - 1
@@ -581,6 +585,9 @@ class Stores(Store):
     def verify(self):
         for store in self.stores:
             store.verify()
+
+    def sources(self):
+        return set().union(*(store.sources() for store in self.stores))
 
     def split_rows(self, rows):
         """Of every store that has some of the rows: their places among them, the store, its rows."""
@@ -1266,7 +1273,7 @@ def load_tracing(settings, row):
 def simulated_rows(settings):
     for i in range(int(settings["src"])):
         name = f"{settings['seed']}-{i}"
-        yield dict(id=name, patient=name, split=split_by(name, 0.8, 0), fold="", sex="", source="simulated",
+        yield dict(id=name, patient=name, split=split_by(name, 0.8, 0.05), fold="", sex="", source="simulated",
                    number=i)
 
 

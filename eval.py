@@ -113,12 +113,12 @@ def compare_checksums(folder, known):
             raise data.DataError(f"{path}: {fault}, and the rest was made with it; restore it, or train anew")
 
 
-def save_weights(method, run):
-    """model.safetensors of a run, with checksums of its tensors and of the tokenizer."""
+def save_weights(method, run, name="model.safetensors"):
+    """Weights file of a run, with checksums of its tensors and of the tokenizer."""
     state = {k: v.cpu().clone(memory_format=torch.contiguous_format)  # tied tensors are written twice
              for k, v in method.state_dict().items()}
     facts = {"tensors": crc_of_tensors(state), "files": json.dumps(checksums(run, ["tokenizer/*"]))}
-    data.write_atomic(Path(run) / "model.safetensors", lambda path: save_file(state, path, facts))
+    data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
 
 
 def crc_of_tensors(state):
@@ -256,10 +256,25 @@ def rename(state, names):
             for name, found in parts.items() if "" in found or len(found) == 3}  # else it counts as missing
 
 
+def published_weights(state, kind):
+    """The authors' state dictionary -> ours, for leads in our order: MERL and MELP were trained with that of
+    MIMIC-IV-ECG, aVF before aVL."""
+    found = rename(state, published()[kind]["names"])
+    for name in ("ecg.conv1.weight", "ecg.patch.weight", "ecg.stem.0.weight") if kind != "dbeta" else ():
+        if name in found:
+            found[name] = found[name][:, [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11]]
+    return found
+
+
+def same_shape(x, y):
+    """But for axes of length 1, of which the authors have more."""
+    return [n for n in x.shape if n > 1] == [n for n in y.shape if n > 1]
+
+
 def load_published(method, state, kind):
     """Fill a method with the authors' weights, kind a key of published(). Errors: ModelError that names what
     is missing, unknown or misshapen."""
-    given = rename(state, published()[kind]["names"])
+    given = published_weights(state, kind)
     ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
     unused = {k for k in given.keys() - ours.keys() if k.startswith(DROPPED)}
     if unexpected := sorted(given.keys() - ours.keys() - unused):
@@ -268,8 +283,7 @@ def load_published(method, state, kind):
     if missing := sorted(k for k in ours.keys() - given.keys() if not k.startswith(optional)):
         raise models.ModelError(f"the checkpoint lacks {len(missing)} weights, such as "
                                 f"{', '.join(missing[:10])}")
-    shape = lambda x: [n for n in x.shape if n > 1]  # the authors have more axes of length 1
-    if misshapen := sorted(k for k in given.keys() & ours.keys() if shape(given[k]) != shape(ours[k])):
+    if misshapen := sorted(k for k in given.keys() & ours.keys() if not same_shape(given[k], ours[k])):
         raise models.ModelError("other sizes than this method's: " + ", ".join(
             f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in misshapen[:5]))
     method.load_state_dict({k: given[k].reshape(ours[k].shape) for k in given.keys() - unused}, strict=False)
@@ -298,9 +312,6 @@ def open_published(kind, file, text_model="", device="cpu"):
         if len(tokenizer) > lm.config.vocab_size:
             lm.resize_token_embeddings(len(tokenizer))
     method = load_published(models.build_method(config, (lm, tokenizer)), state, kind)
-    if kind in ("merl", "melp"):  # trained with MIMIC-IV-ECG's order of leads: aVF before aVL
-        first = next(m for m in method.ecg.modules() if isinstance(m, torch.nn.Conv1d))
-        first.weight.data = first.weight.data[:, [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11]].clone()
     return method.to(device).eval(), config
 
 
@@ -331,7 +342,7 @@ def source_of(store):
 
 def find_store(name, config, specs=()):
     """The store that answers a label set: of several data specs the one of the set's source, a single one
-    whatever it holds; else those of the run's own data that are of that source; else, for PTB-XL, what is in
+    whatever it holds; else those of the run's own data that are of that source, together; else, for PTB-XL, what is in
     $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is none."""
     source, rate = name.split("_")[0], config.rate
     anything = source in ("own", "age", "sex") or name.endswith(".json")
@@ -340,6 +351,8 @@ def find_store(name, config, specs=()):
     given = [data.split_share(spec)[0] for text in specs or [config.data] for spec in data.split_specs(text)]
     whole = len(given) == 1 and (specs or anything)
     fitting = given if whole else [spec for spec in given if kind(spec) in kinds]
+    if len(fitting) > 1 and not specs:  # a run learns from several of one source, and they are asked together
+        return open_store(",".join(f'"{spec}"' for spec in fitting), rate)
     if len(fitting) > 1 or not fitting and (specs or given and anything):
         fault = "none" if not fitting else "more than one"
         raise data.DataError(f"{fault} of {', '.join(given)} is of {name}; name its data with --data")
@@ -357,10 +370,12 @@ def find_store(name, config, specs=()):
     return open_store(f"ptbxl:{place}", rate)
 
 
-def sets_of(store):
-    """Label sets that a store's test records can answer: those named as their source, or the codes that
-    occur; none where no test record has a label."""
-    found, records = [], store.records[store.records["split"] == "test"]
+def sets_of(store, split="test"):
+    """Label sets that a store's records of a split can answer: those named as their source, or the codes that
+    occur; none where no record has a label."""
+    if store.sources() == {"mimic"}:  # a million records without labels need not be read
+        return []
+    found, records = [], store.records[store.records["split"] == split]
     for source, part in records.groupby("source", sort=False):
         named = [name for name in data.LABEL_SETS if name in (source, source + "_test")]
         names = GROUPS["ptbxl"] if source == "ptbxl" else named or ["own"]
@@ -544,6 +559,29 @@ def score_records(run, store, rows, prompts, ask, batch=256):
         like = torch.cat(parts)                                                    # (R, texts)
     scores = [part.mean(1) for part in like.split([len(row) for row in prompts], 1)]
     return torch.stack(scores, 1).numpy().round(5)  # beyond, a batch's rounding would rank equal records
+
+
+@torch.no_grad()
+def look_at(method, store, tags, rows, device):
+    """How training goes, on a few hundred records (R, with reports): R@1 and R@5 of each ECG's report among the
+    distinct ones, and the macro AUROC of the label sets that these records answer, zero-shot by the rhythm."""
+    embed = lambda texts: torch.cat([method.encode_text(texts[i:i + 256]).report.float().cpu()
+                                     for i in range(0, len(texts), 256)]).numpy()
+    ecg = embed_records(method, store, rows, device, "validation")["rhythm"]
+    texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
+    rank = ranks(ecg @ embed(texts.tolist()).T, own[:, None] == np.arange(len(texts)))
+    found = {"R@1": float((rank <= 1).mean()), "R@5": float((rank <= 5).mean()), "texts": len(texts), "auroc": {}}
+    for name in sets_of(store, "val"):
+        records = store.records.iloc[rows]
+        mine = (records["source"] == name.split("_")[0]).to_numpy() | (name == "own")
+        classes, labels, keep = data.label_matrix(records[mine], name)
+        if keep.any():
+            prompts = class_prompts(name, classes, "descriptive", records[mine])
+            like = ecg[mine][keep] @ embed([text.rstrip(". ") for row in prompts for text in row]).T
+            ends = np.cumsum([len(row) for row in prompts])[:-1]
+            scores = np.stack([part.mean(1) for part in np.split(like, ends, 1)], 1)
+            found["auroc"][name] = round(float(mean_auroc(scores, labels[keep])), 4)
+    return found
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 To add a method, write a class (see Method) and put its defaults into METHODS at the end of this file.
 """
+import contextlib
 import dataclasses
 import functools
 import math
@@ -78,9 +79,24 @@ def join(tags):
 # processes, train.average_gradients averages those of parameters. So the mean of the processes' losses, and of
 # their gradients, is what one process has with the whole batch.
 
+ALONE = False  # see alone
+
+
 def world():
     """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    together = dist.is_available() and dist.is_initialized() and not ALONE
+    return dist.get_world_size() if together else 1
+
+
+@contextlib.contextmanager
+def alone():
+    """What is computed within is of this process alone."""
+    global ALONE
+    ALONE = True
+    try:
+        yield
+    finally:
+        ALONE = False
 
 
 def rank():
@@ -399,6 +415,7 @@ class TextTower(nn.Module):
     def keep(self, texts, bar=iter, size=256):
         """Of a frozen tower: encode texts now, each different one once, the longest first; forward looks them
         up from then on. On a GPU in half precision: bf16 has made them."""
+        self.eval()
         texts = sorted(set(texts), key=lambda text: (-len(text), text))
         parts = [self.encode(texts[i:i + size])[2] for i in bar(range(0, len(texts), size))]
         self.kept = torch.cat([part.half() if part.is_cuda else part for part in parts])
@@ -770,8 +787,8 @@ class CardioLM(Objective):
 
     @classmethod
     def check(cls, config):
-        if config.compile or config.chunk:
-            raise ModelError("--compile is of the ECG encoder, --chunk of contrast: cardiolm has neither")
+        if config.compile or config.chunk or config.init or config.keep == "best":
+            raise ModelError("--compile, --chunk, --init, --keep best are for an ECG encoder: cardiolm has none")
 
     def guess(self, texts):
         """Hide words of B strings -> (sum of their cross entropies, their number, how many are right)."""
@@ -1229,11 +1246,12 @@ class FarTexts:
         self.vectors, self.nearest = F.normalize(vectors.float(), dim=1).to(dtype), min(nearest, len(texts))
 
     def draw(self, texts):
-        """n reports, all among the U -> n far ones."""
-        cosines = self.vectors[[self.row[text] for text in texts]] @ self.vectors.T  # (n, U)
+        """n reports -> n far ones; any, for a report that is not among the U (of a validation record)."""
+        cosines = self.vectors[[self.row.get(text, 0) for text in texts]] @ self.vectors.T  # (n, U)
         far = cosines.topk(self.nearest, largest=False).indices.cpu()
-        drawn = torch.randint(self.nearest, (len(texts), 1))
-        return [self.texts[i] for i in far.gather(1, drawn)[:, 0]]
+        drawn = far.gather(1, torch.randint(self.nearest, (len(texts), 1)))[:, 0].tolist()
+        return [self.texts[i if text in self.row else torch.randint(len(self.texts), ())]
+                for text, i in zip(texts, drawn)]
 
 
 class FGCLEP(ETP):
@@ -1384,7 +1402,8 @@ class Config:
     """The small default, made for two CPU cores; a method's own and --preset paper are in METHODS."""
     method: str = "fgclep"  # etp | merl | cmelt | melp | fgclep; cardiolm: a language model for --text-model
     preset: Literal["small", "paper"] = "small"  # paper: the method's published recipe
-    data: str = "simulated"  # simulated[:N], ptbxl:DIR, csv:FILE, mimic|cpsc2018|csn|georgia|wfdb|store:DIR
+    data: str = "simulated"  # simulated[:N], ptbxl|mimic|cpsc2018|csn|georgia|wfdb|store:DIR, csv:FILE; or A,B*0.5
+    init: str = ""  # weights to start from: a run folder, or merl:FILE, melp:FILE, dbeta:FILE as published
     name: str = ""  # name of the run folder; default: method, data and time
     seed: Annotated[int, 0, 2**31] = 0  # everything random follows from it
   # signal
@@ -1446,6 +1465,8 @@ class Config:
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
     compile: bool = False  # torch.compile the ECG encoder
     threads: Annotated[int, 0, 4096] = 0  # CPU threads; 0: torch's choice
+    eval_every: CountOr0 = 1  # epochs between looks at the validation records; 0: never
+    keep: Literal["last", "best"] = "last"  # weights of the last update, or of the lowest validation loss
     workers: Annotated[int, -1, 1024] = -1  # processes that read batches; -1: with a GPU up to 4, else none
     save_every: CountOr0 = 0  # updates between checkpoints; 0: those of five minutes
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -190,8 +189,13 @@ class Keys:
 class Stage(NamedTuple):
     name: str
     epochs: int
-    first: int  # updates of the run before its first
-    end: int    # and after its last
+    first: int    # updates of the run before its first
+    end: int      # and after its last
+    batches: int  # an epoch
+
+    def epoch(self, update, config):
+        """Epochs that are over after an update of the run."""
+        return (update - self.first) * config.accumulate // self.batches
 
 
 def plan_stages(config, store, rows):
@@ -199,8 +203,9 @@ def plan_stages(config, store, rows):
     records, stages, end = len(data.epoch_rows(store, np.random.default_rng(0), rows)), [], 0
     for name in models.METHODS[config.method][0].stages:
         if epochs := config.fine_epochs if name == "fine" else config.epochs:
-            first, end = end, end + epochs * (records // config.batch_size) // config.accumulate
-            stages.append(Stage(name, epochs, first, end))
+            batches = records // config.batch_size
+            first, end = end, end + epochs * batches // config.accumulate
+            stages.append(Stage(name, epochs, first, end, batches))
     if config.batch_size % models.world() or any(stage.first == stage.end for stage in stages):
         raise data.DataError(
             f"{records} training records with a report an epoch, batches of {config.batch_size} by {models.world()} "
@@ -286,6 +291,8 @@ def make_text(config, run, reports, device, fresh):
     if rank() == 0 and fresh:
         if config.text_model:
             made = models.load_text_model(config.text_model, head)
+        elif config.init and not evaluation.publication(config.init):  # its weights are of its words
+            made = models.rebuild_text_model(Path(config.init) / "tokenizer", head)
         elif language:
             made = models.new_bert(reports(), config.seed)
         else:
@@ -294,6 +301,30 @@ def make_text(config, run, reports, device, fresh):
         models.save_text_model(*made, folder)
     from_first()
     return made or models.rebuild_text_model(folder, head)
+
+
+def start_from(init, method):
+    """Fill a method with what fits of other weights, and say what does not. init: a run folder, or what
+    evaluation.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder fits."""
+    if published := evaluation.publication(init):
+        state = evaluation.published_weights(evaluation.read_tensors(published[1])[0], published[0])
+    else:
+        state, _ = evaluation.read_tensors(Path(init) / "model.safetensors")
+    ours = method.state_dict()
+    taken = {name: value.reshape(ours[name].shape) for name, value in state.items()
+             if name in ours and evaluation.same_shape(value, ours[name])}
+    if not any(name.startswith("ecg.") for name in taken):
+        raise models.ModelError(f"--init {init}: nothing of its ECG encoder fits a {method.config.encoder} of "
+                                "this --width and --patch")
+    method.load_state_dict(taken, strict=False)
+    parts = {"of another size": [name for name in state if name in ours and name not in taken],
+             "without a place here": sorted(state.keys() - ours.keys()),
+             "left as they were made": sorted(ours.keys() - state.keys())}
+    size = lambda tensors: sum(x.numel() for x in tensors.values())
+    print(f"--init {init}: {size(taken) / size(ours):.1%} of the weights")
+    for what, names in parts.items():
+        if names:
+            print(f"  {len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
 
 
 def far_texts(method, texts, run, device, fresh):
@@ -381,18 +412,32 @@ def read_log(run):
     return read_lines(run / "log.jsonl", {"update": int})
 
 
-def plot_log(updates, path):
-    """Loss terms and learning rate; a grey line where a stage begins."""
+def plot_log(lines, path):
+    """Loss terms, learning rate and, where there are validation records, what they show; a grey line where a
+    stage begins."""
     from matplotlib.figure import Figure
-    figure, terms = Figure(figsize=(9, 4), layout="constrained"), pd.DataFrame([u["terms"] for u in updates])
-    (left, right), x = figure.subplots(1, 2), [u["update"] for u in updates]
-    left.plot(x, terms, lw=0.8, label=list(terms.columns))
+    updates, looks = ([line for line in lines if key in line] for key in ("terms", "validation"))
+    figure, names = Figure(figsize=(13.5 if looks else 9, 4), layout="constrained"), list(updates[0]["terms"])
+    left, right, *more = figure.subplots(1, 3 if looks else 2)
+    x, places = [u["update"] for u in updates], [line["update"] for line in looks]
+    for number, name in enumerate(names):
+        left.plot(x, [u["terms"].get(name) for u in updates], lw=0.8, label=name, color=f"C{number}")
+        left.plot(places, [line["validation"]["terms"].get(name) for line in looks], "o-", ms=3,
+                  color=f"C{number}")
     for start in {u["stage"]: u["update"] for u in reversed(updates)}.values():
         left.axvline(start, color="0.8", lw=0.8, zorder=0)
-    left.set(xlabel="update", ylabel="loss term")
+    left.set(xlabel="update", ylabel="loss term" + " (dots: validation)" * bool(looks))
     left.legend(frameon=False)
     right.plot(x, [u["lr"] for u in updates], color="C1")
     right.set(xlabel="update", ylabel="learning rate")
+    for panel in more:
+        for name in ("R@1", "R@5"):
+            panel.plot(places, [line["validation"][name] for line in looks], "o-", ms=3, label=name)
+        for name in dict.fromkeys(name for line in looks for name in line["validation"]["auroc"]):
+            panel.plot(places, [line["validation"]["auroc"].get(name) for line in looks], "s--", ms=3,
+                       label=f"AUROC, {name}")
+        panel.set(xlabel="update", ylabel="validation records", ylim=(0, 1))
+        panel.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -616,6 +661,36 @@ class Watch:
         return ""
 
 
+class Validation:
+    """Looks at the validation records that have a report, at most MOST, always the same: loss terms without
+    augmentation, in whole batches, then evaluation.look_at. Nothing is chosen by it unless --keep best asks.
+    records: Records."""
+    MOST = 2000
+
+    def __init__(self, records, config, device):
+        tags, rows = records.tags, records.store.rows("val")
+        rows = rows[np.diff(tags.offsets)[rows] > 0]
+        self.rows = np.random.default_rng(config.seed).permutation(rows)[:self.MOST]
+        self.records, self.config, self.device = records, config, device
+        self.size = min(config.batch_size, len(self.rows))
+
+    @torch.no_grad()
+    def look(self, method):
+        """-> {"loss", "terms", "R@1", "R@5", "texts", "auroc": {label set: value}}"""
+        method.eval()
+        terms, count = defaultdict(float), len(self.rows) // self.size
+        with models.alone(), torch.random.fork_rng(), autocast(self.config, self.device):
+            torch.manual_seed(self.config.seed)
+            for i in range(count):
+                drawn = self.records[0, 0, self.rows[i * self.size:(i + 1) * self.size]]
+                drawn.dropped[:], drawn.steps[:] = False, 0
+                for name, value in method(augment(drawn, self.device)).items():
+                    terms[name] += value.item() / count
+            found = evaluation.look_at(method, self.records.store, self.records.tags, self.rows, self.device)
+        method.train()
+        return {"loss": method.weighted(terms), "terms": terms, **found}
+
+
 def autocast(config, device):
     amp = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
@@ -763,9 +838,10 @@ class Ledger:
         return lines
 
 
-def train_stage(stage, done, method, optimiser, batches, names, config, run, device, log, watch):
-    """Do the updates of a stage, of which the run has done some -> updates done. log, watch: process 0's."""
-    batches, ledger, first = iter(batches), Ledger(log, method.train(), names), done
+def train_stage(stage, done, method, optimiser, batches, names, config, run, device, log, watch, validation):
+    """Do the updates of a stage, of which the run has done some -> updates done. log, watch, validation (or
+    None): process 0's."""
+    batches, ledger, first, look = iter(batches), Ledger(log, method.train(), names), done, None
     updates, saved, every = stage.end - stage.first, time.monotonic(), LOOK_EVERY[device.type]
     bar = tqdm(range(done, stage.end), stage.name, updates, initial=done - stage.first, disable=rank() > 0,
                unit="rec", unit_scale=config.batch_size * config.accumulate)
@@ -783,12 +859,20 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
             done = update + 1
             ledger.add({"update": done, "stage": stage.name, "lr": rate}, *found)
             save = bool(config.save_every) and done % config.save_every == 0
-            if not save and done % every:
+            epochs = [stage.epoch(n, config) // max(1, config.eval_every) for n in (done, done - 1)]
+            validate = config.eval_every and (epochs[0] > epochs[1] or done == stage.end)
+            if not (save or validate) and done % every:
                 continue
             lines = ledger.settle()
             if rank() > 0:
                 continue
-            bar.set_postfix({name: f"{value:.3f}" for name, value in lines[-1]["terms"].items()}, refresh=False)
+            if validation and validate:
+                look = validation.look(method)
+                if config.keep == "best":
+                    keep_best(run, method, stage, done, look["loss"])
+                add_line(log, {"update": done, "stage": stage.name, "validation": look})
+            shown = {**lines[-1]["terms"], **({"val": look["loss"], "R@5": look["R@5"]} if look else {})}
+            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
             if done - first == 20:
                 bar.write(cost(method, lines[-1]["seconds"], stage.end - done, device))
             for line in lines if watch else ():
@@ -807,6 +891,14 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
         if rank() == 0 and done < stage.end:
             bar.write(f"stopped and saved at update {done}; continue with: python train.py --resume {run}")
     return done
+
+
+def keep_best(run, method, stage, update, loss):
+    """best.safetensors: the weights of the lowest validation loss of a stage, compared with what log.jsonl has."""
+    before = [line["validation"]["loss"] for line in read_log(run)
+              if line.get("stage") == stage.name and "validation" in line and line["update"] < update]
+    if loss < min(before, default=math.inf):
+        evaluation.save_weights(method, run, "best.safetensors")
 
 
 def cost(method, seconds, left, device):
@@ -829,13 +921,15 @@ def train(config, run, source, device):
     text = make_text(config, run, reports, device, checkpoint is None)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
+    if config.init and checkpoint is None and rank() == 0:
+        start_from(config.init, method)
     if config.method == "cmelt" and config.negatives == "far":
         method.far = far_texts(method, reports(), run, device, checkpoint is None)
     for tensor in method.state_dict().values() if models.world() > 1 else ():
         dist.broadcast(tensor, 0)
     optimiser, cuda = make_optimiser(method, config), device.type == "cuda"
     update = restore(checkpoint, run, method, optimiser) if checkpoint else 0
-    log = watch = None
+    log = watch = validation = None
     if rank() == 0:
         count = sum(p.numel() for p in method.parameters())
         sets = ", ".join(f"{n} of {spec}" for spec, n in by_set(store, rows).items())
@@ -866,7 +960,15 @@ def train(config, run, source, device):
             watch = Watch(augment(probe, device), method, config)
             if update > stage.first:
                 watch.state = checkpoint["watch"]
-        update = train_stage(stage, update, method, optimiser, batches, store.ids, config, run, device, log, watch)
+            validation = Validation(records, config, device) if config.eval_every else None
+            if validation and len(validation.rows) < 2:
+                validation = None
+                print(f"{config.data}: fewer than two validation records with a report: no validation curve")
+            if config.keep == "best" and not validation:
+                raise data.DataError("--keep best: there is nothing to choose by; it needs validation records, "
+                                     "and --eval-every over 0")
+        update = train_stage(stage, update, method, optimiser, batches, store.ids, config, run, device, log, watch,
+                             validation)
         if update < stage.end:
             return False
     if rank() == 0:
@@ -885,6 +987,12 @@ def finish(config, run, store, rows, method, device):
     of the median update (a busy machine makes some slow), the rest of the session that ended the run."""
     lines, gpu = read_log(run), device if device.type == "cuda" else None
     updates = [line for line in lines if "terms" in line]
+    if config.keep == "best":
+        looks = [line for line in lines if "validation" in line and line["stage"] == updates[-1]["stage"]]
+        best = min(looks, key=lambda line: line["validation"]["loss"])
+        method.load_state_dict(evaluation.read_tensors(run / "best.safetensors")[0])
+        evaluation.remember(run, "kept", {"update": best["update"], "of": best["stage"],
+                                          "lowest validation loss": best["validation"]["loss"]})
     if updates and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
         seconds = [line["seconds"] for line in updates]
         facts = {
@@ -898,7 +1006,7 @@ def finish(config, run, store, rows, method, device):
             "warnings": [f"update {one['update']}: {one['warning']}" for one in lines if "warning" in one]}
         data.write_text(run / "training.json", json.dumps(facts, indent=1))
     evaluation.save_weights(method, run)
-    plot_log(updates, run / "curves.png")
+    plot_log(lines, run / "curves.png")
     if config.method == "cardiolm":
         models.save_language_model(method, run / "language_model")
         evaluation.report_language(method, [store.texts[row] for row in store.rows("test")], run)
@@ -920,15 +1028,22 @@ def main(argv=None):
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config.data = ",".join(map(absolute, data.split_specs(config.data)))
+    if config.init:
+        published = evaluation.publication(config.init)
+        config.init = ":".join([published[0], os.path.abspath(published[1])]) if published else os.path.abspath(
+            config.init)
+        if not published:
+            evaluation.read_config(config.init)  # is it a run?
     for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
     source = store, _, rows = open_source(config)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
                "csrc": csrc.build_info().get("sources", "reference")}
     plan_stages(config, store, rows)
-    first, sets = rank() == 0, [] if language else evaluation.sets_of(store)
-    if first and not sets and not language:
-        print(f"{config.data}: no test record has a label, so there will be no table at the end")
+    first, wanted = rank() == 0, {}
+    if first and not language:  # at the end a table of the data's own kind
+        sets = evaluation.sets_of(store)
+        wanted = {"zeroshot": sets} if sets else {"retrieve": sorted(store.sources())}
     run = from_first(resumed or first and new_folder(config, made_by))
     with data.locked(run / ".lock", wait=False) if first else contextlib.nullcontext(True) as acquired:
         if not acquired:
@@ -945,10 +1060,10 @@ def main(argv=None):
                 shutil.rmtree(run)  # nothing is lost
             raise
     leave_processes()
-    if finished and sets and first:
-        print(f"training is finished; the table: python eval.py --zeroshot {' '.join(sets)} --run {run}",
+    for task, sets in wanted.items() if finished else ():
+        print(f"training is finished; the table: python eval.py --{task} {' '.join(sets)} --run {run}",
               file=sys.stderr)  # this is what an interrupt cuts short
-        evaluation.report(run, {"zeroshot": sets}, data=[config.data], device=device)
+        evaluation.report(run, {task: sets}, device=device)
 
 
 if __name__ == "__main__":

@@ -516,6 +516,7 @@ def test_negatives_are_far_and_reach_the_model():
     angle = torch.arange(100) / 100 * np.pi
     far = models.FarTexts(texts, torch.stack([angle.cos(), angle.sin()], 1), nearest=10)
     assert set(far.draw(["text 0"] * 200)) == {f"text {i}" for i in range(90, 100)}  # the ten that point away
+    assert len(set(far.draw(["a text of a validation record"] * 200))) > 50
     tags = [[f"block {i}", f"infarct {i}", "sinus rhythm"] for i in range(8)]
     method, batch = toy_method("cmelt", negatives="far"), toy_batch()._replace(tags=tags, chosen=[said[:2] for said in tags])
     method.far = models.FarTexts(list(map(models.join, tags)), torch.eye(8))

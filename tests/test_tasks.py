@@ -248,9 +248,9 @@ def test_patients_of_training_validation_and_test_are_apart(options, tmp_path, m
 
 def test_validation_rows_of_data_that_have_none_come_from_training_patients(simulated, tmp_path, monkeypatch):
     """Also where the split is by a hash of the patient, as the simulator's is."""
-    run = run_of(simulated, monkeypatch, tmp_path, Reader(1))
+    run, split = run_of(simulated, monkeypatch, tmp_path, Reader(1)), simulated.records["split"].replace("val", "train")
+    monkeypatch.setitem(simulated.records, "split", split)
     question = evaluation.ask_set("simulated", run.config, asking())
-    split = simulated.records["split"]
     assert not (split == "val").any() and set(split[question.val.rows]) == {"train"}
     assert 0.05 < len(question.val.rows) / (split == "train").sum() < 0.2
     assert not set(question.val.rows) & set(question.train.rows)
@@ -674,7 +674,7 @@ def test_refused_options(line, sentence, capsys):
     ("--zeroshot age --data simulated:200", data.DataError, "unknown label set 'age'"),
     ("--zeroshot simulated --data simulated:200 --scales token,beat", models.ModelError, "has no beat scale"),
     ("--zeroshot simulated --data simulated:200 --folds 9", data.DataError, "no folds: leave out --folds"),
-    ("--zeroshot simulated --data simulated:200 --split val", data.DataError, "no record of the val split"),
+    ("--zeroshot simulated --data simulated:5 --split val", data.DataError, "no record of the val split"),
     ("--zeroshot simulated", data.DataError, "/store: no store "),
     ("--zeroshot cpsc2018 --data georgia:a csn:b", data.DataError, "none of georgia:a, csn:b is of cpsc2018"),
     ("--zeroshot none.json --data simulated:200", data.DataError, "none.json: No such file"),

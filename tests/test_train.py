@@ -85,7 +85,11 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method,
         assert facts["parameters"] >= facts["trained_parameters"] > 1e4 and facts["records"] > 48
         assert (facts["parameters"] == facts["trained_parameters"]) == (method != "etp")
         assert (facts["processes"], facts["threads"]) == (1, 1) and (facts["peak_memory_gb"] is None) == (not torch.cuda.is_available())
-    assert logs[0] == logs[1] and [line["update"] for line in logs[0] if "terms" in line] == list(range(1, len(logs[0]) + 1))
+    updated = [line for line in logs[0] if "terms" in line]
+    assert logs[0] == logs[1] and [line["update"] for line in updated] == list(range(1, len(updated) + 1))
+    looks = [line["validation"] for line in logs[0] if "validation" in line]
+    assert len(looks) > 2 and all(look["terms"].keys() == updated[0]["terms"].keys() and
+                                  0 <= look["R@1"] <= look["R@5"] <= 1 for look in looks)
     own = {"fgclep": ["recovered.jsonl"], "cmelt": ["negatives.pt"], "etp": []}[method]
     for name in ("config.json", "curves.png", "results.json", "tokenizer", *own):
         assert (tmp_path / "runs/part" / name).exists(), name
@@ -100,7 +104,7 @@ def test_torchrun_with_two_processes_trains_like_one(tiny_store, tmp_path, free_
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}",
                           str(ROOT / "train.py"), "--name", "two", *args], cwd=tmp_path, env=env, text=True, capture_output=True)
     assert two.returncode == 0, two.stdout + two.stderr
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / f"runs/{name}/log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    losses = [[line["loss"] for line in lines_of(tmp_path / "runs" / name, "loss")] for name in ("one", "two")]
     assert len(losses[0]) == len(losses[1]) > 10
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
     assert np.allclose(*losses, rtol=2e-3)  # AdamW's first steps are signs: they enlarge differences of rounding
@@ -277,7 +281,8 @@ def test_a_log_line_cut_by_a_kill_is_passed_over(finished, tmp_path, monkeypatch
     assert (run / "log.jsonl").read_text() == text  # every process reads it, only the first may write
     train.main(["--resume", str(run)])
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["update"] for line in lines if "terms" in line] == list(range(1, len(lines) + 1))
+    lines = [line for line in lines if "terms" in line]
+    assert [line["update"] for line in lines] == list(range(1, len(lines) + 1))
 
 
 def test_flipped_bits_in_weights_are_noticed(finished, tmp_path, monkeypatch):
@@ -305,7 +310,7 @@ def test_the_watch_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     checkpoint = torch.load(run / "checkpoint.pt")
     torch.save(checkpoint | {"watch": state}, run / "checkpoint.pt")
     stage = train.train_stage
-    monkeypatch.setattr(train, "train_stage", lambda *a: seen.append(dict(a[-1].state)) or stage(*a))
+    monkeypatch.setattr(train, "train_stage", lambda *a: seen.append(dict(a[-2].state)) or stage(*a))
     train.main(["--resume", str(run)])
     assert seen == [state] and "watch" in torch.load(run / "checkpoint.pt")
 
@@ -338,7 +343,7 @@ def test_a_run_of_ones_own_records_ends_with_their_table(tmp_path, monkeypatch, 
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
     train.main([*args, "--name", "unlabelled"])
     out = capsys.readouterr().out
-    assert "no test record has a label, so there will be no table" in out and "zero-shot" not in out
+    assert "ECG -> report" in out and "zero-shot" not in out  # of reports, which these records have
     with pytest.raises(data.DataError, match="its training data have changed since it began"):
         train.main(["--resume", "runs/own"])
 
@@ -538,3 +543,151 @@ def test_the_speed_benchmark_runs_every_method(name):
     update, config, parameters = bench_train.prepare(name, "small", torch.device("cpu"), 4, False)
     terms, norm, ids = update()
     assert len(ids) == 4 and norm > 0 and 0.1 < parameters < 10
+
+
+# ---- several data sets, validation, a start from other weights ---------------------------------------------------------
+
+def lines_of(run, key):
+    return [line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def test_several_data_sets_in_one_run(tiny_store, tmp_path, monkeypatch, capsys):
+    """Training records of all, by their shares, mixed in batches; the log says how many of each."""
+    monkeypatch.chdir(tmp_path)
+    other = data.open_data("simulated:64")
+    specs = f"store:{tiny_store},simulated:64*0.5"
+    train.main(["--method", "etp", "--data", specs, "--name", "x", *TINY])
+    facts = json.loads((tmp_path / "runs/x/training.json").read_text())
+    store = data.open_data(f"store:{tiny_store}")
+    number, more = len(store.rows("train")), len(other.rows("train"))
+    assert facts["records_by_set"] == {f"store:{tiny_store}": number, "simulated:64": more} and facts["records"] == number + more
+    assert len(lines_of(tmp_path / "runs/x", "terms")) == 3 * ((number + round(more / 2)) // 16)
+    assert f"training records: {number} of store:{tiny_store}, {more} of simulated:64; " in capsys.readouterr().out
+    both = data.open_all(specs)
+    keys = list(train.Keys(both, np.concatenate([both.rows("train")]), small_config("etp", batch_size=16), 0, 2))
+    sets = [set(both.set_of(rows)) for _, _, rows in keys]
+    assert {0, 1} in sets and all(len(set(rows)) == 16 for _, _, rows in keys)
+    halves = [{r for _, e, rows in keys if e == epoch for r in rows if r >= len(store)} for epoch in (0, 1)]
+    assert halves[0] != halves[1]  # another half every epoch
+
+
+def test_validation_sees_no_training_record_and_changes_nothing(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, look_at = [], evaluation.look_at
+    monkeypatch.setattr(evaluation, "look_at", lambda m, store, tags, rows, d: seen.append(rows) or look_at(m, store, tags, rows, d))
+    store = data.open_data("simulated:200")
+    args = ["--method", "merl", "--data", "simulated:200", *TINY]
+    train.main([*args, "--name", "a"])
+    train.main([*args, "--name", "b", "--eval-every", "0"])
+    train.main([*args, "--name", "c", "--eval-every", "2"])
+    a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a) and not lines_of(tmp_path / "runs/b", "validation")
+    assert set(np.concatenate(seen)) == set(store.rows("val")) and len(store.rows("val")) > 4
+    looks, updates = lines_of(tmp_path / "runs/a", "validation"), lines_of(tmp_path / "runs/a", "terms")
+    assert len(looks) == 3 and len(lines_of(tmp_path / "runs/c", "validation")) == 2  # after two epochs, and at the end
+    assert looks[-1]["update"] == updates[-1]["update"] and looks[0]["validation"]["auroc"].keys() == {"simulated"}
+
+
+def test_validation_by_hand(tiny_store):
+    """Retrieval and AUROC of vectors that say what the records are."""
+    store = data.open_data("simulated:200")
+    tags, rows = data.report_tags(store), store.rows("val")
+    texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
+    classes, labels, _ = data.label_matrix(store.records.iloc[rows], "simulated")
+    size = len(texts) + len(classes)
+
+    class Oracle(torch.nn.Module):
+        """Of a report the axis of its text, of a prompt the axis of its class, of an ECG both its own."""
+        def encode_text(self, said):
+            prompts = evaluation.class_prompts("simulated", classes, "descriptive")
+            axis = {text: i for i, text in enumerate(texts)}
+            place = [axis[t] if t in axis else next(len(texts) + c for c, row in enumerate(prompts) if t in row) for t in said]
+            return models.TextViews(None, None, torch.eye(size)[place])
+    ecg = np.concatenate([np.eye(len(texts))[own], 0.5 * labels], 1).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": ecg})
+        found = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"))
+        patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": -ecg})
+        wrong = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"))
+    assert found["R@1"] == found["R@5"] == 1 and found["auroc"] == {"simulated": 1.0} and found["texts"] == len(texts)
+    assert wrong["R@1"] == 0 and wrong["auroc"] == {"simulated": 0.0}
+
+
+def test_the_best_weights_are_kept_where_that_is_asked_for(tmp_path, monkeypatch, tiny_store):
+    monkeypatch.chdir(tmp_path)
+    losses, look = iter([3.0, 1.0, 2.0]), train.Validation.look
+    kept = []
+    monkeypatch.setattr(train.Validation, "look", lambda self, method: kept.append(
+        {k: v.clone() for k, v in method.state_dict().items()}) or {**look(self, method), "loss": next(losses)})
+    train.main(["--method", "etp", "--data", "simulated:200", "--name", "x", "--keep", "best", *TINY])
+    weights, looks = load_file(tmp_path / "runs/x/model.safetensors"), lines_of(tmp_path / "runs/x", "validation")
+    assert all(torch.equal(weights[k], kept[1][k]) for k in weights) and not torch.equal(
+        kept[2]["project_ecg.weight"], kept[1]["project_ecg.weight"])
+    assert json.loads((tmp_path / "runs/x/results.json").read_text())["kept"] == {
+        "update": looks[1]["update"], "of": "train", "lowest validation loss": 1.0}
+    with pytest.raises(data.DataError, match="--keep best: there is nothing to choose by"):
+        train.main(["--method", "etp", "--data", f"store:{tiny_store}", "--keep", "best", "--eval-every", "0", *TINY])
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path, monkeypatch, capsys, tiny_store):
+    """Also of another method, with the words of its tokenizer; what does not fit is named."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(train, "make_optimiser", lambda method, config, make=train.make_optimiser: made.append(
+        {k: v.clone() for k, v in method.state_dict().items()}) or make(method, config))
+    args = ["--data", f"store:{tiny_store}", *TINY]
+    train.main(["--method", "fgclep", "--name", "first", *args])
+    first = load_file(tmp_path / "runs/first/model.safetensors")
+    capsys.readouterr()
+    train.main(["--method", "merl", "--name", "second", "--init", "runs/first", *args])
+    out, second = capsys.readouterr().out, made[-1]
+    same = {k for k in second if k in first and second[k].shape == first[k].shape}
+    assert all(torch.equal(second[k], first[k]) for k in same) and {k for k in first if k.startswith(("ecg.", "text."))} <= same
+    assert "--init " in out and "left as they were made: down.bias" in out and "project_ecg" in out
+    words = [json.loads((tmp_path / f"runs/{name}/tokenizer/tokenizer.json").read_text())["model"] for name in ("first", "second")]
+    assert words[0] == words[1]
+    with pytest.raises(models.ModelError, match="nothing of its ECG encoder fits a vit_tiny"):
+        train.main(["--method", "etp", "--init", "runs/first", "--encoder", "vit_tiny", *args])
+    with pytest.raises(data.DataError, match="not a run folder"):
+        train.main(["--method", "etp", "--init", "runs/none", *args])
+
+
+def test_the_language_model_learns_at_a_rate_of_its_own():
+    method = models.build_method(small_config("etp", text_trainable_layers=-1), models.small_text_model(["a b"] * 2, steps=1))
+    groups = train.make_optimiser(method, small_config("etp", text_lr_scale=0.1)).param_groups
+    names = {p: n for n, p in method.named_parameters()}
+    for group in groups:
+        assert {names[p].startswith("text.") for p in group["params"]} == {group["scale"] == 0.1}
+    assert sum(len(group["params"]) for group in groups) == len(names) and len(groups) == 4
+
+
+def test_a_frozen_text_tower_is_run_once(tiny_store, tmp_path, monkeypatch):
+    """At the start for every tag, and never in a step; the training is what it was without keeping them."""
+    monkeypatch.chdir(tmp_path)
+    runs, encode, keep = {}, models.TextTower.encode, models.TextTower.keep
+    monkeypatch.setattr(train.evaluation, "report", lambda *a, **k: None)
+    for name in ("kept", "not"):
+        calls = []
+        monkeypatch.setattr(models.TextTower, "encode", lambda self, texts: calls.append(texts) or encode(self, texts))
+        monkeypatch.setattr(models.TextTower, "keep", keep if name == "kept" else lambda *a: None)
+        train.main(["--method", "etp", "--data", f"store:{tiny_store}", "--name", name, "--eval-every", "0", *TINY])
+        runs[name] = calls, [line["loss"] for line in lines_of(tmp_path / "runs" / name, "terms")]
+    assert len(runs["kept"][0]) == 1 and len(set(runs["kept"][0][0])) == len(runs["kept"][0][0]) > 20
+    assert len(runs["not"][0]) == len(runs["not"][1]) > 10
+    assert np.allclose(runs["kept"][1][:2], runs["not"][1][:2], rtol=1e-6)  # then AdamW enlarges the last bits
+
+
+def test_losses_are_looked_at_some_updates_at_a_time(tiny_store, tmp_path, monkeypatch):
+    """As on a GPU: the log is the same, and a loss that is not finite is found before weights are saved."""
+    monkeypatch.chdir(tmp_path)
+    args = ["--method", "etp", "--data", f"store:{tiny_store}", *TINY]
+    train.main([*args, "--name", "each"])
+    monkeypatch.setitem(train.LOOK_EVERY, "cpu", 5)
+    train.main([*args, "--name", "five"])
+    logs = [[{**line, "seconds": 0} for line in lines_of(tmp_path / "runs" / name, "update")] for name in ("each", "five")]
+    assert logs[0] == logs[1] and len(logs[0]) > 11
+    info_nce, count = models.info_nce, []
+    monkeypatch.setattr(models, "info_nce", lambda *a: count.append(0) or info_nce(*a) * (float("nan") if len(count) == 7 else 1))
+    with pytest.raises(data.DataError, match="the loss is nan at update 7; records of its batch"):
+        train.main([*args, "--name", "bad", "--save-every", "5", "--eval-every", "0"])
+    assert torch.load(tmp_path / "runs/bad/checkpoint.pt")["update"] == 5
