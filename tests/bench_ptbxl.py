@@ -5,6 +5,7 @@ it again to go on.
     python tests/bench_ptbxl.py ../shared/data/ptbxl --tasks zeroshot,probe
     python tests/bench_ptbxl.py ../shared/data/ptbxl --ablation   parts of FG-CLEP x seeds
     python tests/bench_ptbxl.py ../shared/data/ptbxl --methods melp,melp-rpeak,melp-cardiolm
+    python tests/bench_ptbxl.py ../shared/data/ptbxl --methods fgclep,fgclep-simulated,fgclep-mixed,fgclep-init
 """
 import argparse
 import subprocess
@@ -34,7 +35,10 @@ ABLATION = {  # name of the runs -> flags; each but the last two adds a part of 
 LANGUAGE_MODEL = "bench-cardiolm"
 VARIANTS = {"cmelt-far": ["--method", "cmelt", "--negatives", "far"],  # N3S
             "melp-rpeak": ["--method", "melp", "--beats", "rpeak"],
-            "melp-cardiolm": ["--method", "melp", "--text-model", f"runs/{LANGUAGE_MODEL}"]}
+            "melp-cardiolm": ["--method", "melp", "--text-model", f"runs/{LANGUAGE_MODEL}"],
+            "fgclep-simulated": ["--method", "fgclep", "--data", "simulated:4096"],
+            "fgclep-mixed": ["--method", "fgclep", "--data", "{data},simulated:4096"],
+            "fgclep-init": ["--method", "fgclep", "--init", "runs/bench-fgclep-simulated-{seed}"]}
 
 
 def train(name, flags):
@@ -69,15 +73,18 @@ def main():
     if unknown := [name for name in names if name not in known]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     plan = {name: known[name] for name in names}
-    common = ["--data", f"ptbxl:{Path(args.ptbxl).resolve()}", "--threads", str(args.threads)]
-    runs = {f"bench-{name}-{seed}": [*flags, "--seed", str(seed), *common]
+    ptbxl = f"ptbxl:{Path(args.ptbxl).resolve()}"
+    common = ["--data", ptbxl, "--threads", str(args.threads)]
+    runs = {f"bench-{name}-{seed}": [*common, "--seed", str(seed), *(flag.format(data=ptbxl, seed=seed) for flag in flags)]
             for name, flags in plan.items() for seed in range(args.seeds)}
     if "melp-cardiolm" in names:
         train(LANGUAGE_MODEL, ["--method", "cardiolm", *common])
-    train_all(runs, args.jobs)
+    late = {name: flags for name, flags in runs.items() if "--init" in flags}  # they need the others
+    train_all({name: flags for name, flags in runs.items() if name not in late}, args.jobs)
+    train_all(late, args.jobs)
     wanted = {task: evaluation.sets_for(task, ["ptbxl"]) for task in args.tasks.split(",")}
     evaluation.compare([ROOT / "runs" / name for name in runs], wanted, folds=[9, 10],
-                       data=[common[1]], device="cuda" if torch.cuda.is_available() else "cpu")
+                       data=[ptbxl], device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":
