@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.signal import resample_poly
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 from wfdb.io._signal import BYTES_PER_SAMPLE, INVALID_SAMPLE_VALUE, _rd_dat_signals
 
@@ -809,7 +810,8 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
     plan, total, usable = survey(settings)
     if workers is not None and workers < 1:
         raise DataError(f"{workers} workers cannot prepare anything; name 1 or more")
-    workers = workers or min(os.cpu_count(), 1 + usable // 4000)  # starting one costs some thousand records
+    # starting a worker costs as much as a thousand records at 100 Hz
+    workers = workers or min(os.cpu_count(), 1 + usable * rate // 100_000)
     vacant = lambda: not os.path.lexists(dst) or os.path.isdir(dst) and not os.listdir(dst)
     try:
         if vacant():
@@ -916,15 +918,18 @@ def in_order(function, items, workers):
         yield from map(function, items)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=die_with_parent) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=start_worker) as pool:
         waiting = deque(pool.submit(function, item) for item in islice(items, 2 * workers))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(function, item) for item in islice(items, 1))
 
 
-def die_with_parent():
-    """A worker whose parent is killed would wait for work for ever: leave with it."""
+def start_worker():
+    """One thread, as there are as many workers as cores; and a worker whose parent is killed would wait for work
+    for ever: leave with it."""
+    threadpool_limits(1)
+
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)

@@ -150,7 +150,7 @@ def augment(drawn, device):
     with their R peaks."""
     ecg, peaks, dropped, steps = (x.to(device, non_blocking=True) for x in (
         drawn.batch.ecg, drawn.batch.peaks, drawn.dropped, drawn.steps))
-    ecg, length = (ecg.float() / 1000).masked_fill_(dropped[:, :, None], 0), ecg.shape[2]
+    ecg, length = ecg.float().div_(1000).masked_fill_(dropped[:, :, None], 0), ecg.shape[2]
     if drawn.steps.any():
         source = torch.arange(length, device=device) - steps[:, None]                # (B, N)
         outside = (source < 0) | (source >= length)
