@@ -926,8 +926,8 @@ def in_order(function, items, workers):
 
 
 def start_worker():
-    """One thread, as there are as many workers as cores; and a worker whose parent is killed would wait for work
-    for ever: leave with it."""
+    """One thread, as there are as many workers as cores; and a worker whose parent is killed would wait for
+    work for ever: leave with it."""
     threadpool_limits(1)
 
     def wait():
@@ -1278,8 +1278,8 @@ def load_tracing(settings, row):
 def simulated_rows(settings):
     for i in range(int(settings["src"])):
         name = f"{settings['seed']}-{i}"
-        yield dict(id=name, patient=name, split=split_by(name, 0.8, 0.05), fold="", sex="", source="simulated",
-                   number=i)
+        yield dict(id=name, patient=name, split=split_by(name, 0.8, 0.05), fold="", sex="",
+                   source="simulated", number=i)
 
 
 def load_simulated(settings, row):

@@ -342,8 +342,9 @@ def source_of(store):
 
 def find_store(name, config, specs=()):
     """The store that answers a label set: of several data specs the one of the set's source, a single one
-    whatever it holds; else those of the run's own data that are of that source, together; else, for PTB-XL, what is in
-    $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is none."""
+    whatever it holds; else those of the run's own data that are of that source, together; else, for PTB-XL,
+    what is in $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is
+    none."""
     source, rate = name.split("_")[0], config.rate
     anything = source in ("own", "age", "sex") or name.endswith(".json")
     kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
@@ -563,14 +564,15 @@ def score_records(run, store, rows, prompts, ask, batch=256):
 
 @torch.no_grad()
 def look_at(method, store, tags, rows, device):
-    """How training goes, on a few hundred records (R, with reports): R@1 and R@5 of each ECG's report among the
-    distinct ones, and the macro AUROC of the label sets that these records answer, zero-shot by the rhythm."""
+    """How training goes, on validation records with reports: R@1 and R@5 of each ECG's report among the
+    distinct ones, and the macro AUROC of the label sets that they answer, zero-shot by the rhythm."""
     embed = lambda texts: torch.cat([method.encode_text(texts[i:i + 256]).report.float().cpu()
                                      for i in range(0, len(texts), 256)]).numpy()
     ecg = embed_records(method, store, rows, device, "validation")["rhythm"]
     texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
     rank = ranks(ecg @ embed(texts.tolist()).T, own[:, None] == np.arange(len(texts)))
-    found = {"R@1": float((rank <= 1).mean()), "R@5": float((rank <= 5).mean()), "texts": len(texts), "auroc": {}}
+    found = {"R@1": float((rank <= 1).mean()), "R@5": float((rank <= 5).mean()), "texts": len(texts),
+             "auroc": {}}
     for name in sets_of(store, "val"):
         records = store.records.iloc[rows]
         mine = (records["source"] == name.split("_")[0]).to_numpy() | (name == "own")

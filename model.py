@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather, all_reduce
+from torch.utils.checkpoint import checkpoint
 
 from csrc import beat_of_token, segment_beats, sigmoid_loss, token_beat_rhythm
 
@@ -76,8 +77,8 @@ def join(tags):
 
 # ---- several processes -----------------------------------------------------------------------------------
 # Every process gathers what it compares its own records with, with gradient: gather sums gradients over the
-# processes, train.average_gradients averages those of parameters. So the mean of the processes' losses, and of
-# their gradients, is what one process has with the whole batch.
+# processes, train.average_gradients averages those of parameters. So the mean of the processes' losses, and
+# of their gradients, is what one process has with the whole batch.
 
 ALONE = False  # see alone
 
@@ -104,8 +105,8 @@ def rank():
 
 
 def gather(x):
-    """What this process has, (B, ...) -> what all have, in order of rank, differentiable; None stays. The N of
-    (B, N, D) may differ between processes: padded with zeros to the longest."""
+    """What this process has, (B, ...) -> what all have, in order of rank, differentiable; None stays. The N
+    of (B, N, D) may differ between processes: padded with zeros to the longest."""
     if world() == 1 or x is None:
         return x
     if x.dim() == 3:
@@ -116,8 +117,8 @@ def gather(x):
 
 
 def gather_lists(rows, number):
-    """B lists of tags of this process -> those of all. number: {tag: number}, the same everywhere: tags travel
-    as numbers."""
+    """B lists of tags of this process -> those of all. number: {tag: number}, the same everywhere: tags
+    travel as numbers."""
     if world() == 1:
         return rows
     size = torch.tensor([len(rows), max(map(len, rows))])
@@ -166,17 +167,33 @@ class BatchNorm(nn.SyncBatchNorm):
         mean = all_reduce(f.sum(axes, keepdim=True)) / count                   # (1, C) or (1, C, 1)
         var = all_reduce((f - mean).square().sum(axes, keepdim=True)) / count  # two passes: no cancellation
         with torch.no_grad():
-            momentum = self.momentum if self.track_running_stats else 0
-            self.num_batches_tracked += self.track_running_stats
-            self.running_mean.lerp_(mean.flatten(), momentum)
-            self.running_var.lerp_(var.flatten() * count / (count - 1), momentum)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
         weight, bias = self.weight.view(mean.shape), self.bias.view(mean.shape)
         return ((f - mean) * torch.rsqrt(var + self.eps) * weight + bias).to(x.dtype)
 
 
+@contextlib.contextmanager
+def replaying(model):
+    """What is computed within is computed again: BatchNorm uses the statistics of its batch, and does not count
+    it a second time."""
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
 class Conv(nn.Conv1d):
-    """nn.Conv1d without bias. x: (B, C, T). On a GPU computed as a 2-D one, in and out in the order (B, T, C) of
-    memory, which what is elementwise keeps: cuDNN need not turn every tensor round, a fifth of a ResNet's time."""
+    """nn.Conv1d without bias. x: (B, C, T). On a GPU computed as a 2-D one, in and out in the order (B, T, C)
+    of memory, which what is elementwise keeps: cuDNN need not turn every tensor round, a fifth of a ResNet's
+    time."""
 
     def forward(self, x):
         if not x.is_cuda:
@@ -693,8 +710,8 @@ def info_nce(x, y, scale):
 
 
 def paired_cross_entropy(rows, columns):
-    """Cross entropy of logits of this process' ECGs with all texts, and of its texts with all ECGs, each (b, B);
-    mean of the two."""
+    """Cross entropy of logits of this process' ECGs with all texts, and of its texts with all ECGs, each
+    (b, B); mean of the two."""
     target = rank() * len(rows) + torch.arange(len(rows), device=rows.device)
     return (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2
 
@@ -732,7 +749,7 @@ def reconstruction_loss(rebuilt, target, hidden):
 
 class Objective(nn.Module):
     """What train.py trains: Batch -> {term: scalar}, in three steps, so that a batch can be encoded in parts
-    (train.chunked): plan looks at the whole batch, represent at a part of it, compare at what all parts gave."""
+    (train.chunked): plan looks at the whole batch, represent at a part, compare at what all parts gave."""
     settings = ()        # of Config, that belong to it and maybe to some others: the rest refuse them
     stages = ("train",)  # "fine", if there is one, has config.fine_epochs
     weights = {}         # of the loss terms, where not 1
@@ -787,8 +804,9 @@ class CardioLM(Objective):
 
     @classmethod
     def check(cls, config):
-        if config.compile or config.chunk or config.init or config.keep == "best":
-            raise ModelError("--compile, --chunk, --init, --keep best are for an ECG encoder: cardiolm has none")
+        if config.compile or config.recompute or config.chunk or config.init or config.keep == "best":
+            raise ModelError("--compile, --recompute, --chunk, --init, --keep best are for an ECG encoder, and cardiolm has "
+                             "none")
 
     def guess(self, texts):
         """Hide words of B strings -> (sum of their cross entropies, their number, how many are right)."""
@@ -827,7 +845,9 @@ class Method(Objective):
 
     @classmethod
     def check(cls, config):
-        if config.text_unit == "tags":
+        if config.compile and config.recompute:
+            raise ModelError("--compile decides itself what to compute again: leave out --recompute")
+        if config.text_unit == "tags" and config.method != "fgclep":
             raise ModelError("--text-unit tags is fgclep's: the other methods pair each record with one text")
 
     def represent(self, batch):
@@ -849,6 +869,18 @@ class Method(Objective):
         """torch.compile what of the ECG encoder is called, on first use."""
         for name in {"forward", "states", "embed", "encode"} & set(dir(self.ecg)):
             setattr(self.ecg, name, torch.compile(getattr(self.ecg, name)))
+
+    def recompute(self):
+        """Gradient checkpointing (Chen et al. 2016) of each block of both towers: its activations are computed
+        again in the backward pass, with the same random numbers."""
+        def again(block):
+            how = dict(use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), replaying(block)))
+            block.forward = functools.partial(checkpoint, block.forward, **how)
+        for module in self.modules():
+            if isinstance(module, (ResBlock, Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+                again(module)
+        if not self.text.frozen and self.text.lm.supports_gradient_checkpointing:
+            self.text.lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def learned_scale(self):
         """exp of the learned log-scale, at most 100 (limit_scales)."""
@@ -1180,7 +1212,8 @@ class CMELT(Method):
         masked = labels >= 0  # only these need the vocabulary
         target = frames_of(ecg if self.config.mem_target == "record" else visible)  # (B, T, 16 * L)
         pair = torch.cat([self.pool_fused_text(fused_text[:, 0]), self.pool_fused_ecg(fused_ecg[:, 0])], 1)
-        return {"ecg": self.pool_ecg(states[:, 0]), "text": self.pool_text(words[:, 0]), "aligned": aligned}, {
+        vectors = {"ecg": self.pool_ecg(states[:, 0]), "text": self.pool_text(words[:, 0])}
+        return vectors | {"aligned": aligned}, {
             "mlm": masked_cross_entropy(self.tell_word(fused_text[masked]), labels[masked]),
             "mem": reconstruction_loss(self.rebuild(half, order.argsort(1)), target, hidden),
             "etm": masked_cross_entropy(self.match(pair), aligned.long())}
@@ -1266,6 +1299,7 @@ class FGCLEP(ETP):
 
     @classmethod
     def check(cls, config):
+        super().check(config)
         if config.text_unit == "tags" and (config.similarity != "tags" or config.fn_mode == "none"):
             raise ModelError("--similarity half or cos and --fn-mode none pair each record with one text: "
                              "add --text-unit report")
@@ -1304,7 +1338,7 @@ class FGCLEP(ETP):
         self.number = {tag: i for i, tag in enumerate(tags)}
 
     def plan(self, batch):
-        """Unit tags: every distinct tag of the batch is a text, and each process encodes its share of them."""
+        """Unit tags: every distinct tag of the batch is a text, and each process encodes its share."""
         tags, chosen = gather_lists(batch.tags, self.number), gather_lists(batch.chosen, self.number)
         if self.config.text_unit != "tags":
             return batch._replace(everyone=(chosen, tags))
@@ -1312,7 +1346,7 @@ class FGCLEP(ETP):
         return batch._replace(said=share_out(texts), everyone=([[text] for text in texts], tags))
 
     def represent(self, batch):
-        ecg, vectors = self.encode_ecg(batch.ecg), {}
+        ecg = self.encode_ecg(batch.ecg)
         vectors = {"ecg": ecg.rhythm} | ({} if self.config.align == "rhythm" else {"tokens": ecg.tokens})
         if batch.texts:  # parts can be more than texts
             text = self.encode_text(batch.texts)
@@ -1342,10 +1376,10 @@ class FGCLEP(ETP):
 
     @torch.no_grad()
     def targets(self, t, chosen, tags, everyone):
-        """Soft targets S (b, C): how far text l is true of record k, of this process. similarity tags: share of
-        the text that the record's report contains; half: (1 + cos(t_k, t_l)) / 2, as published: unrelated texts
-        get 1/2; cos: max(cos, 0). fn_mode none: the identity. t (C, dim), chosen: of the texts; tags: the
-        records', everyone: those of all processes."""
+        """Soft targets S (b, C): how far text l is true of record k, of this process. similarity tags: share
+        of the text that the record's report contains; half: (1 + cos(t_k, t_l)) / 2, as published: unrelated
+        texts get 1/2; cos: max(cos, 0). fn_mode none: the identity. t (C, dim), chosen: of the texts; tags:
+        the records', everyone: those of all processes."""
         own = slice(rank() * len(tags), (rank() + 1) * len(tags))
         if self.config.fn_mode == "none":
             return torch.eye(len(t), device=t.device)[own]
@@ -1365,12 +1399,15 @@ def tag_containment(chosen, tags, everyone=None, device="cpu"):
     everyone = tags if everyone is None else everyone
     number = {tag: i for i, tag in enumerate(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))}
     used = Counter(word for row in everyone for word in set().union(*map(words_of, row)))
-    place = {word: i for i, word in enumerate(dict.fromkeys(word for tag in number for word in words_of(tag)))}
-    weight = torch.tensor([math.log(len(everyone) / max(1, used[word])) + 0.05 for word in place], device=device)
+    place = dict.fromkeys(word for tag in number for word in words_of(tag))
+    place = {word: i for i, word in enumerate(place)}
+    weight = [math.log(len(everyone) / max(1, used[word])) + 0.05 for word in place]
+    weight = torch.tensor(weight, device=device)
     words = members([[place[word] for word in words_of(tag)] for tag in number], len(place), device)  # (U, W)
     cover = (words * weight) @ words.T / (words @ weight)[:, None]        # (a, b): share of a in b
     longest = max(map(len, tags))
-    rows = torch.tensor([[number[tag] for tag in row] + [number[row[0]]] * (longest - len(row)) for row in tags])
+    rows = [[number[tag] for tag in row + row[:1] * (longest - len(row))] for row in tags]  # filled up
+    rows = torch.tensor(rows)
     best = cover.T[rows.to(device)].amax(1)                               # (B, a)
     in_text = members([[number[tag] for tag in row] for row in chosen], len(number), device)          # (C, U)
     return best @ in_text.T / in_text.sum(1)                              # (B, C)
@@ -1402,7 +1439,7 @@ class Config:
     """The small default, made for two CPU cores; a method's own and --preset paper are in METHODS."""
     method: str = "fgclep"  # etp | merl | cmelt | melp | fgclep; cardiolm: a language model for --text-model
     preset: Literal["small", "paper"] = "small"  # paper: the method's published recipe
-    data: str = "simulated"  # simulated[:N], ptbxl|mimic|cpsc2018|csn|georgia|wfdb|store:DIR, csv:FILE; or A,B*0.5
+    data: str = "simulated"  # simulated[:N], ptbxl|mimic|cpsc2018|csn|georgia|wfdb|store:DIR, csv:FILE; A,B*2
     init: str = ""  # weights to start from: a run folder, or merl:FILE, melp:FILE, dbeta:FILE as published
     name: str = ""  # name of the run folder; default: method, data and time
     seed: Annotated[int, 0, 2**31] = 0  # everything random follows from it
@@ -1456,13 +1493,14 @@ class Config:
     fine_epochs: CountOr0 = 0  # of the fine stage
     batch_size: Annotated[int, 2, 10**9] = 32  # records contrasted with one another, over all processes
     accumulate: Count = 1  # such batches per update
-    chunk: CountOr0 = 0  # records encoded at a time, for a batch that memory does not hold; 0: all (train.chunked)
+    chunk: CountOr0 = 0  # records encoded at a time, where memory does not hold a batch; 0: all
     lr: Annotated[float, 1e-12, 100] = 2e-3  # peak learning rate (AdamW)
     beta2: Annotated[float, 0, 0.999999] = 0.999  # AdamW
     weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.make_optimiser
     warmup: Share = 0.1  # share of a stage's updates with rising rate; without it towers collapse
     clip: Annotated[float, 1e-12, math.inf] = 1.0  # largest gradient norm
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
+    recompute: bool = False  # keep no activations within the towers' blocks: compute them again going back
     compile: bool = False  # torch.compile the ECG encoder
     threads: Annotated[int, 0, 4096] = 0  # CPU threads; 0: torch's choice
     eval_every: CountOr0 = 1  # epochs between looks at the validation records; 0: never

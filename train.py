@@ -86,8 +86,8 @@ class Corpus:
 
 
 def open_source(config):
-    """(data.Store, data.Stores or Corpus, data.Tags of every record, numbers of the training records that have
-    any): what a run learns from. Tags are the statements of a report. Errors: DataError."""
+    """(data.Store, data.Stores or Corpus; data.Tags of its records; numbers of the training records that
+    have any): what a run learns from. Tags are the statements of a report. Errors: DataError."""
     if config.method == "cardiolm":
         store = Corpus(config.data, config.report_language)
         tags = data.Tags.of([text] for text in store.texts)
@@ -164,8 +164,8 @@ def augment(drawn, device):
 
 
 class Keys:
-    """Keys of a stage for this process, from batch `first` on: in every epoch a seeded shuffle of the rows that
-    it learns from (data.epoch_rows), whole batches only, of each batch its share."""
+    """Keys of a stage for this process, from batch `first` on: in every epoch a seeded shuffle of the rows
+    that it learns from (data.epoch_rows), whole batches only, of each batch its share."""
 
     def __init__(self, store, rows, config, number, epochs, first=0):
         self.store, self.rows, self.config = store, rows, config
@@ -208,9 +208,9 @@ def plan_stages(config, store, rows):
             stages.append(Stage(name, epochs, first, end, batches))
     if config.batch_size % models.world() or any(stage.first == stage.end for stage in stages):
         raise data.DataError(
-            f"{records} training records with a report an epoch, batches of {config.batch_size} by {models.world()} "
-            f"process(es), {config.accumulate} for an update: every stage needs one update, and a batch must "
-            "divide by the processes; lower --batch-size or --accumulate")
+            f"{records} training records with a report an epoch, batches of {config.batch_size} by "
+            f"{models.world()} process(es), {config.accumulate} for an update: every stage needs one update, "
+            "and a batch must divide by the processes; lower --batch-size or --accumulate")
     return stages
 
 
@@ -314,8 +314,8 @@ def start_from(init, method):
     taken = {name: value.reshape(ours[name].shape) for name, value in state.items()
              if name in ours and evaluation.same_shape(value, ours[name])}
     if not any(name.startswith("ecg.") for name in taken):
-        raise models.ModelError(f"--init {init}: nothing of its ECG encoder fits a {method.config.encoder} of "
-                                "this --width and --patch")
+        raise models.ModelError(f"--init {init}: nothing of its ECG encoder fits a {method.config.encoder} "
+                                "of this --width and --patch")
     method.load_state_dict(taken, strict=False)
     parts = {"of another size": [name for name in state if name in ours and name not in taken],
              "without a place here": sorted(state.keys() - ours.keys()),
@@ -349,7 +349,8 @@ def make_optimiser(method, config):
         scale = config.text_lr_scale if path.startswith("text.") else 1.0
         if p.requires_grad:
             groups[config.weight_decay if decays else 0.0, scale].append(p)
-    groups = [{"params": groups[key], "weight_decay": key[0], "scale": key[1]} for key in sorted(groups, reverse=True)]
+    groups = [{"params": groups[decay, scale], "weight_decay": decay, "scale": scale}
+              for decay, scale in sorted(groups, reverse=True)]
     return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=groups[0]["params"][0].is_cuda)
 
 
@@ -697,8 +698,9 @@ def autocast(config, device):
 
 
 def do_update(method, optimiser, batches, config, device, stop):
-    """One update, from the gradients of config.accumulate batches -> ({term: value}, gradient norm), which stay
-    on the device, and the records' names; None where a stop was asked for: half an update is left undone."""
+    """One update, from the gradients of config.accumulate batches -> {term: value} and gradient norm, which
+    stay on the device, and the records' rows; None where a stop was asked for: half an update is left
+    undone."""
     terms, ids = defaultdict(float), []
     optimiser.zero_grad(set_to_none=True)
     for _ in range(config.accumulate):
@@ -723,9 +725,9 @@ def do_update(method, optimiser, batches, config, device, stop):
 
 
 def chunked(method, batch, config, device):
-    """Loss terms of a batch, and their gradients, with config.chunk records in memory at a time (GradCache, Gao
-    et al. 2021): the parts are encoded without gradient; the loss of all vectors gives the gradients of these;
-    then the parts are encoded again, with the same random numbers, and the gradients go on through them.
+    """Loss terms of a batch, and their gradients, with config.chunk records in memory at a time (GradCache,
+    Gao et al. 2021): the parts are encoded without gradient; the loss of all vectors gives the gradients of
+    these; then the parts are encoded again, with the same random numbers, and gradients go on through them.
 
     It is the gradient of parts that are encoded one by one and compared together: BatchNorm normalises a
     part, and its running statistics see each part once."""
@@ -747,7 +749,7 @@ def chunked(method, batch, config, device):
     counts = {name: models.mean_over_processes(count.float()).clamp(min=1 / models.world())
               for name, count in counts.items()}
     after = random_state(device)
-    with replaying(method):
+    with models.replaying(method):
         for part, (state, _, _) in zip(parts, found):
             set_random_state(state, device)
             with autocast(config, device):
@@ -781,19 +783,6 @@ def set_random_state(state, device):
         torch.cuda.set_rng_state(state[1], device)
 
 
-@contextlib.contextmanager
-def replaying(method):
-    """BatchNorm uses the statistics of its batch, and does not count it again."""
-    norms = [module for module in method.modules() if isinstance(module, models.BatchNorm)]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
 def average_gradients(parameters):
     """Over the processes, at once; a parameter without gradient counts as zeros."""
     if models.world() > 1:
@@ -807,7 +796,7 @@ def average_gradients(parameters):
 
 class Ledger:
     """Losses of the last updates, still on the device: to look at them is to wait for it, so that is done for
-    several at once, by all processes together. log: log.jsonl, open, or None; names: of rows (data.Store.ids)."""
+    several at once, by all processes together. log: log.jsonl, open, or None; names: data.Store.ids."""
 
     def __init__(self, log, method, names):
         self.log, self.method, self.names = log, method, names
@@ -830,7 +819,8 @@ class Ledger:
                 if not math.isfinite(value):
                     raise data.DataError(
                         f"the {what} is {value} at update {line['update']}; records of its batch: "
-                        f"{', '.join(self.names(ids))}. Look at their signals (python data.py plot), or lower --lr")
+                        f"{', '.join(self.names(ids))}. Look at their signals (python data.py plot), or "
+                        "lower --lr")
             lines.append({**line, "loss": loss, "terms": terms, "grad_norm": norm, "seconds": seconds})
             if self.log:
                 add_line(self.log, lines[-1])
@@ -838,9 +828,16 @@ class Ledger:
         return lines
 
 
-def train_stage(stage, done, method, optimiser, batches, names, config, run, device, log, watch, validation):
-    """Do the updates of a stage, of which the run has done some -> updates done. log, watch, validation (or
-    None): process 0's."""
+class Beside(NamedTuple):
+    """What process 0 does beside training; the others nothing."""
+    log: object = None         # log.jsonl, open
+    watch: object = None       # Watch
+    validation: object = None  # Validation
+
+
+def train_stage(stage, done, method, optimiser, batches, names, config, run, device, beside):
+    """Do the updates of a stage, of which the run has done some -> updates done. names: data.Store.ids."""
+    log, watch, validation = beside
     batches, ledger, first, look = iter(batches), Ledger(log, method.train(), names), done, None
     updates, saved, every = stage.end - stage.first, time.monotonic(), LOOK_EVERY[device.type]
     bar = tqdm(range(done, stage.end), stage.name, updates, initial=done - stage.first, disable=rank() > 0,
@@ -881,7 +878,8 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
             if watch and done % 50 == 0 and (warning := watch.look()):
                 add_line(log, {"update": done, "warning": warning})
                 bar.write(f"update {done}: {warning}")
-            if done < stage.end and (save or not config.save_every and time.monotonic() - saved > SAVE_SECONDS):
+            late = not config.save_every and time.monotonic() - saved > SAVE_SECONDS
+            if done < stage.end and (save or late):
                 save_checkpoint(run, method, optimiser, done, watch)
                 saved = time.monotonic()
             ledger.since = time.perf_counter()
@@ -894,7 +892,7 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
 
 
 def keep_best(run, method, stage, update, loss):
-    """best.safetensors: the weights of the lowest validation loss of a stage, compared with what log.jsonl has."""
+    """best.safetensors: the weights of a stage's lowest validation loss; log.jsonl has those before."""
     before = [line["validation"]["loss"] for line in read_log(run)
               if line.get("stage") == stage.name and "validation" in line and line["update"] < update]
     if loss < min(before, default=math.inf):
@@ -905,7 +903,8 @@ def cost(method, seconds, left, device):
     """Sentence on what the rest of a stage will take."""
     size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
     adam = 2 * size(p for p in method.parameters() if p.requires_grad)
-    memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if device.type == "cuda" else ""
+    cuda = device.type == "cuda"
+    memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if cuda else ""
     arrival = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
     return (f"{seconds:.3g} s an update, {left} to go: until {arrival:%a %H:%M}; a checkpoint is "
             f"{(size(method.state_dict().values()) + adam) / 1e9:.2f} GB{memory}")
@@ -938,6 +937,8 @@ def train(config, run, source, device):
         log = write_lines(run / "log.jsonl", [line for line in read_log(run) if line["update"] <= update])
     if config.compile:
         method.compile_encoder()
+    if config.recompute:
+        method.recompute()
     workers = config.workers if config.workers >= 0 else cuda * min(4, os.cpu_count() // models.world())
     for number, stage in enumerate(stages):
         if update >= stage.end:
@@ -949,7 +950,8 @@ def train(config, run, source, device):
             tags = enrich(store, tags, rows, config, run)
         if getattr(method, "text", None) and method.text.frozen and "text_pooling" in method.settings:
             with autocast(config, device):
-                method.text.keep(step_texts(tags, rows, config.text_unit), lambda x: tqdm(x, "texts", leave=False))
+                method.text.keep(step_texts(tags, rows, config.text_unit),
+                                 lambda parts: tqdm(parts, "texts", leave=False))
         method.know(tags.table)
         records, read = Records(store, tags, config), (update - stage.first) * config.accumulate
         batches = torch.utils.data.DataLoader(
@@ -965,10 +967,10 @@ def train(config, run, source, device):
                 validation = None
                 print(f"{config.data}: fewer than two validation records with a report: no validation curve")
             if config.keep == "best" and not validation:
-                raise data.DataError("--keep best: there is nothing to choose by; it needs validation records, "
-                                     "and --eval-every over 0")
-        update = train_stage(stage, update, method, optimiser, batches, store.ids, config, run, device, log, watch,
-                             validation)
+                raise data.DataError("--keep best: there is nothing to choose by; it needs validation "
+                                     "records, and --eval-every over 0")
+        update = train_stage(stage, update, method, optimiser, batches, store.ids, config, run, device,
+                             Beside(log, watch, validation))
         if update < stage.end:
             return False
     if rank() == 0:
@@ -1028,12 +1030,11 @@ def main(argv=None):
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config.data = ",".join(map(absolute, data.split_specs(config.data)))
-    if config.init:
-        published = evaluation.publication(config.init)
-        config.init = ":".join([published[0], os.path.abspath(published[1])]) if published else os.path.abspath(
-            config.init)
-        if not published:
-            evaluation.read_config(config.init)  # is it a run?
+    if config.init and (published := evaluation.publication(config.init)):
+        config.init = f"{published[0]}:{os.path.abspath(published[1])}"
+    elif config.init:
+        evaluation.read_config(config.init)  # is it a run?
+        config.init = os.path.abspath(config.init)
     for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
     source = store, _, rows = open_source(config)

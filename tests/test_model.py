@@ -381,6 +381,27 @@ def test_chunks_are_the_whole_batch_where_nothing_normalises_over_it(name):
     assert all((a - b).abs().max() <= 1e-10 * top for a, b in zip(results[0][1:], results[1][1:]))
 
 
+@pytest.mark.parametrize("name, options", [*CHUNKED, ("melp", {"encoder": "resnet50"})])
+def test_activations_that_are_computed_again_change_nothing(name, options):
+    """Neither gradients nor running statistics, and blocks keep less."""
+    results, kept = [], []
+    for again in (False, True):
+        method, batch, sizes = toy_method(name, **options), toy_batch(), []
+        for module in method.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        if again:
+            method.recompute()
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            loss = method.weighted(method(batch))
+        loss.backward()
+        kept.append(sum(sizes))
+        results.append([loss, *(p.grad for p in method.parameters() if p.grad is not None), *method.buffers()])
+    assert len(results[0]) == len(results[1]) and kept[1] < 0.8 * kept[0]
+    assert all(torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-6) for a, b in zip(*results))
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", models.METHODS)

@@ -310,7 +310,7 @@ def test_the_watch_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     checkpoint = torch.load(run / "checkpoint.pt")
     torch.save(checkpoint | {"watch": state}, run / "checkpoint.pt")
     stage = train.train_stage
-    monkeypatch.setattr(train, "train_stage", lambda *a: seen.append(dict(a[-2].state)) or stage(*a))
+    monkeypatch.setattr(train, "train_stage", lambda *a: seen.append(dict(a[-1].watch.state)) or stage(*a))
     train.main(["--resume", str(run)])
     assert seen == [state] and "watch" in torch.load(run / "checkpoint.pt")
 
