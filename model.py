@@ -404,7 +404,7 @@ class TextTower(nn.Module):
         if pooling == "pooler" and (getattr(lm, "pooler", None) is None or getattr(lm, "new_pooler", False)):
             raise ModelError("this text model has no pooler of its own: use --text-pooling mean or cls")
         if pooling != "pooler" and hasattr(lm, "pooler"):
-            lm.pooler = None  # unused weights would be waited for by DDP and saved for nothing
+            lm.pooler = None  # unused weights would be saved for nothing
 
     def train(self, mode=True):
         return super().train(mode and not self.frozen)

@@ -285,7 +285,7 @@ def make_text(config, run, reports, device, fresh):
     reports.
 
     Process 0 of a fresh run makes it and keeps tokenizer and architecture in run/tokenizer; the others, and a
-    resumed run, build it from there: their weights come from process 0 (DDP) or from the checkpoint."""
+    resumed run, build it from there: their weights come from process 0 or from the checkpoint."""
     folder, made, language = run / "tokenizer", None, config.method == "cardiolm"
     head = "AutoModelForMaskedLM" if language else "AutoModel"
     if rank() == 0 and fresh:
