@@ -636,10 +636,11 @@ class Watch:
         self.probe, self.method, self.state = probe, method, {"recent": [], "flat": []}
         self.chance = method.contrast_sides * math.log(config.batch_size)
 
-    def note(self, terms):
-        """Remember an update's loss terms: name -> number."""
-        if "contrast" in terms:
-            self.state["recent"] = (self.state["recent"] + [terms["contrast"]])[-50:]
+    def note(self, lines, warm):
+        """Remember the contrastive losses of lines of log.jsonl, from update `warm` on."""
+        terms = [line["terms"] for line in lines if line["update"] > warm]
+        found = [some["contrast"] for some in terms if "contrast" in some]
+        self.state["recent"] = (self.state["recent"] + found)[-50:]
 
     @torch.no_grad()
     def look(self):
@@ -838,8 +839,9 @@ class Beside(NamedTuple):
 def train_stage(stage, done, method, optimiser, batches, names, config, run, device, beside):
     """Do the updates of a stage, of which the run has done some -> updates done. names: data.Store.ids."""
     log, watch, validation = beside
-    batches, ledger, first, look = iter(batches), Ledger(log, method.train(), names), done, None
+    batches, ledger, look, told = iter(batches), Ledger(log, method.train(), names), None, done + 20
     updates, saved, every = stage.end - stage.first, time.monotonic(), LOOK_EVERY[device.type]
+    warm = stage.first + config.warmup * updates  # until then every loss is stuck
     bar = tqdm(range(done, stage.end), stage.name, updates, initial=done - stage.first, disable=rank() > 0,
                unit="rec", unit_scale=config.batch_size * config.accumulate)
     with Stop() as stop, bar:
@@ -863,18 +865,17 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
             lines = ledger.settle()
             if rank() > 0:
                 continue
+            if watch:
+                watch.note(lines, warm)
             if validation and validate:
                 look = validation.look(method)
-                if config.keep == "best":
-                    keep_best(run, method, stage, done, look["loss"])
+                save |= config.keep == "best" and keep_best(run, method, stage, done, look["loss"])
                 add_line(log, {"update": done, "stage": stage.name, "validation": look})
             shown = {**lines[-1]["terms"], **({"val": look["loss"], "R@5": look["R@5"]} if look else {})}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
-            if done - first == 20:
+            if told <= done < stage.end:
                 bar.write(cost(method, lines[-1]["seconds"], stage.end - done, device))
-            for line in lines if watch else ():
-                if line["update"] - stage.first > config.warmup * updates:  # until then every loss is stuck
-                    watch.note(line["terms"])
+                told = math.inf
             if watch and done % 50 == 0 and (warning := watch.look()):
                 add_line(log, {"update": done, "warning": warning})
                 bar.write(f"update {done}: {warning}")
@@ -883,7 +884,9 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
                 save_checkpoint(run, method, optimiser, done, watch)
                 saved = time.monotonic()
             ledger.since = time.perf_counter()
-        ledger.settle()
+        lines = ledger.settle()
+        if watch:
+            watch.note(lines, warm)
         if rank() == 0:
             save_checkpoint(run, method, optimiser, done, watch)
         if rank() == 0 and done < stage.end:
@@ -892,11 +895,13 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
 
 
 def keep_best(run, method, stage, update, loss):
-    """best.safetensors: the weights of a stage's lowest validation loss; log.jsonl has those before."""
+    """best.safetensors: the weights of a stage's lowest validation loss; log.jsonl has those before. -> is
+    this the lowest? (A checkpoint follows then: a resumed run must not find later weights here.)"""
     before = [line["validation"]["loss"] for line in read_log(run)
               if line.get("stage") == stage.name and "validation" in line and line["update"] < update]
-    if loss < min(before, default=math.inf):
+    if lowest := loss < min(before, default=math.inf):
         evaluation.save_weights(method, run, "best.safetensors")
+    return lowest
 
 
 def cost(method, seconds, left, device):
@@ -1032,7 +1037,7 @@ def main(argv=None):
     config.data = ",".join(map(absolute, data.split_specs(config.data)))
     if config.init and (published := evaluation.publication(config.init)):
         config.init = f"{published[0]}:{os.path.abspath(published[1])}"
-    elif config.init:
+    elif config.init and not resumed:
         evaluation.read_config(config.init)  # is it a run?
         config.init = os.path.abspath(config.init)
     for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder

@@ -380,10 +380,10 @@ def test_the_watch_tells_a_collapsed_tower_and_a_stuck_loss():
     assert watch.look() == "" and watch.look().startswith("COLLAPSE")
     healthy = train.Watch(probe, Collapsed(1.0), config)
     for _ in range(50):
-        healthy.note({"contrast": 1.0})
+        healthy.note([{"update": 9, "terms": {"contrast": 1.0}}], 5)
     assert healthy.look() == ""
     for _ in range(50):
-        healthy.note({"contrast": np.log(16)})
+        healthy.note([{"update": 9, "terms": {"contrast": np.log(16)}}, {"update": 4, "terms": {"contrast": 9.0}}], 5)
     assert healthy.look().startswith("STUCK")
 
 
