@@ -1042,14 +1042,18 @@ def main(argv=None):
         config.init = os.path.abspath(config.init)
     for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
-    source = store, _, rows = open_source(config)
+    source = store, tags, rows = open_source(config)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
                "csrc": csrc.build_info().get("sources", "reference")}
     plan_stages(config, store, rows)
     first, wanted = rank() == 0, {}
     if first and not language:  # at the end a table of the data's own kind
-        sets = evaluation.sets_of(store)
-        wanted = {"zeroshot": sets} if sets else {"retrieve": sorted(store.sources())}
+        if sets := evaluation.sets_of(store):
+            wanted = {"zeroshot": sets}
+        elif (np.diff(tags.offsets)[store.rows("test")] > 0).sum() > 1:
+            wanted = {"retrieve": sorted(store.sources())}
+        else:
+            print(f"{config.data}: its test records have neither labels nor reports, so there will be no table")
     run = from_first(resumed or first and new_folder(config, made_by))
     with data.locked(run / ".lock", wait=False) if first else contextlib.nullcontext(True) as acquired:
         if not acquired:
