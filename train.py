@@ -418,13 +418,13 @@ def plot_log(lines, path):
     stage begins."""
     from matplotlib.figure import Figure
     updates, looks = ([line for line in lines if key in line] for key in ("terms", "validation"))
-    figure, names = Figure(figsize=(13.5 if looks else 9, 4), layout="constrained"), list(updates[0]["terms"])
+    figure, names = Figure(figsize=(15 if looks else 9, 4), layout="constrained"), list(updates[0]["terms"])
     left, right, *more = figure.subplots(1, 3 if looks else 2)
     x, places = [u["update"] for u in updates], [line["update"] for line in looks]
     for number, name in enumerate(names):
-        left.plot(x, [u["terms"].get(name) for u in updates], lw=0.8, label=name, color=f"C{number}")
-        left.plot(places, [line["validation"]["terms"].get(name) for line in looks], "o-", ms=3,
-                  color=f"C{number}")
+        left.plot(x, [u["terms"].get(name) for u in updates], lw=0.8, alpha=0.5, label=name, color=f"C{number}")
+        left.plot(places, [line["validation"]["terms"].get(name) for line in looks], "ko-", lw=1.5, ms=4,
+                  mfc=f"C{number}")
     for start in {u["stage"]: u["update"] for u in reversed(updates)}.values():
         left.axvline(start, color="0.8", lw=0.8, zorder=0)
     left.set(xlabel="update", ylabel="loss term" + " (dots: validation)" * bool(looks))
@@ -438,7 +438,7 @@ def plot_log(lines, path):
             panel.plot(places, [line["validation"]["auroc"].get(name) for line in looks], "s--", ms=3,
                        label=f"AUROC, {name}")
         panel.set(xlabel="update", ylabel="validation records", ylim=(0, 1))
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
