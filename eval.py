@@ -256,14 +256,12 @@ def rename(state, names):
             for name, found in parts.items() if "" in found or len(found) == 3}  # else it counts as missing
 
 
-def published_weights(state, kind):
-    """The authors' state dictionary -> ours, for leads in our order: MERL and MELP were trained with that of
+def with_our_leads(state, kind):
+    """A state dictionary of ours, for leads in our order: MERL and MELP were trained with that of
     MIMIC-IV-ECG, aVF before aVL."""
-    found = rename(state, published()[kind]["names"])
-    for name in ("ecg.conv1.weight", "ecg.patch.weight", "ecg.stem.0.weight") if kind != "dbeta" else ():
-        if name in found:
-            found[name] = found[name][:, [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11]]
-    return found
+    first = ("ecg.conv1.weight", "ecg.patch.weight", "ecg.stem.0.weight") if kind != "dbeta" else ()
+    return {name: value[:, [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11]] if name in first else value
+            for name, value in state.items()}
 
 
 def same_shape(x, y):
@@ -274,7 +272,7 @@ def same_shape(x, y):
 def load_published(method, state, kind):
     """Fill a method with the authors' weights, kind a key of published(). Errors: ModelError that names what
     is missing, unknown or misshapen."""
-    given = published_weights(state, kind)
+    given = rename(state, published()[kind]["names"])
     ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
     unused = {k for k in given.keys() - ours.keys() if k.startswith(DROPPED)}
     if unexpected := sorted(given.keys() - ours.keys() - unused):
@@ -312,6 +310,7 @@ def open_published(kind, file, text_model="", device="cpu"):
         if len(tokenizer) > lm.config.vocab_size:
             lm.resize_token_embeddings(len(tokenizer))
     method = load_published(models.build_method(config, (lm, tokenizer)), state, kind)
+    method.load_state_dict(with_our_leads(method.state_dict(), kind))
     return method.to(device).eval(), config
 
 

@@ -307,7 +307,9 @@ def start_from(init, method):
     """Fill a method with what fits of other weights, and say what does not. init: a run folder, or what
     evaluation.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder fits."""
     if published := evaluation.publication(init):
-        state = evaluation.published_weights(evaluation.read_tensors(published[1])[0], published[0])
+        kind, (state, _) = published[0], evaluation.read_tensors(published[1])
+        names = evaluation.published()[kind]["names"]
+        state = evaluation.with_our_leads(evaluation.rename(state, names), kind)
     else:
         state, _ = evaluation.read_tensors(Path(init) / "model.safetensors")
     ours = method.state_dict()
@@ -422,7 +424,8 @@ def plot_log(lines, path):
     left, right, *more = figure.subplots(1, 3 if looks else 2)
     x, places = [u["update"] for u in updates], [line["update"] for line in looks]
     for number, name in enumerate(names):
-        left.plot(x, [u["terms"].get(name) for u in updates], lw=0.8, alpha=0.5, label=name, color=f"C{number}")
+        left.plot(x, [u["terms"].get(name) for u in updates], lw=0.8, alpha=0.5, label=name,
+                  color=f"C{number}")
         left.plot(places, [line["validation"]["terms"].get(name) for line in looks], "ko-", lw=1.5, ms=4,
                   mfc=f"C{number}")
     for start in {u["stage"]: u["update"] for u in reversed(updates)}.values():
@@ -1053,7 +1056,7 @@ def main(argv=None):
         elif (np.diff(tags.offsets)[store.rows("test")] > 0).sum() > 1:
             wanted = {"retrieve": sorted(store.sources())}
         else:
-            print(f"{config.data}: its test records have neither labels nor reports, so there will be no table")
+            print(f"{config.data}: its test records have neither labels nor reports: there will be no table")
     run = from_first(resumed or first and new_folder(config, made_by))
     with data.locked(run / ".lock", wait=False) if first else contextlib.nullcontext(True) as acquired:
         if not acquired:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import csrc
 import eval as evaluation
 import model as models
+import train
 from conftest import GOLDEN, small_config
 
 TIED = {"language_encoder.shared.weight": "language_encoder.encoder.embed_tokens.weight",  # the second name fills both
@@ -321,6 +322,9 @@ def test_published_checkpoint(kind, lm, parts, tmp_path, text_folder):
     whole = {"module.model." + ("ecg_encoder." * (name in tower and name != "logit_scale")) + name: a for name, a in state.items()}
     torch.save({"state_dict": whole, "epoch": 3}, tmp_path / "best.pt")
     opened, config = evaluation.open_published(kind, tmp_path / "best.pt", text_folder(lm))
+    fresh = models.build_method(config, (lm(), opened.text.tokenizer))
+    train.start_from(f"{kind}:{tmp_path / 'best.pt'}", fresh)  # another training starts from them
+    assert all(torch.equal(a, fresh.state_dict()[name]) for name, a in opened.ecg.state_dict(prefix="ecg.").items())
     (tmp_path / "best.pt").unlink()  # up to a gigabyte
     direct = evaluation.load_published(models.build_method(config, (lm(), opened.text.tokenizer)), state, kind).eval()
     views = opened.encode_ecg(ecgs(1)), opened.encode_text(TEXTS)

@@ -368,7 +368,7 @@ faulthandler.enable()
 if sys.argv[1:]:
     torch.ops.load_library(sys.argv[1])
 here = int(open("/proc/self/status").read().split("VmSize:")[1].split()[0]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (here + 2**31, here + 2**31))  # what takes more is refused, not begun
+resource.setrlimit(resource.RLIMIT_AS, (here + 2**32, here + 2**32))  # what takes more is refused, not begun
 r, x = random.Random(0), torch.rand
 whole = lambda *values: torch.tensor(values)
 sides = lambda: [x(3, 5, 8), x(2, 4, 8), whole(5, 0, 3), whole(4, 2)]
