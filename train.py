@@ -44,11 +44,15 @@ def parse(argv):
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
         if kind is str and (values := models.get_args(models.TYPES[name])):
             how["metavar"] = "|".join(values)
+        if name == "data":  # said again, it adds another set
+            how["action"] = "append"
         whose = ", ".join(models.owners(name))
         parser.add_argument(models.flag(name), default=argparse.SUPPRESS, **how,
                             help=f"{whose and whose + ': '}{notes[name]} [{default}]".replace("%", "%%"))
     parser.add_argument("--resume", metavar="RUN", help="continue a run folder; its own config holds")
     given = vars(parser.parse_args(argv))
+    if "data" in given:
+        given["data"] = ",".join(given["data"])
     if (resume := given.pop("resume")) is None:
         return models.configure(**given), None, {}
     if given:

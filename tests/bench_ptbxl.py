@@ -75,8 +75,9 @@ def main():
     plan = {name: known[name] for name in names}
     ptbxl = f"ptbxl:{Path(args.ptbxl).resolve()}"
     common = ["--data", ptbxl, "--threads", str(args.threads)]
-    runs = {f"bench-{name}-{seed}": [*common, "--seed", str(seed), *(flag.format(data=ptbxl, seed=seed) for flag in flags)]
-            for name, flags in plan.items() for seed in range(args.seeds)}
+    own = lambda flags, seed: [*common[2 * ("--data" in flags):], "--seed", str(seed),
+                               *(flag.format(data=ptbxl, seed=seed) for flag in flags)]
+    runs = {f"bench-{name}-{seed}": own(flags, seed) for name, flags in plan.items() for seed in range(args.seeds)}
     if "melp-cardiolm" in names:
         train(LANGUAGE_MODEL, ["--method", "cardiolm", *common])
     late = {name: flags for name, flags in runs.items() if "--init" in flags}  # they need the others

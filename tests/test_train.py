@@ -494,6 +494,7 @@ def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, c
 def test_the_command_line_explains_itself(tmp_path, capsys):
     with pytest.raises(models.ModelError, match="unknown method"):
         train.parse(["--method", "clip"])
+    assert train.parse(["--data", "ptbxl:a,csn:b", "--data", "simulated:9*2"])[0].data == "ptbxl:a,csn:b,simulated:9*2"
     with pytest.raises(SystemExit):
         train.parse(["--resume", "runs/x", "--lr", "1"])
     assert "drop --lr" in capsys.readouterr().err
