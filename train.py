@@ -215,6 +215,10 @@ def plan_stages(config, store, rows):
             f"{records} training records with a report an epoch, batches of {config.batch_size} by "
             f"{models.world()} process(es), {config.accumulate} for an update: every stage needs one update, "
             "and a batch must divide by the processes; lower --batch-size or --accumulate")
+    share = config.batch_size // models.world()
+    if config.chunk and 1 in (config.chunk, share % config.chunk):
+        raise data.DataError(f"--chunk {config.chunk} of {share} records leaves a chunk of one, which BatchNorm "
+                             "cannot normalise: choose another")
     return stages
 
 

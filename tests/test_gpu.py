@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(monkeypatch, name, options):
 
 @pytest.mark.parametrize("flags", [[], ["--compile"], ["--accumulate", "2"], ["--precision", "float32"],
                                    ["--method", "merl", "--workers", "2"], ["--method", "etp", "--compile"],
-                                   ["--method", "merl", "--chunk", "5"], ["--method", "melp", "--recompute"]])
+                                   ["--method", "merl", "--chunk", "6"], ["--method", "melp", "--recompute"]])
 def test_training_runs_to_its_table(tiny_store, tmp_path, monkeypatch, flags):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     train.main(["--name", "gpu", "--data", f"store:{tiny_store}", *TINY, *flags,

@@ -95,7 +95,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method,
         assert (tmp_path / "runs/part" / name).exists(), name
 
 
-@pytest.mark.parametrize("flags", [[], ["--accumulate", "2", "--chunk", "3", "--encoder", "vit_tiny", "--patch", "50"]])
+@pytest.mark.parametrize("flags", [[], ["--accumulate", "2", "--chunk", "6", "--encoder", "vit_tiny", "--patch", "50"]])
 def test_torchrun_with_two_processes_trains_like_one(tiny_store, tmp_path, free_port, flags):
     """ETP has no dropout (its text tower is frozen), so the whole runs can be compared: losses of every update. In chunks only an
     encoder without BatchNorm can be."""
@@ -191,7 +191,7 @@ def test_two_processes_do_not_resume_one_run(finished, tmp_path, monkeypatch):
 def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "info_nce", lambda x, y, *a: (x.sum() + y.sum()) * float("nan"))
-    for more, words in ((["--accumulate", "100"], "every stage needs one update"), (["--batch-size", "5000"], "lower --batch-size"),
+    for more, words in ((["--accumulate", "100"], "every stage needs one update"), (["--batch-size", "5000"], "lower --batch-size"), (["--chunk", "5"], "leaves a chunk of one, which BatchNorm"),
                         (["--text-model", str(tmp_path)], "neither a folder with a whole model"), ([], "loss is nan at update 1")):
         with pytest.raises((data.DataError, models.ModelError), match=words):
             train.main(["--method", "etp", "--data", f"store:{tiny_store}", *TINY, *more])
