@@ -217,8 +217,8 @@ def plan_stages(config, store, rows):
             "and a batch must divide by the processes; lower --batch-size or --accumulate")
     share = config.batch_size // models.world()
     if config.chunk and 1 in (config.chunk, share % config.chunk):
-        raise data.DataError(f"--chunk {config.chunk} of {share} records leaves a chunk of one, which BatchNorm "
-                             "cannot normalise: choose another")
+        raise data.DataError(f"--chunk {config.chunk} of {share} records leaves a chunk of one, which "
+                             "BatchNorm cannot normalise: choose another")
     return stages
 
 
