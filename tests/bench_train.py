@@ -1,7 +1,10 @@
-"""Training speed: records/s of whole updates as train.py does them (batch in memory -> optimiser step), median of
-several, and the GPU's peak memory, on this machine. Text models have their published shapes, with random weights.
+"""Training speed: records/s of whole updates as train.py does them (batch in memory -> optimiser step), median
+of several, and peak memory beyond model and batch, on this machine. Text models have their published shapes,
+with random weights.
 
     python tests/bench_train.py [--method merl] [--size small|paper] [--batch-size 64] [--compile] [--profile]
+    MALLOC_MMAP_THRESHOLD_=65536 python tests/bench_train.py --method merl --size paper --threads 1 \\
+        --batch-size 256 --chunk 16     # and 16 alone, and 16 --accumulate 16; the variable makes memory exact
 """
 import argparse
 import itertools
@@ -30,9 +33,9 @@ def text_model(config, size):
     return lm, models.word_tokenizer([models.join(REPORT)] * 4)
 
 
-def prepare(name, size, device, batch_size, compiled):
+def prepare(name, size, device, batch_size, compiled, **settings):
     """One update of a method as a function without arguments, its config and its parameters in millions."""
-    config = models.configure(name, size, **(dict(batch_size=batch_size) if batch_size else {}))
+    config = models.configure(name, size, **settings, **(dict(batch_size=batch_size) if batch_size else {}))
     method = models.build_method(config, text_model(config, size)).to(device).train()
     tags = [REPORT[:1 + i % 4] + [f"finding {i % 29}"] for i in range(config.batch_size)]
     if name == "cmelt":
@@ -66,6 +69,27 @@ def timed(update, device, count):
     return seconds
 
 
+class Peak:
+    """Most memory since it was made, in GB, beyond what there was: of the GPU, or of this process (Linux)."""
+
+    def __init__(self, device):
+        self.gpu = device.type == "cuda"
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")
+        self.start = self.now()
+
+    def now(self):
+        if self.gpu:
+            return torch.cuda.max_memory_allocated() / 1e9
+        lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
+        return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), float("nan"))
+
+    def beyond(self):
+        return self.now() - self.start
+
+
 def profile(update):
     """What an update spends its time on: the operators by their own time, then by time on the CPU."""
     kinds = torch.profiler.ProfilerActivity
@@ -83,6 +107,8 @@ def main():
     parser.add_argument("--method", nargs="+", default=WITH_ECGS)
     parser.add_argument("--size", choices=("small", "paper"), nargs="+", default=["small", "paper"])
     parser.add_argument("--batch-size", type=int, help="instead of the method's own")
+    parser.add_argument("--chunk", type=int, default=0)
+    parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -92,17 +118,16 @@ def main():
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()}, {args.threads} threads"
     print(f"{name}, torch {torch.__version__}{', compiled' * args.compile}\n\n"
-          "| method | size | batch | parameters | records/s | GB on the GPU |\n|---|---|---|---|---|---|")
+          "| method | size | batch | parameters | records/s | peak, GB |\n|---|---|---|---|---|---|")
     for method in args.method:
         for size in args.size:
-            if gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            update, config, parameters = prepare(method, size, device, args.batch_size, args.compile)
+            update, config, parameters = prepare(method, size, device, args.batch_size, args.compile,
+                                                 chunk=args.chunk, accumulate=args.accumulate)
+            peak = Peak(device)
             timed(update, device, 2)
-            rate = config.batch_size / statistics.median(timed(update, device, 5))
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if gpu else "-"
-            print(f"| {method} | {size} | {config.batch_size} | {parameters:.1f} M | {rate:,.0f} | {peak} |", flush=True)
+            rate = config.batch_size * config.accumulate / statistics.median(timed(update, device, 3))
+            print(f"| {method} | {size} | {config.batch_size} | {parameters:.1f} M | {rate:,.1f} | "
+                  f"{peak.beyond():.2f} |", flush=True)
             if args.profile:
                 profile(update)
             del update
