@@ -504,8 +504,8 @@ class Store:
         return {name: value for name, value in vars(self).items() if name not in ("records", "tags")}
 
     def sources(self):
-        """What its records come from: keys of SOURCES."""
-        return {self.meta["settings"]["source"]}
+        """What its records come from: keys of SOURCES, each once, in order."""
+        return [self.meta["settings"]["source"]]
 
     def set_of(self, rows):
         """The place in parts of each row, (B,)."""
@@ -588,7 +588,7 @@ class Stores(Store):
             store.verify()
 
     def sources(self):
-        return set().union(*(store.sources() for store in self.stores))
+        return list(dict.fromkeys(source for store in self.stores for source in store.sources()))
 
     def split_rows(self, rows):
         """Of every store that has some of the rows: their places among them, the store, its rows."""

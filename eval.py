@@ -336,7 +336,7 @@ def open_store(spec, rate):
 
 
 def source_of(store):
-    return str(store.records["source"].iloc[0])
+    return store.sources()[0]
 
 
 def find_store(name, config, specs=()):
@@ -373,7 +373,7 @@ def find_store(name, config, specs=()):
 def sets_of(store, split="test"):
     """Label sets that a store's records of a split can answer: those named as their source, or the codes that
     occur; none where no record has a label."""
-    if store.sources() == {"mimic"}:  # a million records without labels need not be read
+    if store.sources() == ["mimic"]:  # a million records without labels need not be read
         return []
     found, records = [], store.records[store.records["split"] == split]
     for source, part in records.groupby("source", sort=False):
@@ -548,7 +548,7 @@ def score_records(run, store, rows, prompts, ask, batch=256):
     """Zero-shot scores of rows of a store: prompts are C lists of texts, the score of a class is the mean
     over its texts of the similarity with the ECG -> (R, C) float32."""
     method, scales = run.method, list(ask.scales or run.method.scales)
-    text = method.encode_text([text.rstrip(". ") for row in prompts for text in row])  # worded as statements
+    text = method.encode_text(worded(prompts))
     if scales == ["rhythm"]:  # the vectors say it all
         like = torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
     else:
@@ -557,31 +557,53 @@ def score_records(run, store, rows, prompts, ask, batch=256):
             ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(run.device)
             parts.append(method.similarity(method.encode_ecg(ecg), text, scales).float().cpu())
         like = torch.cat(parts)                                                    # (R, texts)
+    return class_means(like, prompts)
+
+
+def worded(prompts):
+    """C lists of texts -> all texts, worded as statements are."""
+    return [text.rstrip(". ") for row in prompts for text in row]
+
+
+def class_means(like, prompts):
+    """Similarities with all texts of all classes (R, texts) -> mean of each class, (R, C) float32 numpy;
+    digits beyond the fifth, in which a batch's rounding would rank equal records, are cut."""
     scores = [part.mean(1) for part in like.split([len(row) for row in prompts], 1)]
-    return torch.stack(scores, 1).numpy().round(5)  # beyond, a batch's rounding would rank equal records
+    return torch.stack(scores, 1).numpy().round(5)
+
+
+def embed_reports(method, texts):
+    """U strings -> (U, dim) vectors on the CPU."""
+    parts = np.array_split(np.array(texts, object), len(texts) // 256 + 1)
+    return torch.cat([method.encode_text(part.tolist()).report.float().cpu() for part in parts])
+
+
+def questions_of(store, rows, split):
+    """What the label sets that a split can answer ask of some of its rows: a list of (name, places in rows,
+    labels (R, C), prompts: C lists of texts)."""
+    found = []
+    for name in sets_of(store, split):
+        records = store.records.iloc[rows]
+        mine = np.flatnonzero((records["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
+        classes, labels, keep = data.label_matrix(records.iloc[mine], name)
+        if keep.any():
+            prompts = class_prompts(name, classes, "descriptive", records.iloc[mine])
+            found.append((name, mine[keep], labels[keep], prompts))
+    return found
 
 
 @torch.no_grad()
-def look_at(method, store, tags, rows, device):
+def look_at(method, store, tags, rows, device, questions):
     """How training goes, on validation records with reports: R@1 and R@5 of each ECG's report among the
-    distinct ones, and the macro AUROC of the label sets that they answer, zero-shot by the rhythm."""
-    embed = lambda texts: torch.cat([method.encode_text(texts[i:i + 256]).report.float().cpu()
-                                     for i in range(0, len(texts), 256)]).numpy()
-    ecg = embed_records(method, store, rows, device, "validation")["rhythm"]
+    distinct ones, and the macro AUROC of the label sets that they answer (questions_of), by the rhythm."""
+    ecg = torch.from_numpy(embed_records(method, store, rows, device, "validation")["rhythm"])
     texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
-    rank = ranks(ecg @ embed(texts.tolist()).T, own[:, None] == np.arange(len(texts)))
+    rank = ranks((ecg @ embed_reports(method, texts).T).numpy(), own[:, None] == np.arange(len(texts)))
     found = {"R@1": float((rank <= 1).mean()), "R@5": float((rank <= 5).mean()), "texts": len(texts),
              "auroc": {}}
-    for name in sets_of(store, "val"):
-        records = store.records.iloc[rows]
-        mine = (records["source"] == name.split("_")[0]).to_numpy() | (name == "own")
-        classes, labels, keep = data.label_matrix(records[mine], name)
-        if keep.any():
-            prompts = class_prompts(name, classes, "descriptive", records[mine])
-            like = ecg[mine][keep] @ embed([text.rstrip(". ") for row in prompts for text in row]).T
-            ends = np.cumsum([len(row) for row in prompts])[:-1]
-            scores = np.stack([part.mean(1) for part in np.split(like, ends, 1)], 1)
-            found["auroc"][name] = round(float(mean_auroc(scores, labels[keep])), 4)
+    for name, places, labels, prompts in questions:
+        like = ecg[places] @ embed_reports(method, worded(prompts)).T
+        found["auroc"][name] = round(float(mean_auroc(class_means(like, prompts), labels)), 4)
     return found
 
 
@@ -1003,9 +1025,9 @@ def retrieve(run, name, ask):
         raise data.DataError(f"{store.path}: fewer than two of the records asked for have a report")
     reports = [models.join(tags[row]) for row in rows]
     distinct, first, texts = np.unique(reports, return_index=True, return_inverse=True)
-    read, parts = data.Findings(), np.array_split(distinct, len(distinct) // 256 + 1)
+    read = data.Findings()
     findings = [" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first]
-    text = torch.cat([run.method.encode_text(part.tolist()).report.float().cpu() for part in parts]).numpy()
+    text = embed_reports(run.method, distinct).numpy()
     ecg, patients = vectors(run, store, rows, ask)["rhythm"], store.records["patient"].to_numpy()[rows]
     among = lambda some: both_ways(ecg[some], text, texts[some], np.array(findings), patients[some])
     columns = among(np.arange(len(rows)))

@@ -112,8 +112,13 @@ def gather(x):
     if x.dim() == 3:
         longest = torch.tensor(x.shape[1])  # on the CPU, so that nothing waits for the GPU
         dist.all_reduce(longest, dist.ReduceOp.MAX)
-        x = F.pad(x, (0, 0, 0, int(longest) - x.shape[1]))
+        x = lengthen(x, int(longest))
     return torch.cat(all_gather(x.contiguous()))
+
+
+def lengthen(x, n):
+    """(B, N, D) -> (B, n, D), zeros behind."""
+    return F.pad(x, (0, 0, 0, n - x.shape[1]))
 
 
 def gather_lists(rows, number):
@@ -150,7 +155,12 @@ def mean_over_processes(x):
 def mean_over_all(total, count):
     """Sum (differentiable scalar) and number of this process' items -> its part of the mean over all items:
     the mean over the processes is that. 0 of none."""
-    return total / mean_over_processes(count.to(total.dtype)).clamp(min=1 / world())
+    return total / mean_count(count).to(total.dtype)
+
+
+def mean_count(count):
+    """Mean number of items of a process, float64; over 0 where there is none: 0 is divided by it."""
+    return mean_over_processes(count.double()).clamp(min=1 / world())
 
 
 class BatchNorm(nn.SyncBatchNorm):
@@ -176,8 +186,8 @@ class BatchNorm(nn.SyncBatchNorm):
 
 @contextlib.contextmanager
 def replaying(model):
-    """What is computed within is computed again: BatchNorm uses the statistics of its batch, and does not count
-    it a second time."""
+    """What is computed within is computed again: BatchNorm uses the statistics of its batch, and does not
+    count it a second time."""
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
@@ -695,7 +705,7 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def half(x):
+def as_autocast(x):
     """x in the precision of autocast, where that is on. (What is normalised under it comes in float32.)"""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
@@ -805,8 +815,8 @@ class CardioLM(Objective):
     @classmethod
     def check(cls, config):
         if config.compile or config.recompute or config.chunk or config.init or config.keep == "best":
-            raise ModelError("--compile, --recompute, --chunk, --init, --keep best are for an ECG encoder, and cardiolm has "
-                             "none")
+            raise ModelError("--compile, --recompute, --chunk, --init, --keep best are for an ECG encoder, "
+                             "and cardiolm has none")
 
     def guess(self, texts):
         """Hide words of B strings -> (sum of their cross entropies, their number, how many are right)."""
@@ -871,8 +881,8 @@ class Method(Objective):
             setattr(self.ecg, name, torch.compile(getattr(self.ecg, name)))
 
     def recompute(self):
-        """Gradient checkpointing (Chen et al. 2016) of each block of both towers: its activations are computed
-        again in the backward pass, with the same random numbers."""
+        """Gradient checkpointing (Chen et al. 2016) of each block of both towers: its activations are
+        computed again in the backward pass, with the same random numbers."""
         def again(block):
             how = dict(use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), replaying(block)))
             block.forward = functools.partial(checkpoint, block.forward, **how)
@@ -896,7 +906,8 @@ class Method(Objective):
         if "rhythm" in scales:
             views |= dict(rhythm=ecg.rhythm, report=text.report)
         if "token" in scales:
-            views |= dict(tokens=half(ecg.tokens), words=half(text.words), word_count=text.word_count)
+            views |= dict(tokens=as_autocast(ecg.tokens), words=as_autocast(text.words),
+                          word_count=text.word_count)
         if "beat" in scales:
             views |= dict(beats=ecg.beats, sentences=text.sentences, beat_count=ecg.beat_count,
                           sentence_count=text.sentence_count, **self.beat_options())
@@ -1399,10 +1410,8 @@ def tag_containment(chosen, tags, everyone=None, device="cpu"):
     everyone = tags if everyone is None else everyone
     number = {tag: i for i, tag in enumerate(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))}
     used = Counter(word for row in everyone for word in set().union(*map(words_of, row)))
-    place = dict.fromkeys(word for tag in number for word in words_of(tag))
-    place = {word: i for i, word in enumerate(place)}
-    weight = [math.log(len(everyone) / max(1, used[word])) + 0.05 for word in place]
-    weight = torch.tensor(weight, device=device)
+    place = {word: i for i, word in enumerate(dict.fromkeys(w for tag in number for w in words_of(tag)))}
+    weight = torch.tensor([math.log(len(everyone) / max(1, used[w])) + 0.05 for w in place], device=device)
     words = members([[place[word] for word in words_of(tag)] for tag in number], len(place), device)  # (U, W)
     cover = (words * weight) @ words.T / (words @ weight)[:, None]        # (a, b): share of a in b
     longest = max(map(len, tags))

@@ -686,6 +686,7 @@ class Validation:
         self.rows = np.random.default_rng(config.seed).permutation(rows)[:self.MOST]
         self.records, self.config, self.device = records, config, device
         self.size = min(config.batch_size, len(self.rows))
+        self.questions = evaluation.questions_of(records.store, self.rows, "val")
 
     @torch.no_grad()
     def look(self, method):
@@ -699,7 +700,8 @@ class Validation:
                 drawn.dropped[:], drawn.steps[:] = False, 0
                 for name, value in method(augment(drawn, self.device)).items():
                     terms[name] += value.item() / count
-            found = evaluation.look_at(method, self.records.store, self.records.tags, self.rows, self.device)
+            found = evaluation.look_at(method, self.records.store, self.records.tags, self.rows, self.device,
+                                       self.questions)
         method.train()
         return {"loss": method.weighted(terms), "terms": terms, **found}
 
@@ -743,7 +745,7 @@ def chunked(method, batch, config, device):
 
     It is the gradient of parts that are encoded one by one and compared together: BatchNorm normalises a
     part, and its running statistics see each part once."""
-    batch, found, terms = method.plan(batch), [], {}
+    batch, found = method.plan(batch), []
     parts = list(batch.parts(config.chunk))
     for part in parts:
         state = random_state(device)
@@ -757,16 +759,14 @@ def chunked(method, batch, config, device):
     (method.weighted(terms) / config.accumulate).backward()
     pieces = {name: iter(whole[name].grad.split([len(piece) for piece in some]))
               for name, some in pieces.items() if whole[name].grad is not None}
-    counts = {name: sum(sums[name][1] for _, _, sums in found) for name in found[0][2]}
-    counts = {name: models.mean_over_processes(count.float()).clamp(min=1 / models.world())
-              for name, count in counts.items()}
+    counts = {name: models.mean_count(sum(sums[name][1] for _, _, sums in found)) for name in found[0][2]}
     after = random_state(device)
     with models.replaying(method):
         for part, (state, _, _) in zip(parts, found):
             set_random_state(state, device)
             with autocast(config, device):
                 vectors, sums = method.represent(part)
-            own = {name: total / counts[name] for name, (total, _) in sums.items()}
+            own = {name: total / counts[name].to(total.dtype) for name, (total, _) in sums.items()}
             ends = [vectors[name] for name in pieces if name in vectors]
             given = [next(pieces[name])[:, :vectors[name].shape[1]] for name in pieces if name in vectors]
             last = [method.weighted(own) / config.accumulate] if own else []
@@ -781,7 +781,7 @@ def padded(pieces):
     """(b, ...) tensors one behind the other; the N of (b, N, D) padded with zeros to the longest."""
     if pieces[0].dim() == 3:
         longest = max(piece.shape[1] for piece in pieces)
-        pieces = [torch.nn.functional.pad(piece, (0, 0, 0, longest - piece.shape[1])) for piece in pieces]
+        pieces = [models.lengthen(piece, longest) for piece in pieces]
     return torch.cat(pieces)
 
 
@@ -1062,7 +1062,7 @@ def main(argv=None):
         if sets := evaluation.sets_of(store):
             wanted = {"zeroshot": sets}
         elif (np.diff(tags.offsets)[store.rows("test")] > 0).sum() > 1:
-            wanted = {"retrieve": sorted(store.sources())}
+            wanted = {"retrieve": store.sources()}
         else:
             print(f"{config.data}: its test records have neither labels nor reports: there will be no table")
     run = from_first(resumed or first and new_folder(config, made_by))

@@ -21,9 +21,10 @@ def sigmoid_loss(x, y, scale=1.0, bias=0.0, positive=None, first=None):
     """Mean over all pairs of softplus(-s_ij (scale x_i.y_j + bias)), where s_ij = 1 if i = j and positive[i], else -1 (SigLIP, Zhai et al.
     2023, with its mean over the batch's rows replaced by one over all pairs; D-BETA's ETS, METHODS 2.4).
 
-    x, y (B, D): not normalised here. positive (B,) bool: which pairs belong together; all where not given. x may be rows of the batch only,
-    (R, D) from row `first` on: the mean is over their pairs then. scale, bias: numbers, or tensors that may be learned. float32 and float64 are computed as they are, fp16 in float32, bf16 in float32, too, or on a GPU by bf16
-    products added in float32. Returns a scalar, float32 or float64; gradients to all tensors, but no second ones. Errors: TypeError,
+    x, y (B, D): not normalised here. positive (B,) bool: which pairs belong together; all where not given. x
+    may be rows of the batch only, (R, D) from row `first` on: the mean is over their pairs then. scale, bias:
+    numbers, or tensors that may be learned. float32 and float64 are computed as they are, fp16 in float32, bf16
+    in float32, too, or on a GPU by bf16 products added in float32. Returns a scalar, float32 or float64; gradients to all tensors, but no second ones. Errors: TypeError,
     ValueError."""
     if not (x.shape == y.shape or first is not None) or not are_rows(x, y, first or 0) or x.device != y.device:
         rows = "" if first is None else f", or x (R, D) rows of such from {first} on"

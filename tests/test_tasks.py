@@ -39,6 +39,9 @@ class Painted:
     def tags(self):
         return data.Tags.of(self.records["statements"])
 
+    def sources(self):
+        return self.records["source"].unique().tolist()
+
     def ecg(self, rows):
         ecg = np.zeros((len(self), 12, self.samples), np.float32)[rows]
         ecg[:, 0, :self.painted.shape[1]] = self.painted[rows]

@@ -577,7 +577,7 @@ def test_several_data_sets_in_one_run(tiny_store, tmp_path, monkeypatch, capsys)
 def test_validation_sees_no_training_record_and_changes_nothing(tiny_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen, look_at = [], evaluation.look_at
-    monkeypatch.setattr(evaluation, "look_at", lambda m, store, tags, rows, d: seen.append(rows) or look_at(m, store, tags, rows, d))
+    monkeypatch.setattr(evaluation, "look_at", lambda m, store, tags, rows, *more: seen.append(rows) or look_at(m, store, tags, rows, *more))
     store = data.open_data("simulated:200")
     args = ["--method", "merl", "--data", "simulated:200", *TINY]
     train.main([*args, "--name", "a"])
@@ -607,11 +607,12 @@ def test_validation_by_hand(tiny_store):
             place = [axis[t] if t in axis else next(len(texts) + c for c, row in enumerate(prompts) if t in row) for t in said]
             return models.TextViews(None, None, torch.eye(size)[place])
     ecg = np.concatenate([np.eye(len(texts))[own], 0.5 * labels], 1).astype(np.float32)
+    questions = evaluation.questions_of(store, rows, "val")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": ecg})
-        found = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"))
+        found = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
         patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": -ecg})
-        wrong = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"))
+        wrong = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
     assert found["R@1"] == found["R@5"] == 1 and found["auroc"] == {"simulated": 1.0} and found["texts"] == len(texts)
     assert wrong["R@1"] == 0 and wrong["auroc"] == {"simulated": 0.0}
 
