@@ -1695,6 +1695,30 @@ def report_tags(store, language="english"):
     return Tags.of(map(translate if language == "translated" else split_statements, store.records["report"]))
 
 
+def true_tags(store):
+    """Tags: all that is true of every record, where that is known (simulated ones): names of its findings,
+    then its waveform features. Of the others none."""
+    if isinstance(store, Stores):
+        return Tags.join([true_tags(one) for one in store.stores])
+    if store.sources() != ["simulated"]:
+        return Tags.of([()] * len(store))
+    findings, records = knowledge()["findings"], store.records
+    return Tags.of([*(findings[code]["name"] for code in codes), *features]
+                   for codes, features in zip(records["codes"], records["features"]))
+
+
+@lru_cache
+def meanings():
+    """{tag: name of the finding that it says, or itself where it is a waveform feature}. What is possible or
+    probable in a report is true or not all the same; a wording of two findings says neither for sure."""
+    findings, names = knowledge()["findings"], {}
+    for wording, key in wordings():
+        names.setdefault(wording, set()).add(findings[key]["name"])
+    names |= {feature: {feature} for finding in findings.values() for feature in finding["features"]}
+    return {doubt + wording: min(name) for wording, name in names.items() if len(name) == 1
+            for doubt in ("", "possible ", "probable ")}
+
+
 def there(spec):
     """Is the path of a data spec, or the file, there?"""
     return os.path.exists(os.path.expanduser(re.sub(rf"^({SPEC}):", "", spec.strip())))

@@ -90,8 +90,10 @@ class Corpus:
 
 
 def open_source(config):
-    """(data.Store, data.Stores or Corpus; data.Tags of its records; numbers of the training records that
-    have any): what a run learns from. Tags are the statements of a report. Errors: DataError."""
+    """(data.Store, data.Stores or Corpus; data.Tags of its records; data.Tags of what is true of them, none
+    where that is not known or not asked for; numbers of the training records that have any of the first):
+    what a run learns from. Tags are the statements of a report. Errors: DataError."""
+    truth = None
     if config.method == "cardiolm":
         store = Corpus(config.data, config.report_language)
         tags = data.Tags.of([text] for text in store.texts)
@@ -99,8 +101,10 @@ def open_source(config):
         store = data.open_all(config.data, config.rate)
         store.verify()
         tags = data.report_tags(store, config.report_language)
+        if config.method == "fgclep" and config.targets == "truth":
+            truth = data.true_tags(store)
     rows = store.rows("train")
-    return store, tags, rows[np.diff(tags.offsets)[rows] > 0]
+    return store, tags, truth or data.Tags.of([()] * len(tags)), rows[np.diff(tags.offsets)[rows] > 0]
 
 
 class Drawn(NamedTuple):
@@ -112,10 +116,19 @@ class Drawn(NamedTuple):
 
 class Records(torch.utils.data.Dataset):
     """(stage, epoch, rows) -> Drawn. What is random about a record follows from (seed, stage, epoch, row)
-    alone: any number of processes, and a resumed run, see the same."""
+    alone: any number of processes, and a resumed run, see the same. tags, truth: of open_source."""
 
-    def __init__(self, store, tags, config):
-        self.store, self.tags, self.config = store, tags, config
+    def __init__(self, store, tags, truth, config):
+        self.store, self.tags, self.truth, self.config = store, tags, truth, config
+
+    def whole(self, row):
+        """What a record's report says, and behind it what else is true."""
+        said = self.tags[row]
+        return said + [tag for tag in self.truth[row] if tag not in said]
+
+    def said(self, row):
+        """The tags that its texts are made of: those of its report, or all."""
+        return self.whole(row) if self.config.text_unit == "tags" else self.tags[row]
 
     def __getitem__(self, key):
         stage, epoch, rows = key
@@ -124,13 +137,14 @@ class Records(torch.utils.data.Dataset):
         limit = int(self.config.shift * self.config.rate)
         for i, row in enumerate(rows):
             rng = np.random.default_rng((self.config.seed, stage, epoch, row))
-            chosen.append(sample_tags(self.tags[row], self.config.text_unit, rng))
+            chosen.append(sample_tags(self.said(row), self.config.text_unit, rng))
             if self.config.lead_drop:
                 dropped[i] = rng.random(ecg.shape[1]) < self.config.lead_drop
             if limit:
                 steps[i] = rng.integers(-limit, limit + 1)
-        batch = models.Batch(ecg, chosen, [self.tags[row] for row in rows], list(rows),
-                             torch.from_numpy(self.store.peaks(rows)))
+        batch = models.Batch(ecg, chosen, [self.whole(row) for row in rows], list(rows),
+                             torch.from_numpy(self.store.peaks(rows)),
+                             [len(self.truth.numbers_of(row)) > 0 for row in rows])
         return Drawn(batch, torch.from_numpy(dropped), torch.from_numpy(steps))
 
 
@@ -142,11 +156,11 @@ def sample_tags(tags, unit, rng):
     return [tags[i] for i in rng.permutation(len(tags))[:count]]
 
 
-def step_texts(tags, rows, unit):
-    """The texts that steps can be made of; none where they are too many to be listed."""
+def step_texts(records, rows, unit):
+    """The texts that steps can be made of; none where they are too many to be listed. records: Records."""
     if unit == "report":
-        return [models.join(tags[row]) for row in rows]
-    return [] if unit == "subset" else [tag for row in rows for tag in tags[row]]
+        return [models.join(records.tags[row]) for row in rows]
+    return [] if unit == "subset" else [tag for row in rows for tag in records.said(row)]
 
 
 def augment(drawn, device):
@@ -202,11 +216,24 @@ class Stage(NamedTuple):
         return (update - self.first) * config.accumulate // self.batches
 
 
-def plan_stages(config, store, rows):
-    """Stages of a run, for most methods one. Errors: DataError where one has no update."""
+def unknown_rows(truth, rows):
+    """Those whose truth is not known."""
+    return rows[np.diff(truth.offsets)[rows] == 0]
+
+
+def plan_stages(config, store, truth, rows):
+    """Stages of a run, for most methods one: where all truth is known, the fine one has nothing to recover,
+    and its epochs are the coarse one's. Errors: DataError where one has no update."""
     records, stages, end = len(data.epoch_rows(store, np.random.default_rng(0), rows)), [], 0
-    for name in models.METHODS[config.method][0].stages:
-        if epochs := config.fine_epochs if name == "fine" else config.epochs:
+    plan = {name: config.fine_epochs if name == "fine" else config.epochs
+            for name in models.METHODS[config.method][0].stages}
+    if "fine" in plan and len(rows) > len(unknown_rows(truth, rows)) == 0:
+        plan = {"coarse": sum(plan.values())}
+        if config.llm:
+            raise data.DataError("--llm: all that is true of these records is known, nothing is to be "
+                                 "recovered: leave it out, or add --targets reports")
+    for name, epochs in plan.items():
+        if epochs:
             batches = records // config.batch_size
             first, end = end, end + epochs * batches // config.accumulate
             stages.append(Stage(name, epochs, first, end, batches))
@@ -622,14 +649,17 @@ def enrich(store, tags, rows, config, run):
         enriched[line["row"]].append(line["feature"])
     if rank() == 0:
         print(f"recovered features: {len(lines)} candidates, {len(kept)} kept")
-    if rank() == 0 and any(store.records["features"]) and not config.llm:  # which has words of its own
-        missing = {row: set(store.records["features"].iloc[row]) - set(tags[row]) for row in rows}
-        for name, part in (("all candidates", lines), ("kept by the filter", kept)):
+    if rank() == 0 and not config.llm:  # which has words of its own
+        missing = {row: set(features) - set(tags[row])
+                   for row, features in zip(rows, store.records["features"].iloc[rows]) if features}
+        for name, part in (("all candidates", lines), ("kept by the filter", kept)) if missing else ():
+            part = [line for line in part if line["row"] in missing]
             hits = sum(line["feature"] in missing[line["row"]] for line in part)
             precision, recall = hits / max(1, len(part)), hits / max(1, sum(map(len, missing.values())))
             quality[name] = {"features": len(part), "precision": precision, "recall": recall}
             print(f"  {name:<20} {len(part):7d} features   precision {precision:.3f}   recall {recall:.3f}")
-        data.write_text(run / "recovery.json", json.dumps(quality, indent=1))
+        if quality:
+            data.write_text(run / "recovery.json", json.dumps(quality, indent=1))
     return data.Tags.of(enriched)
 
 
@@ -928,11 +958,12 @@ def cost(method, seconds, left, device):
 
 def train(config, run, source, device):
     """Train, or continue a run, to its end. Returns whether it came there: no, if it was stopped."""
-    store, tags, rows = source
-    reports, stages = lambda: [models.join(tags[row]) for row in rows], plan_stages(config, store, rows)
+    store, tags, truth, rows = source
+    records, stages = Records(store, tags, truth, config), plan_stages(config, store, truth, rows)
+    reports, unknown = lambda: [models.join(records.whole(row)) for row in rows], unknown_rows(truth, rows)
     checkpoint, proposals = read_checkpoint(run, config.save_every), None
     if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
-        proposals = ask_llm(run, config.llm, [tags[row] for row in rows], device)
+        proposals = ask_llm(run, config.llm, [tags[row] for row in unknown], device)
     text = make_text(config, run, reports, device, checkpoint is None)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
@@ -950,6 +981,9 @@ def train(config, run, source, device):
         sets = ", ".join(f"{n} of {spec}" for spec, n in by_set(store, rows).items())
         print(f"{config.method}: training records: {sets}; {stages[-1].end} updates, "
               f"{count / 1e6:.2f} M parameters, run {run}")
+        if config.fine_epochs and stages[-1].name != "fine":
+            print("all that is true of these records is known, nothing is to be recovered: the coarse stage "
+                  f"takes the {config.fine_epochs} epochs of the fine one")
         log = write_lines(run / "log.jsonl", [line for line in read_log(run) if line["update"] <= update])
     if config.compile:
         method.compile_encoder()
@@ -961,15 +995,15 @@ def train(config, run, source, device):
             continue
         if stage.name == "fine":
             if rank() == 0 and update == stage.first:  # a run that is resumed within the stage reads them
-                recover_features(method, store, tags, rows, proposals, config, run, device)
+                recover_features(method, store, tags, unknown, proposals, config, run, device)
             from_first()
-            tags = enrich(store, tags, rows, config, run)
+            records = Records(store, enrich(store, tags, unknown, config, run), truth, config)
         if getattr(method, "text", None) and method.text.frozen and "text_pooling" in method.settings:
             with autocast(config, device):
-                method.text.keep(step_texts(tags, rows, config.text_unit),
+                method.text.keep(step_texts(records, rows, config.text_unit),
                                  lambda parts: tqdm(parts, "texts", leave=False))
-        method.know(tags.table)
-        records, read = Records(store, tags, config), (update - stage.first) * config.accumulate
+        method.know(list(dict.fromkeys(records.tags.table + truth.table)), data.meanings())
+        read = (update - stage.first) * config.accumulate
         batches = torch.utils.data.DataLoader(
             records, sampler=Keys(store, rows, config, number, stage.epochs, read), batch_size=None,
             num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_interrupts)
@@ -1053,10 +1087,10 @@ def main(argv=None):
         config.init = os.path.abspath(config.init)
     for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
-    source = store, tags, rows = open_source(config)
+    source = store, tags, truth, rows = open_source(config)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
                "csrc": csrc.build_info().get("sources", "reference")}
-    plan_stages(config, store, rows)
+    plan_stages(config, store, truth, rows)
     first, wanted = rank() == 0, {}
     if first and not language:  # at the end a table of the data's own kind
         if sets := evaluation.sets_of(store):

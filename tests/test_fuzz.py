@@ -195,7 +195,7 @@ def finished_run():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECG_CACHE", str(folder / "cache"))
         patch.chdir(folder)
-        train.main("--data simulated:64 --width 0.125 --dim 8 --mlm-steps 2 --batch-size 16 --epochs 1 --fine-epochs 1 "
+        train.main("--data simulated:64 --width 0.125 --dim 8 --mlm-steps 2 --batch-size 16 --epochs 1 --fine-epochs 1 --targets reports "
                    "--threads 1 --name run".split())
     assert os.getcwd() == before
     return folder / "runs" / "run"

@@ -98,6 +98,34 @@ def test_truth_and_reports(records):
     assert len(wordings) > 2
 
 
+def test_true_tags_and_what_they_mean(tmp_path):
+    store = data.open_data("simulated:64", cache=tmp_path)
+    truth, meaning = data.true_tags(store), data.meanings()
+    row = next(row for row in range(64) if "IMI" in store.records["codes"][row])
+    assert "inferior myocardial infarction" in truth[row] and truth[row][-1] == store.records["features"][row][-1]
+    assert len(truth[row]) == len(store.records["codes"][row]) + len(store.records["features"][row])
+    assert {meaning[tag] for tag in ("inferior infarct", "possible inferior mi", "probable inferior myocardial infarction")} == {
+        "inferior myocardial infarction"}
+    assert meaning["flat t waves"] == "flat t waves" and "no st elevation" not in meaning
+    for row in range(64):  # what a report says is true
+        assert {meaning[tag] for tag in store.tags[row]} <= {meaning[tag] for tag in truth[row]}
+
+
+def test_truth_is_known_of_simulated_records_alone(tmp_path, monkeypatch):
+    from test_data import csv_source
+    source = csv_source(tmp_path / "src", 3)
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    both, alone = data.true_tags(data.open_all(f"csv:{source},simulated:5")), data.true_tags(data.open_data("simulated:5"))
+    assert list(both)[:3] == [[]] * 3 and list(both)[3:] == list(alone) and all(alone)
+
+
+def test_a_wording_of_two_findings_says_neither(monkeypatch):
+    findings = {"A": dict(name="a", also=["x", "f"], features=["f"]), "B": dict(name="b", also=["x"], features=[])}
+    monkeypatch.setattr(data, "knowledge", lambda: {"findings": findings})
+    assert data.meanings.__wrapped__() == {doubt + tag: name for tag, name in dict(a="a", b="b", f="f").items()
+                                           for doubt in ("", "possible ", "probable ")}
+
+
 def test_normal_is_normal(records):
     for codes in records[2]:
         if "NORM" in codes:

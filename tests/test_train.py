@@ -60,7 +60,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method,
     """Stopped by SIGTERM (saves) or kill -9 (from the last checkpoint), then continued: FG-CLEP through both stages, C-MELT, which
     draws masks and negatives at random, and ETP, whose frozen text tower was trained just before."""
     args = ["--data", f"store:{tiny_store}", "--method", method, "--save-every", "4", *TINY]
-    args += {"fgclep": ["--fine-epochs", "2"], "cmelt": ["--negatives", "far"], "etp": ["--epochs", "8"]}[method]
+    args += {"fgclep": ["--fine-epochs", "2", "--targets", "reports"], "cmelt": ["--negatives", "far"], "etp": ["--epochs", "8"]}[method]
     whole = run_train(tmp_path, "--name", "whole", *args)
     assert whole.wait() == 0, whole.communicate()[0]
     part = run_train(tmp_path, "--name", "part", *args)
@@ -217,7 +217,7 @@ def test_a_gradient_that_is_not_finite_stops(tiny_store, tmp_path, monkeypatch):
 def finished(tiny_store, tmp_path_factory):
     """A whole FG-CLEP run, and beside it, in "fine", the same stopped in its fine stage."""
     folder = tmp_path_factory.mktemp("finished")
-    args = ["--data", f"store:{tiny_store}", "--fine-epochs", "2", "--save-every", "9", *TINY]
+    args = ["--data", f"store:{tiny_store}", "--targets", "reports", "--fine-epochs", "2", "--save-every", "9", *TINY]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*args, "--name", "whole"])
@@ -469,7 +469,7 @@ def test_augmentation_moves_and_drops():
 def test_what_is_random_about_a_record_is_its_own(tiny_store):
     """Not that of its batch, nor of the number of batches before."""
     store, config = data.open_data(f"store:{tiny_store}"), small_config("etp", lead_drop=0.5, shift=1.0)
-    records = train.Records(store, data.report_tags(store), config)
+    records = train.Records(store, data.report_tags(store), data.true_tags(store), config)
     one, other = records[0, 1, [4, 7, 9]], records[0, 1, [9, 4]]
     assert one.steps.unique().numel() == 3 and one.steps.abs().max() <= 100 and 0 < one.dropped.float().mean() < 1
     assert other.steps.tolist() == [one.steps[2], one.steps[0]] and torch.equal(other.dropped, one.dropped[[2, 0]])
@@ -489,6 +489,71 @@ def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, c
         "all candidates": {"features": 4, "precision": 0.5, "recall": 2 / 3},
         "kept by the filter": {"features": 3, "precision": 2 / 3, "recall": 2 / 3}}
     assert "4 candidates, 3 kept" in capsys.readouterr().out
+
+
+def test_recovery_of_records_without_features_has_no_precision(tmp_path, capsys):
+    """Of the two that candidates were made for, only the second has features to be compared with."""
+    lines = [{"row": row, "id": str(row), "feature": "a", "cosine": 0.5, "kept": True} for row in (0, 1)]
+    (tmp_path / "recovered.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store, tags = SimpleNamespace(records=pd.DataFrame({"features": [[], ["a", "b"], ["a"]]})), data.Tags.of([["x"], ["y"], ["z"]])
+    train.enrich(store, tags, [0, 1], small_config("fgclep"), tmp_path)
+    found = json.loads((tmp_path / "recovery.json").read_text())
+    assert found["kept by the filter"] == {"features": 1, "precision": 1.0, "recall": 0.5}
+    (tmp_path / "recovery.json").unlink()
+    (tmp_path / "recovered.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    capsys.readouterr()
+    train.enrich(store, tags, [0], small_config("fgclep"), tmp_path)
+    assert "precision" not in capsys.readouterr().out and not (tmp_path / "recovery.json").exists()
+
+
+def test_a_simulated_record_has_its_whole_truth(tiny_store):
+    store = data.open_data(f"store:{tiny_store}")
+    reports, truth, rows = data.report_tags(store), data.true_tags(store), [4, 7, 9]
+    for unit in ("tags", "report"):
+        batch = train.Records(store, reports, truth, small_config("fgclep", text_unit=unit))[0, 0, rows].batch
+        for row, chosen, tags in zip(rows, batch.chosen, batch.tags):
+            assert tags[:len(reports[row])] == reports[row] and set(tags) == {*reports[row], *truth[row]} and len(tags) == len(set(tags))
+            assert chosen == (tags if unit == "tags" else reports[row])
+        assert batch.exact == [True] * 3 and [len(part.exact) for part in batch.parts(2)] == [2, 1]
+    plain = train.Records(store, reports, data.Tags.of([()] * len(store)), small_config("fgclep"))[0, 0, rows].batch
+    assert plain.tags == plain.chosen == [reports[row] for row in rows] and plain.exact == [False] * 3
+
+
+TRUTH = ["--fine-epochs", "1", "--save-every", "3", *TINY, "--epochs", "1"]
+
+
+def test_a_run_of_simulated_records_has_nothing_to_recover(tiny_store, tmp_path, monkeypatch, capsys):
+    """The coarse stage takes the fine stage's epochs; stopped, it resumes to the same weights."""
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", f"store:{tiny_store}", *TRUTH]
+    train.main([*args, "--name", "whole"])
+    assert "nothing is to be recovered: the coarse stage takes the 1 epochs of the fine one" in capsys.readouterr().out
+    stages = [line["stage"] for line in lines_of(tmp_path / "runs/whole", "terms")]
+    assert stages == ["coarse"] * (2 * (len(data.open_data(f"store:{tiny_store}").rows("train")) // 16))
+    assert not (tmp_path / "runs/whole/recovered.jsonl").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(train.Stop, "anywhere", lambda self: asked.append(0) or len(asked) > 5)
+        train.main([*args, "--name", "part"])
+    train.main(["--resume", "runs/part"])
+    a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(data.DataError, match="--llm: all that is true of these records is known"):
+        train.main([*args, "--llm", "x"])
+
+
+def test_a_mixed_run_recovers_for_real_records_only(tmp_path, monkeypatch, capsys):
+    from test_data import beats, table, write
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    for i in range(24):
+        write(tmp_path / f"r{i}", beats(seed=i))
+    table(tmp_path / "list.csv", [dict(record=f"r{i}", report="left ventricular hypertrophy" if i % 2 else "atrial fibrillation",
+                                       split="val" if i > 17 else "train") for i in range(24)])
+    train.main(["--data", "csv:list.csv,simulated:64", *TRUTH, "--name", "mixed"])
+    lines = [json.loads(line) for line in (tmp_path / "runs/mixed/recovered.jsonl").open()]
+    assert {line["row"] for line in lines} == set(range(18)) and "precision" not in capsys.readouterr().out
+    assert {line["stage"] for line in lines_of(tmp_path / "runs/mixed", "terms")} == {"coarse", "fine"}
 
 
 def test_the_command_line_explains_itself(tmp_path, capsys):
