@@ -1825,7 +1825,10 @@ Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; r
 # drawn: evenly between two bounds (rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB);
 # moves: code, lobe, share of the patient's own lobe that stays, what is added (mV) by a factor, its bounds;
 # turns: of R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of both;
-# always: waveform features that every record with the code shows; all others are measured
+# chances: tables of which a record gets one key each, by weight
+# measured: name, what, above, up to, in which leads, of them (all, any, two), and given what
+# implied: what follows from a finding; always: waveform features that every record with it shows
+# recorders: share, band in Hz (two columns), step in microvolts, share of the end that may be silent
 
 
 @lru_cache(1)
@@ -1834,17 +1837,18 @@ def simulated_block(seed, block, rate):
     return _block(np.random.default_rng((seed, block)), rate, SECONDS)
 
 
-def _block(rng, rate, seconds, strongest_noise=False):
+def _block(rng, rate, seconds, noise="usual"):
+    """noise: usual; strongest, see _noise; none: the heart alone."""
     samples, c = round(seconds * rate), _diagnoses(rng)
     p = _patient(rng, c)
     codes, features = _label(c, p, _measure(p))
     ecg, peaks = _fire_all(rng, c, p, _rhythm(rng, c, p, seconds), rate, samples)
     ecg += _atrial_waves(rng, c, p, rate, samples)
-    ecg += _noise(rng, rate, samples, strongest_noise)
-    ecg *= 200
-    ecg = LIMBS.astype(np.float32) @ (np.round(ecg, out=ecg) / 200)  # steps of 5 microvolt
+    if noise != "none":
+        ecg += _noise(rng, rate, samples, noise == "strongest")
+        ecg, peaks = _record(rng, ecg, peaks, rate)
     reports = [_report(rng, *x) for x in zip(codes, features)]
-    return ecg, peaks, codes, features, reports, c["age"]
+    return LIMBS.astype(np.float32) @ ecg, peaks, codes, features, reports, c["age"]
 
 
 def _diagnoses(rng):
@@ -1908,8 +1912,8 @@ def _turn(v, frontal, horizontal):
 
 def _patient(rng, c):
     """Heart and chest of each patient: lobes v (n, 8, 3), their local part in V1..V6 w (n, 8, 6), P lobes in
-    the eight leads (n, 2, 8) mV, lead matrix (n, 8, 3), rate (1/min), intervals (s), places and widths of the QRS lobes in
-    shares of it (n, 5)."""
+    the eight leads (n, 2, 8) mV, lead matrix (n, 8, 3), rate (1/min), intervals (s), places and widths of the
+    QRS lobes in shares of it (n, 5)."""
     n, norm, uni = CHUNK, rng.standard_normal, lambda a, b: rng.uniform(a, b, (CHUNK, 1))
     logn = lambda spread, *shape: np.exp(spread * norm((n, *shape)))
     age = (c["age"] - 50) / 15
@@ -2022,7 +2026,7 @@ def _amplitudes(v, w, leads):
 
 
 def _measure(p):
-    """The noise-free beat as a cardiologist measures it: (n, 12) in mV or s; axis (n,) in degrees."""
+    """The noise-free beat as a cardiologist measures it: (n, 12) in mV, or (n, 1) in s, degrees, 1/min."""
     step, d = .004, p["qrs"][:, None, None]
     t = np.arange(0, .6, step)
     center, width = (x[..., None] for x in _times(p, np.ones(CHUNK)))
@@ -2031,77 +2035,62 @@ def _measure(p):
     qrs, tt = np.where(t < d, beat, 0), np.where((t > d + .08) & (t < p["qtc"][:, None, None] + .02), beat, 0)
     before, area = np.where(t < qrs.argmax(2)[..., None] * step, qrs, 0), qrs.sum(2)  # before the R peak
     r, s, q = qrs.max(2), -qrs.min(2), -before.min(2)
-    st, t = (beat[np.arange(CHUNK), :, ((p["qrs"] + .05) / step).astype(int)],
-             np.where(tt.max(2) > -tt.min(2), tt.max(2), tt.min(2)))
-    return {"r": r, "s": s, "rs": r + s, "r over s": r / (r + s + 1e-6), "st": st, "|st|": abs(st), "t": t,
-            "|t|": abs(t), "bad q": (q > .1) & (q > .33 * r) & ((before < -.04).sum(2) * step >= .028),
-            "axis": np.degrees(np.arctan2(area[:, 5] * 2 / np.sqrt(3), area[:, 0]))}
+    axis = np.degrees(np.arctan2(area[:, 5] * 2 / np.sqrt(3), area[:, 0]))
+    return {"r": r, "s": s, "rs": r + s, "r over s": r / (r + s + 1e-6), "axis": axis[:, None],
+            "bad q": (q > .1) & (q > .33 * r) & ((before < -.04).sum(2) * step >= .028),
+            "st": beat[np.arange(CHUNK), :, ((p["qrs"] + .05) / step).astype(int)],
+            "t": np.where(tt.max(2) > -tt.min(2), tt.max(2), tt.min(2)),
+            **{name: p[name][:, None] for name in ("qrs", "pr", "qtc")}}
 
 
 def _label(c, p, m):
     """Codes (n dicts) and waveform features (n lists) from the drawn truth c, p and the measured beat m."""
-    r, s, axis, rate, pr, qrs, sinus = m["r"], m["s"], m["axis"], p["rate"], p["pr"], p["qrs"], c["sinus"]
-    table, findings = knowledge()["simulator"], knowledge()["findings"]
+    table, findings, sinus = knowledge()["simulator"], knowledge()["findings"], c["sinus"]
+    m["beats"] = np.where(c["AFLT"], 75, p["rate"])[:, None]  # of the ventricles
     narrow = ~(c["CLBBB"] | c["PACE"] | c["WPW"] | c["ILBBB"])
-    slow, fast, first = sinus & (rate < 60), sinus & (rate > 100), (pr > .2) & (sinus | c["SVARR"])
-    m["bad q"] = m["bad q"] & narrow[:, None]
-    count = {"all": lambda hit: hit.all(1), "any": lambda hit: hit.any(1), "two": lambda hit: hit.sum(1) > 1}
-    f = {name: count[how](sign * m[what][:, table["leads"][where]] > least)
-         for name, what, sign, least, where, how in table["measured"]}
-    f["pathological q waves in ii, iii and avf"] &= m["bad q"][:, 1]  # a Q wave in III alone is normal
     plain = narrow & ~c["CRBBB"]
-    for name in ("STD_", "INVT", "LOWT", "st depression", "st elevation"):  # elsewhere the QRS makes them
-        f[name] &= narrow
-    poor_r, shape = narrow & (r[:, 8] < .3) & (r[:, 8] < s[:, 8]), c["PVC"] | c["PAC"] | c["SVARR"]
-    sokolow = s[:, 6] + np.maximum(r[:, 10], r[:, 11])
-    ischemic = np.any([c[k] for k in ("ISCAL", "ISCLA", "ISCIN", "ISCIL", "ISCAS", "ISCAN")], 0)
-    beats = np.select([c["3AVB"], c["AFLT"]], [rate, 75], rate)  # of the ventricles
-    q = np.any([on for k, on in f.items() if k.startswith("pathological")], 0)
-    f |= {k: on for k, on in c.items() if k in findings} | {
-        "SR": sinus & ~slow & ~fast & ~c["SARRH"] & ~c["sinus pause"], "SBRAD": slow, "STACH": fast,
-        "1AVB": first, "LPR": first, "QWAVE": q, "ABQRS": q | poor_r, "poor r wave progression": poor_r,
-        "VCLVH": plain & ~c["RVH"] & ((sokolow > 3.5) | (r[:, 4] > 1.1)), "HVOLT": plain & f["HVOLT"],
-        "STE_": plain & ~c["mi"] & (f["st elevation"] | (m["st"][:, 7:9] > .2).any(1)),
-        "acute myocardial infarction": c["acute"], "old myocardial infarction": c["old"],
-        "st-t changes": c["NST_"] | c["NDT"] | c["ISC_"] | ischemic, "left ventricular strain": c["strain"],
-        "tachycardia": beats > 100, "bradycardia": beats < 60, "short qt interval": p["qtc"] < .35,
-        "rapid ventricular response": c["AFIB"] & (rate > 100),
-        "slow ventricular response": c["AFIB"] & (rate < 60), "short pr interval": sinus & (pr < .12),
-        "wide qrs": qrs >= .12, "left axis deviation": (axis < -30) & (axis > -90),
-        "right axis deviation": axis > 95, "extreme axis deviation": axis < -90,
-        "bifascicular block": c["CRBBB"] & (c["LAFB"] | c["LPFB"]),
-        "second degree av block type one": c["2AVB"] & c["wenckebach"],
-        "second degree av block type two": c["2AVB"] & ~c["wenckebach"],
-        "ventricular pacing": c["PACE"] & ~p["dual"], "av sequential pacing": c["PACE"] & p["dual"],
-        "biatrial enlargement": c["LAO/LAE"] & c["RAO/RAE"], "arrhythmia": shape | c["PSVT"]}
-    for code, more in table["implied"].items():
-        f |= {k: f[k] | f[code] if k in f else f[code] for k in more}
-    harmless = {"SR", "SARRH", "SBRAD", "STACH", "VCLVH", "HVOLT", "STE_", "early repolarization", "arrhythmia",
-                "bradycardia", "tachycardia", "st elevation", "tall t waves", "short pr interval", "INVT", "STD_",
-                "LOWT", "st depression", "clockwise rotation", "counterclockwise rotation"}
-    ill = np.any([on for k, on in f.items() if k in findings and k not in harmless], 0)
-    f["NORM"] = sinus & (rate > 45) & (rate < 110) & ~ill & ~f["st depression"] & ~f["INVT"] & ~f["LOWT"]
-    f["abnormal ecg"] = ~f["NORM"]
-    even = ~(c["AFIB"] | c["SARRH"] | c["sinus pause"] | shape)
-    f |= {"positive qrs in i and avf": (axis > 0) & (axis < 90), "negative qrs in i": abs(axis) > 90,
-          "negative qrs in avf": axis < 0, "heart rate below 60": beats < 60, "heart rate above 100": beats > 100,
-          "heart rate above 150": beats > 150, "heart rate between 60 and 100": sinus & ~slow & ~fast,
-          "regular rr intervals": (sinus | c["SVTAC"] | c["PACE"] | c["junctional rhythm"]) & even,
-          "varying rr intervals": ~even, "upright p wave in ii before every qrs": sinus & ~c["PVC"],
-          "pr interval shorter than 120 ms": sinus & (pr < .12),
-          "normal p waves": sinus & ~c["RAO/RAE"] & ~c["LAO/LAE"], "pause after an early beat": sinus & c["PVC"],
+    given = c | {"": True, "narrow": narrow, "plain": plain, "no infarct": plain & ~c["mi"],
+                 "conducted": sinus | c["SVARR"], "plain sinus": sinus & ~c["SARRH"] & ~c["sinus pause"],
+                 "r over s": m["r"][:, 6] > m["s"][:, 6], "r below s": narrow & (m["r"][:, 8] < m["s"][:, 8])}
+    count = {"all": lambda hit: hit.all(1), "any": lambda hit: hit.any(1), "two": lambda hit: hit.sum(1) > 1}
+    f = {k: on for k, on in c.items() if k != "age"}
+    for name, what, low, high, where, how, when in table["measured"]:
+        value = m[what][:, table["leads"][where]]
+        f[name] = count[how]((value > low) & (value <= high)) & given[when]
+    f["pathological q waves in ii, iii and avf"] &= m["bad q"][:, 1]  # a Q wave in III alone is normal
+    f["QWAVE"] = np.any([on for name, on in f.items() if name.startswith("pathological q")], 0)
+    sokolow = m["s"][:, 6] + np.maximum(m["r"][:, 10], m["r"][:, 11])
+    early = c["PVC"] | c["PAC"] | c["SVARR"]
+    even = ~(c["AFIB"] | c["SARRH"] | c["sinus pause"] | early)
+    f |= {"ABQRS": f["QWAVE"] | f["poor r wave progression"],
+          "VCLVH": plain & ~c["RVH"] & ((sokolow > 3.5) | f["tall r waves in avl"]),
+          "bifascicular block": c["CRBBB"] & (c["LAFB"] | c["LPFB"]),
+          "second degree av block type one": c["2AVB"] & c["wenckebach"],
+          "second degree av block type two": c["2AVB"] & ~c["wenckebach"],
+          "ventricular pacing": c["PACE"] & ~p["dual"], "av sequential pacing": c["PACE"] & p["dual"],
+          "biatrial enlargement": c["LAO/LAE"] & c["RAO/RAE"], "varying rr intervals": ~even,
+          "regular rr intervals": even & (sinus | c["SVTAC"] | c["PACE"] | c["junctional rhythm"]),
+          "upright p wave in ii before every qrs": sinus & ~c["PVC"],
+          "normal p waves": sinus & ~c["RAO/RAE"] & ~c["LAO/LAE"],
+          "negative qrs in i": abs(m["axis"][:, 0]) > 90, "pause after an early beat": sinus & c["PVC"],
           "pr interval lengthening before a dropped beat": c["2AVB"] & c["wenckebach"],
-          "normal qrs duration": qrs < .1, "qrs between 100 and 120 ms": (qrs >= .1) & (qrs < .12),
-          "qrs longer than 120 ms": qrs >= .12, "tall r waves in v1 and v2": (r[:, 6] > .6) & (r[:, 6] > s[:, 6]),
-          "deep s waves in v5 and v6": (s[:, 10] > .7) & (s[:, 10] > r[:, 10]),
-          "normal r wave progression": ~poor_r & (r[:, 9] > s[:, 9]) & (r[:, 6] < s[:, 6]),
-          "corrected qt longer than 460 ms": p["qtc"] > .46, "corrected qt shorter than 360 ms": p["qtc"] < .36}
-    names = np.array(list(f), object)
-    found = [list(names[row]) for row in np.array(list(f.values())).T]
-    codes = [{k: 100.0 for k in row if k in findings} for row in found]
-    always = [[x for k in of if k in table["always"] for x in table["always"][k].split("; ")] for of in codes]
-    features = [[k for k in row if k in features_of()] for row in found]
-    return codes, [list(dict.fromkeys(some + more)) for some, more in zip(always, features)]
+          "normal r wave progression": ~f["poor r wave progression"] & ~f["tall r wave in v1"]
+                                       & (m["r"][:, 9] > m["s"][:, 9])}
+    for name, more in table["implied"].items():
+        f |= {k: f[k] | f[name] if k in f else f[name] for k in more}
+    harmless = {"SR", "SARRH", "SBRAD", "STACH", "VCLVH", "HVOLT", "STE_", "st elevation", "arrhythmia",
+                "early repolarization", "bradycardia", "tachycardia", "tall t waves", "short pr interval",
+                "clockwise rotation", "counterclockwise rotation"}
+    ill = np.any([on for name, on in f.items() if name in findings and name not in harmless], 0)
+    f["NORM"] = sinus & (p["rate"] > 45) & (p["rate"] < 110) & ~ill
+    f["abnormal ecg"] = ~f["NORM"]
+    names, codes, features = np.array(list(f), object), [], []
+    for on in np.array(list(f.values())).T:
+        found = list(names[on])
+        codes.append({k: 100.0 for k in found if k in findings})
+        shown = [x for k in found if k in table["always"] for x in table["always"][k].split("; ")]
+        features.append(list(dict.fromkeys(shown + [k for k in found if k in features_of()])))
+    return codes, features
 
 
 @lru_cache(1)
@@ -2190,7 +2179,8 @@ def _fire_all(rng, c, p, clock, rate, samples):
     sway = .05 * rng.standard_normal((CHUNK, 1, 8))  # breathing moves the heart
     for heart, on in ((p, ~wide), (_ectopic(rng, p), wide)):
         i, k, at = events(clock["qrs"], on)
-        amplitude = _amplitudes(heart["v"], heart["w"], p["leads"])[i] * (1 + sway[i] * clock["breath"](at, i))
+        breath = 1 + sway[i] * clock["breath"](at, i)
+        amplitude = _amplitudes(heart["v"], heart["w"], p["leads"])[i] * breath
         center, width = _times({key: heart[key][i] for key in ("qrs", "qtc", "frac", "wide")}, rr[i, k])
         wave = waves(at, center[:, J:], width[:, J:], amplitude[:, J:], -.1, .9)
         qrs = waves(at, center[:, :J], width[:, :J], amplitude[:, :J], -.1, .3)
@@ -2200,8 +2190,8 @@ def _fire_all(rng, c, p, clock, rate, samples):
     p_center, p_width = np.stack([0 * p["p_gap"], p["p_gap"]], 1) + .036, np.full((CHUNK, 2), .019)
     strange = rng.normal((.04, -.06, .03), (.05, .04, .05), (CHUNK, 2, 3)) @ leads  # from another place
     i, k, at = events(clock["p"], True)
-    other = (early | (c["SVARR"][:, None] & (places % 3 == 0)) | c["atrial tachycardia"][:, None])[i, k, None, None]
-    shape = np.where(other, strange[i], p["p"][i])
+    other = early | (c["SVARR"][:, None] & (places % 3 == 0)) | c["atrial tachycardia"][:, None]
+    shape = np.where(other[i, k, None, None], strange[i], p["p"][i])
     fire(i, at, -.05, waves(at, p_center[i], p_width[i], shape, -.05, .2))
     spike = p["spike"][:, None] @ leads * .1 * rate ** .5
     both = c["PACE"] & p["dual"] & (rng.random(CHUNK) < .6)
@@ -2272,11 +2262,29 @@ def _noise(rng, rate, samples, strongest=False):
     return electrodes @ x
 
 
+def _record(rng, ecg, peaks, rate):
+    """What recorders make of it: ecg (n, 8, N) mV within a band, in steps, at times with a silent end."""
+    table, samples = np.array(knowledge()["simulator"]["recorders"]), ecg.shape[2]
+    which = rng.choice(len(table), CHUNK, p=table[:, 0] / table[:, 0].sum())
+    f = np.fft.rfftfreq(samples, 1 / rate)
+    for kind, (_, low, high, step, silent) in enumerate(table):
+        on = np.flatnonzero(which == kind)
+        if low > .05 or high < 150:
+            gain = (1 + (low / np.maximum(f, 1e-3)) ** 4) ** -.5 * (1 + (f / high) ** 8) ** -.5
+            ecg[on] = np.fft.irfft(np.fft.rfft(ecg[on]) * gain.astype(np.float32), samples)
+        ecg[on] = np.round(ecg[on] * (1000 / step)) * np.float32(step / 1000)
+        for i in on if silent else ():
+            end = round(samples * (1 - rng.uniform(0, silent)))
+            ecg[i, :, end:], peaks[i] = 0, peaks[i][peaks[i] < end]
+    return ecg, peaks
+
+
 def _report(rng, codes, features):
     """Statements of a report: rhythm first, wording varied; form codes left out at times, what follows from
     others and features often."""
     findings = knowledge()["findings"]
-    spoken = lambda k: .9 if findings[k].get("diagnostic") or k in ("PVC", "PAC") else .7 if "form" in findings[k] else .2
+    spoken = lambda k: (.9 if findings[k].get("diagnostic") or k in ("PVC", "PAC") else
+                        .7 if "form" in findings[k] else .2)
     rhythm = [k for k in codes if findings[k].get("rhythm")]
     rest = [k for k in codes if not findings[k].get("rhythm") and rng.random() < spoken(k)]
     rng.shuffle(rest)
@@ -2300,7 +2308,8 @@ MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, n
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
-                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS, EVENLY),
+                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report, DOWER, LIMBS,
+                        EVENLY),
           **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
           "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
 WORDS = {"ptbxl": ("findings", "lexicon"), "simulated": ("findings", "simulator"), "mimic": (), "csv": ()}
