@@ -1533,6 +1533,7 @@ class Config:
     weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.make_optimiser
     warmup: Share = 0.1  # share of a stage's updates with rising rate; without it towers collapse
     clip: Annotated[float, 1e-12, math.inf] = 1.0  # largest gradient norm
+    ema: Annotated[float, 0, 0.999999] = 0.0  # decay of averaged weights, which are then validated and saved
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
     recompute: bool = False  # keep no activations within the towers' blocks: compute them again going back
     compile: bool = False  # torch.compile the ECG encoder

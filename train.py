@@ -391,6 +391,45 @@ def make_optimiser(method, config):
     return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=groups[0]["params"][0].is_cuda)
 
 
+class Average:
+    """Moving average (--ema) of what a method learns, and of its buffers; with decay 0 of nothing. A frozen
+    tower is not copied (swa_utils.AveragedModel would). state (in checkpoints): {name: tensor} and the number
+    of updates in it: the first is taken whole, and the decay rises with the number to its value."""
+
+    def __init__(self, method, decay):
+        learned = {name: p.detach() for name, p in method.named_parameters() if p.requires_grad}  # tied: once
+        self.decay, self.live = decay, learned | dict(method.named_buffers()) if decay else {}
+        self.state = {"mean": {name: x.clone() for name, x in self.live.items()}, "updates": 0}
+
+    def update(self):
+        count, mean = self.state["updates"], self.state["mean"]
+        decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
+        self.state["updates"] += 1
+        for name, x in self.live.items():  # a whole number counts, and has no mean
+            mean[name].lerp_(x, 1 - decay) if x.is_floating_point() else mean[name].copy_(x)
+
+    def load(self, state):
+        """Errors: KeyError, RuntimeError where it is of another method."""
+        for name in self.live.keys() | state["mean"].keys():
+            self.state["mean"][name].copy_(state["mean"][name])
+        self.state["updates"] = state["updates"]
+
+    @contextlib.contextmanager
+    def used(self):
+        """Within, the average is in the method, and what it had is kept here."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self):
+        for name, x in self.live.items():
+            kept = x.clone()
+            x.copy_(self.state["mean"][name])
+            self.state["mean"][name].copy_(kept)
+
+
 def rate_at(update, updates, config):
     """Learning rate of one update of a stage: linear warm-up, then cosine to zero."""
     warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
@@ -480,10 +519,10 @@ def plot_log(lines, path):
     figure.savefig(path, dpi=120)
 
 
-def save_checkpoint(run, method, optimiser, update, watch):
+def save_checkpoint(run, method, optimiser, average, update, watch):
     """checkpoint.pt, with checksums of the other files that a resumed run reads."""
     state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
-             "processes": models.world(), "watch": watch.state if watch else {},
+             "average": average.state, "processes": models.world(), "watch": watch.state if watch else {},
              "files": evaluation.checksums(run, ("tokenizer/*", "recovered.jsonl", "negatives.pt"))}
     data.write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
 
@@ -500,17 +539,19 @@ def read_checkpoint(run, save_every):
             raise data.DataError(f"{path}: {fault}")
         return None
     state = evaluation.read_torch(path)
-    if state.keys() != {"model", "optimiser", "update", "processes", "watch", "files"}:
+    if state.keys() != {"model", "optimiser", "average", "update", "processes", "watch", "files"}:
         raise data.DataError(f"{path}: not a checkpoint of this version of the program; train anew")
     evaluation.compare_checksums(run, state["files"])
     return state
 
 
-def restore(state, run, method, optimiser):
-    """Fill method and optimiser from a checkpoint -> updates done. Errors: DataError if it is of another."""
+def restore(state, run, method, optimiser, average):
+    """Fill method, optimiser and average from a checkpoint -> updates done. Errors: DataError if it is of
+    another."""
     try:
         method.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
+        average.load(state["average"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         fault = f"not of {run / 'config.json'} ({models.first_line(error)})"
         raise data.DataError(f"{run / 'checkpoint.pt'}: {fault}; train anew") from error
@@ -877,7 +918,7 @@ class Beside(NamedTuple):
     validation: object = None  # Validation
 
 
-def train_stage(stage, done, method, optimiser, batches, names, config, run, device, beside):
+def train_stage(stage, done, method, optimiser, average, batches, names, config, run, device, beside):
     """Do the updates of a stage, of which the run has done some -> updates done. names: data.Store.ids."""
     log, watch, validation = beside
     batches, ledger, look, told = iter(batches), Ledger(log, method.train(), names), None, done + 20
@@ -897,6 +938,7 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
             if found is None:
                 break
             done = update + 1
+            average.update()
             ledger.add({"update": done, "stage": stage.name, "lr": rate}, *found)
             save = bool(config.save_every) and done % config.save_every == 0
             epochs = [stage.epoch(n, config) // max(1, config.eval_every) for n in (done, done - 1)]
@@ -909,27 +951,28 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
             if watch:
                 watch.note(lines, warm)
             if validation and validate:
-                look = validation.look(method)
-                save |= config.keep == "best" and keep_best(run, method, stage, done, look["loss"])
+                with average.used():
+                    look = validation.look(method)
+                    save |= config.keep == "best" and keep_best(run, method, stage, done, look["loss"])
                 add_line(log, {"update": done, "stage": stage.name, "validation": look})
             shown = {**lines[-1]["terms"], **({"val": look["loss"], "R@5": look["R@5"]} if look else {})}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
             if told <= done < stage.end:
-                bar.write(cost(method, lines[-1]["seconds"], stage.end - done, device))
+                bar.write(cost(method, average, lines[-1]["seconds"], stage.end - done, device))
                 told = math.inf
             if watch and done % 50 == 0 and (warning := watch.look()):
                 add_line(log, {"update": done, "warning": warning})
                 bar.write(f"update {done}: {warning}")
             late = not config.save_every and time.monotonic() - saved > SAVE_SECONDS
             if done < stage.end and (save or late):
-                save_checkpoint(run, method, optimiser, done, watch)
+                save_checkpoint(run, method, optimiser, average, done, watch)
                 saved = time.monotonic()
             ledger.since = time.perf_counter()
         lines = ledger.settle()
         if watch:
             watch.note(lines, warm)
         if rank() == 0:
-            save_checkpoint(run, method, optimiser, done, watch)
+            save_checkpoint(run, method, optimiser, average, done, watch)
         if rank() == 0 and done < stage.end:
             bar.write(f"stopped and saved at update {done}; continue with: python train.py --resume {run}")
     return done
@@ -945,15 +988,15 @@ def keep_best(run, method, stage, update, loss):
     return lowest
 
 
-def cost(method, seconds, left, device):
+def cost(method, average, seconds, left, device):
     """Sentence on what the rest of a stage will take."""
     size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
-    adam = 2 * size(p for p in method.parameters() if p.requires_grad)
+    beside = size(average.live.values()) + 2 * size(p for p in method.parameters() if p.requires_grad)  # Adam
     cuda = device.type == "cuda"
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if cuda else ""
     arrival = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
     return (f"{seconds:.3g} s an update, {left} to go: until {arrival:%a %H:%M}; a checkpoint is "
-            f"{(size(method.state_dict().values()) + adam) / 1e9:.2f} GB{memory}")
+            f"{(size(method.state_dict().values()) + beside) / 1e9:.2f} GB{memory}")
 
 
 def train(config, run, source, device):
@@ -974,7 +1017,8 @@ def train(config, run, source, device):
     for tensor in method.state_dict().values() if models.world() > 1 else ():
         dist.broadcast(tensor, 0)
     optimiser, cuda = make_optimiser(method, config), device.type == "cuda"
-    update = restore(checkpoint, run, method, optimiser) if checkpoint else 0
+    average = Average(method, config.ema)
+    update = restore(checkpoint, run, method, optimiser, average) if checkpoint else 0
     log = watch = validation = None
     if rank() == 0:
         count = sum(p.numel() for p in method.parameters())
@@ -995,7 +1039,8 @@ def train(config, run, source, device):
             continue
         if stage.name == "fine":
             if rank() == 0 and update == stage.first:  # a run that is resumed within the stage reads them
-                recover_features(method, store, tags, unknown, proposals, config, run, device)
+                with average.used():
+                    recover_features(method, store, tags, unknown, proposals, config, run, device)
             from_first()
             records = Records(store, enrich(store, tags, unknown, config, run), truth, config)
         if getattr(method, "text", None) and method.text.frozen and "text_pooling" in method.settings:
@@ -1019,12 +1064,13 @@ def train(config, run, source, device):
             if config.keep == "best" and not validation:
                 raise data.DataError("--keep best: there is nothing to choose by; it needs validation "
                                      "records, and --eval-every over 0")
-        update = train_stage(stage, update, method, optimiser, batches, store.ids, config, run, device,
-                             Beside(log, watch, validation))
+        update = train_stage(stage, update, method, optimiser, average, batches, store.ids, config, run,
+                             device, Beside(log, watch, validation))
         if update < stage.end:
             return False
     if rank() == 0:
-        finish(config, run, store, rows, method, device)
+        with average.used():
+            finish(config, run, store, rows, method, device)
     return True
 
 

@@ -397,6 +397,74 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert train.rate_at(0, 100, small_config("etp", lr=1.0, warmup=0.0)) == 1.0
 
 
+class Learner(torch.nn.Module):
+    """A weight that learns and has two names, one that does not, a running mean and a count."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.frozen = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
+        self.tied = self.weight
+        self.register_buffer("running", torch.zeros(1))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def test_averaged_weights_by_hand():
+    method = Learner()
+    average = train.Average(method, 0.2)
+    for value in (1.0, 2.0, 4.0):
+        with torch.no_grad():
+            method.weight.fill_(value)
+            method.running.fill_(10 * value)
+            method.count += 1
+        average.update()
+    second = 1 * 2 / 11 + 2 * 9 / 11         # (1 + 1) / (10 + 1) is less than 0.2
+    third = second * 0.2 + 4 * 0.8           # (1 + 2) / (10 + 2) is more
+    mean = average.state["mean"]
+    assert mean["weight"].tolist() == pytest.approx([third, third]) and mean["running"].item() == pytest.approx(10 * third)
+    assert mean["count"] == 3 and mean.keys() == {"weight", "running", "count"} and average.state["updates"] == 3
+    with pytest.raises(KeyError):
+        train.Average(Learner(), 0.0).load(average.state)
+    with pytest.raises(KeyboardInterrupt), average.used():
+        assert method.weight[0].item() == pytest.approx(third) and method.frozen.tolist() == [1, 1]
+        raise KeyboardInterrupt
+    assert method.weight.tolist() == [4, 4] and mean["weight"][0].item() == pytest.approx(third)
+    other = train.Average(Learner(), 0.2)
+    other.load(average.state)
+    assert all(torch.equal(x, mean[name]) for name, x in other.state["mean"].items()) and other.state["updates"] == 3
+
+
+def test_without_a_decay_nothing_is_averaged():
+    average = train.Average(Learner(), 0.0)
+    average.update()
+    with average.used():
+        assert average.state["mean"] == {}
+
+
+def test_a_run_is_its_averaged_weights_and_resumes(tiny_store, tmp_path, monkeypatch):
+    """Validated and saved is the average, and the checkpoint keeps what training goes on with."""
+    monkeypatch.chdir(tmp_path)
+    seen, look = [], train.Validation.look
+    monkeypatch.setattr(train.Validation, "look", lambda self, method: seen.append(
+        {k: v.clone() for k, v in method.state_dict().items()}) or look(self, method))
+    args = ["--method", "etp", "--data", "simulated:200", *TINY, "--epochs", "2", "--ema", "0.9", "--save-every", "5"]
+    train.main([*args, "--name", "whole"])
+    saved, checkpoint = load_file("runs/whole/model.safetensors"), torch.load("runs/whole/checkpoint.pt")
+    assert all(torch.equal(saved[k], x) for k, x in seen[-1].items())
+    assert all(torch.equal(saved[k], x) for k, x in checkpoint["average"]["mean"].items() if k in saved)
+    assert not torch.equal(saved["project_ecg.weight"], checkpoint["model"]["project_ecg.weight"])
+    assert not any(k.startswith("text.lm") and k.endswith("weight") for k in checkpoint["average"]["mean"])  # which is frozen
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(train.Stop, "anywhere", lambda self: asked.append(0) or len(asked) > 7)
+        train.main([*args, "--name", "part"])
+    train.main(["--resume", "runs/part"])
+    again = load_file("runs/part/model.safetensors")
+    assert all(torch.equal(saved[k], again[k]) for k in saved)
+    train.main([*args[:-4], "--save-every", "5", "--name", "plain"])  # training itself is the same
+    plain = load_file("runs/plain/model.safetensors")
+    assert all(torch.equal(plain[k], x) for k, x in checkpoint["model"].items())
+
+
 def test_weight_decay_is_on_matrices_only():
     """Of every tensor with more than one dimension it is written here whether it is a matrix."""
     plain = {"merl": ["pool.positions", "pool.cls"], "merl vit_tiny": ["ecg.positions"],
