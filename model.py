@@ -5,7 +5,6 @@ To add a method, write a class (see Method) and put its defaults into METHODS at
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import re
@@ -1355,11 +1354,11 @@ class FGCLEP(ETP):
         self.number, self.meaning = {tag: i for i, tag in enumerate(tags)}, meaning
 
     def plan(self, batch):
-        """Unit tags: every distinct tag of the batch is a text, and each process encodes its share."""
+        """Unit tags: every distinct tag that is said in the batch is a text; each process encodes its share."""
         tags, chosen = gather_lists(batch.tags, self.number), gather_lists(batch.chosen, self.number)
         if self.config.text_unit != "tags":
             return batch._replace(everyone=(chosen, tags))
-        texts = list(dict.fromkeys(tag for row in tags for tag in row))
+        texts = list(dict.fromkeys(tag for row in chosen for tag in row))
         return batch._replace(said=share_out(texts), everyone=([[text] for text in texts], tags))
 
     def represent(self, batch):
@@ -1415,8 +1414,7 @@ def tag_containment(chosen, tags, everyone=None, device="cpu", exact=(), meaning
     ischemia".
 
     exact: B bools. Of such a record the tags are all that is true: an a that has a meaning ({tag: name}) is
-    worth 1 where one b says it, in its own words or more: "myocardial infarction" is true of "inferior
-    myocardial infarction"; and else 0."""
+    worth 1 where a b means the same, and else 0."""
     everyone = tags if everyone is None else everyone
     number = {tag: i for i, tag in enumerate(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))}
     used = Counter(word for row in everyone for word in set().union(*map(words_of, row)))
@@ -1429,13 +1427,12 @@ def tag_containment(chosen, tags, everyone=None, device="cpu", exact=(), meaning
     rows = torch.tensor(rows, device=device)
     best = best_of(cover, rows)                                           # (B, a)
     if any(exact):
-        said = [words_of(meaning.get(tag, tag)) for tag in number]
-        place = {word: i for i, word in enumerate(dict.fromkeys(itertools.chain(*said)))}
-        said = members([[place[word] for word in one] for one in said], len(place), device)
-        whole = (said @ said.T == said.sum(1)[:, None]).to(cover.dtype)   # (a, b): is all of a in b?
+        names = list(dict.fromkeys(meaning.get(tag, tag) for tag in number))
+        name = torch.tensor([names.index(meaning.get(tag, tag)) for tag in number], device=device)
+        same = (name[:, None] == name).to(cover.dtype)                    # (a, b)
         known = torch.tensor([tag in meaning for tag in number], device=device)[:, None]
         exact = torch.tensor(exact, device=device)
-        best[exact] = best_of(torch.where(known, whole, cover), rows[exact])
+        best[exact] = best_of(torch.where(known, same, cover), rows[exact])
     in_text = members([[number[tag] for tag in row] for row in chosen], len(number), device)          # (C, U)
     return best @ in_text.T / in_text.sum(1)                              # (B, C)
 

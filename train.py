@@ -1047,7 +1047,9 @@ def train(config, run, source, device):
             with autocast(config, device):
                 method.text.keep(step_texts(records, rows, config.text_unit),
                                  lambda parts: tqdm(parts, "texts", leave=False))
-        method.know(list(dict.fromkeys(records.tags.table + truth.table)), data.meanings())
+        decided = set(truth.table)  # what no record shows is a name that nobody has decided about
+        method.know(list(dict.fromkeys(records.tags.table + truth.table)),
+                    {tag: name for tag, name in data.meanings().items() if name in decided})
         read = (update - stage.first) * config.accumulate
         batches = torch.utils.data.DataLoader(
             records, sampler=Keys(store, rows, config, number, stage.epochs, read), batch_size=None,

