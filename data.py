@@ -1811,7 +1811,8 @@ class Findings:
 # tells them from another code: ANEUR, EL, NT_, TAB_, PRC(S).
 
 SIMULATED = 4096  # records, if no number is given
-EVENLY = 0.3      # share of the records of which one table is drawn evenly
+EVENLY = 0.5      # share of the records of which one of the tables TOP is drawn evenly over its findings
+TOP = "rhythm", "conduction", "early", "main"
 DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132],  # I, II, V1-V6
                   [-.515, .157, -.917], [.044, .164, -1.387], [.882, .098, -1.277],
                   [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])
@@ -1854,14 +1855,15 @@ def _block(rng, rate, seconds, noise="usual"):
 def _diagnoses(rng):
     """What each patient has: code -> (CHUNK,) bool, as far as it is drawn and not measured; and the age."""
     n, c, tables = CHUNK, {}, knowledge()["simulator"]["chances"]
-    # of each record, one table is drawn evenly, not by its weights: what is rare is shown, too
-    even = np.where(rng.random(n) < EVENLY, rng.integers(0, len(tables), n), -1)
+    even = np.where(rng.random(n) < EVENLY, rng.choice(TOP, n), "")  # what is rare is shown, too
 
     def draw(table, where):
-        """One of a table's keys a record; c[key] is true where it was drawn, within `where`."""
+        """One of a table's keys a record, by weight or by how many findings it stands for; c[key] is true
+        where it was drawn, within `where`."""
         keys, weight = list(tables[table]), np.array(list(tables[table].values()), float)
-        got = rng.choice(keys, n, p=weight / weight.sum())
-        got = np.where(even == list(tables).index(table), rng.choice(keys, n), got)
+        many = np.array([len(tables.get(key, " ")) for key in keys], float)
+        natural, flat = (rng.choice(keys, n, p=w / w.sum()) for w in (weight, many))
+        got = np.where(even == (table if table in TOP else "main"), flat, natural)
         c.update({k: (got == k) & where for k in keys})
         return got
 
@@ -2309,7 +2311,7 @@ MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, n
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
                         _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report, DOWER, LIMBS,
-                        EVENLY),
+                        EVENLY, TOP),
           **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
           "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
 WORDS = {"ptbxl": ("findings", "lexicon"), "simulated": ("findings", "simulator"), "mimic": (), "csv": ()}

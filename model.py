@@ -1427,9 +1427,10 @@ def tag_containment(chosen, tags, everyone=None, device="cpu", exact=(), meaning
     rows = torch.tensor(rows, device=device)
     best = best_of(cover, rows)                                           # (B, a)
     if any(exact):
-        names = list(dict.fromkeys(meaning.get(tag, tag) for tag in number))
-        name = torch.tensor([names.index(meaning.get(tag, tag)) for tag in number], device=device)
-        same = (name[:, None] == name).to(cover.dtype)                    # (a, b)
+        names = {}
+        name = [names.setdefault(meaning.get(tag, tag), len(names)) for tag in number]
+        same = members([[n] for n in name], len(names), device)
+        same = same @ same.T                                              # (a, b): do they mean the same?
         known = torch.tensor([tag in meaning for tag in number], device=device)[:, None]
         exact = torch.tensor(exact, device=device)
         best[exact] = best_of(torch.where(known, same, cover), rows[exact])
