@@ -1319,7 +1319,8 @@ KNOWLEDGE = {  # the shape of prompts.json
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
                   "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str},
                   "chances": {str: {str: float}}, "leads": {str: [int]}, "measured": [list],
-                  "implied": {str: [str]}, "recorders": [[float]]},
+                  "implied": {str: [str]}, "harmless": [str],
+                  "recorders": [[float]]},
     "lexicon": {"rewrite": [[str]], "terms": [[str]], "negations": [str], "sites": {str: str},
                 "statements": {str: str}, "prefix": {str: str}, "suffix": {str: str}, "join": {str: str},
                 "drop": {str: str}}}
@@ -1820,15 +1821,15 @@ LIMBS = np.eye(12, 8, -4)  # I, II, V1..V6 -> twelve leads
 LIMBS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
 LOBES = "QRLSEJHT"
 Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; rise and top of T
-# prompts.json, "simulator" holds what each code does:
+# prompts.json, "simulator", has a row for what each finding does:
+# chances: tables of which a record gets one key each, by weight
 # wall: of the left ventricle, the direction towards it, what each of V1..V6 sees of it beyond the dipole;
 # zone: the wall that INJ.. and ISC.. mean; order: when the lobes Q..E come, as shares of the QRS;
 # drawn: evenly between two bounds (rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB);
-# moves: code, lobe, share of the patient's own lobe that stays, what is added (mV) by a factor, its bounds;
+# moves: finding, lobe, share of the patient's own lobe that stays, what is added (mV) by a factor, its bounds;
 # turns: of R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of both;
-# chances: tables of which a record gets one key each, by weight
-# measured: name, what, above, up to, in which leads, of them (all, any, two), and given what
-# implied: what follows from a finding; always: waveform features that every record with it shows
+# measured: name, what, above, up to, in which leads, of them (all, any, two), given what else
+# implied: what follows; always: waveform features that all with it show; harmless: what a normal ECG may have
 # recorders: share, band in Hz (two columns), step in microvolts, share of the end that may be silent
 
 
@@ -1842,7 +1843,7 @@ def _block(rng, rate, seconds, noise="usual"):
     """noise: usual; strongest, see _noise; none: the heart alone."""
     samples, c = round(seconds * rate), _diagnoses(rng)
     p = _patient(rng, c)
-    codes, features = _label(c, p, _measure(p))
+    codes, features = _label(c, p, _measure(c, p))
     ecg, peaks = _fire_all(rng, c, p, _rhythm(rng, c, p, seconds), rate, samples)
     ecg += _atrial_waves(rng, c, p, rate, samples)
     if noise != "none":
@@ -2027,7 +2028,7 @@ def _amplitudes(v, w, leads):
     return a
 
 
-def _measure(p):
+def _measure(c, p):
     """The noise-free beat as a cardiologist measures it: (n, 12) in mV, or (n, 1) in s, degrees, 1/min."""
     step, d = .004, p["qrs"][:, None, None]
     t = np.arange(0, .6, step)
@@ -2042,49 +2043,28 @@ def _measure(p):
             "bad q": (q > .1) & (q > .33 * r) & ((before < -.04).sum(2) * step >= .028),
             "st": beat[np.arange(CHUNK), :, ((p["qrs"] + .05) / step).astype(int)],
             "t": np.where(tt.max(2) > -tt.min(2), tt.max(2), tt.min(2)),
-            **{name: p[name][:, None] for name in ("qrs", "pr", "qtc")}}
+            "sokolow": (s[:, 6] + np.maximum(r[:, 10], r[:, 11]))[:, None],
+            **{name: p[name][:, None] for name in ("qrs", "pr", "qtc")},
+            "beats": np.where(c["AFLT"], 75, p["rate"])[:, None]}  # of the ventricles
 
 
 def _label(c, p, m):
     """Codes (n dicts) and waveform features (n lists) from the drawn truth c, p and the measured beat m."""
-    table, findings, sinus = knowledge()["simulator"], knowledge()["findings"], c["sinus"]
-    m["beats"] = np.where(c["AFLT"], 75, p["rate"])[:, None]  # of the ventricles
-    narrow = ~(c["CLBBB"] | c["PACE"] | c["WPW"] | c["ILBBB"])
-    plain = narrow & ~c["CRBBB"]
-    given = c | {"": True, "narrow": narrow, "plain": plain, "no infarct": plain & ~c["mi"],
-                 "conducted": sinus | c["SVARR"], "plain sinus": sinus & ~c["SARRH"] & ~c["sinus pause"],
-                 "r over s": m["r"][:, 6] > m["s"][:, 6], "r below s": narrow & (m["r"][:, 8] < m["s"][:, 8])}
+    table, findings = knowledge()["simulator"], knowledge()["findings"]
+    f = {k: on for k, on in c.items() if k != "age"} | {"": c["sick"] | True, "dual": p["dual"]}
+    f["conducted"] = c["sinus"] | c["SVARR"]
+    f["narrow"] = ~(c["CLBBB"] | c["PACE"] | c["WPW"] | c["ILBBB"])
+    f["plain"] = f["narrow"] & ~c["CRBBB"]
+    both = lambda text: np.all([~f[k[4:]] if k.startswith("not ") else f[k] for k in text.split(" & ")], 0)
     count = {"all": lambda hit: hit.all(1), "any": lambda hit: hit.any(1), "two": lambda hit: hit.sum(1) > 1}
-    f = {k: on for k, on in c.items() if k != "age"}
     for name, what, low, high, where, how, when in table["measured"]:
         value = m[what][:, table["leads"][where]]
-        f[name] = count[how]((value > low) & (value <= high)) & given[when]
+        f[name] = count[how]((value > low) & (value <= high)) & both(when)
     f["pathological q waves in ii, iii and avf"] &= m["bad q"][:, 1]  # a Q wave in III alone is normal
-    f["QWAVE"] = np.any([on for name, on in f.items() if name.startswith("pathological q")], 0)
-    sokolow = m["s"][:, 6] + np.maximum(m["r"][:, 10], m["r"][:, 11])
-    early = c["PVC"] | c["PAC"] | c["SVARR"]
-    even = ~(c["AFIB"] | c["SARRH"] | c["sinus pause"] | early)
-    f |= {"ABQRS": f["QWAVE"] | f["poor r wave progression"],
-          "VCLVH": plain & ~c["RVH"] & ((sokolow > 3.5) | f["tall r waves in avl"]),
-          "bifascicular block": c["CRBBB"] & (c["LAFB"] | c["LPFB"]),
-          "second degree av block type one": c["2AVB"] & c["wenckebach"],
-          "second degree av block type two": c["2AVB"] & ~c["wenckebach"],
-          "ventricular pacing": c["PACE"] & ~p["dual"], "av sequential pacing": c["PACE"] & p["dual"],
-          "biatrial enlargement": c["LAO/LAE"] & c["RAO/RAE"], "varying rr intervals": ~even,
-          "regular rr intervals": even & (sinus | c["SVTAC"] | c["PACE"] | c["junctional rhythm"]),
-          "upright p wave in ii before every qrs": sinus & ~c["PVC"],
-          "normal p waves": sinus & ~c["RAO/RAE"] & ~c["LAO/LAE"],
-          "negative qrs in i": abs(m["axis"][:, 0]) > 90, "pause after an early beat": sinus & c["PVC"],
-          "pr interval lengthening before a dropped beat": c["2AVB"] & c["wenckebach"],
-          "normal r wave progression": ~f["poor r wave progression"] & ~f["tall r wave in v1"]
-                                       & (m["r"][:, 9] > m["s"][:, 9])}
     for name, more in table["implied"].items():
-        f |= {k: f[k] | f[name] if k in f else f[name] for k in more}
-    harmless = {"SR", "SARRH", "SBRAD", "STACH", "VCLVH", "HVOLT", "STE_", "st elevation", "arrhythmia",
-                "early repolarization", "bradycardia", "tachycardia", "tall t waves", "short pr interval",
-                "clockwise rotation", "counterclockwise rotation"}
-    ill = np.any([on for name, on in f.items() if name in findings and name not in harmless], 0)
-    f["NORM"] = sinus & (p["rate"] > 45) & (p["rate"] < 110) & ~ill
+        f |= {k: both(name) | f.get(k, False) for k in more}
+    ill = np.any([on for name, on in f.items() if name in findings and name not in table["harmless"]], 0)
+    f["NORM"] = c["sinus"] & (p["rate"] > 45) & (p["rate"] < 110) & ~ill
     f["abnormal ecg"] = ~f["NORM"]
     names, codes, features = np.array(list(f), object), [], []
     for on in np.array(list(f.values())).T:
