@@ -1318,7 +1318,7 @@ KNOWLEDGE = {  # the shape of prompts.json
                    if name not in ("csn_published", *OCCURRING)},
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
                   "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str},
-                  "chances": {str: {str: float}}, "leads": {str: [int]}, "measured": [list],
+                  "chances": {str: {str: float}}, "also": [list], "leads": {str: [int]}, "measured": [list],
                   "implied": {str: [str]}, "harmless": [str],
                   "recorders": [[float]]},
     "lexicon": {"rewrite": [[str]], "terms": [[str]], "negations": [str], "sites": {str: str},
@@ -1822,11 +1822,11 @@ LIMBS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
 LOBES = "QRLSEJHT"
 Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; rise and top of T
 # prompts.json, "simulator", has a row for what each finding does:
-# chances: tables of which a record gets one key each, by weight
+# chances: tables of which a record gets one key each, by weight; also: what comes with others, how often
 # wall: of the left ventricle, the direction towards it, what each of V1..V6 sees of it beyond the dipole;
 # zone: the wall that INJ.. and ISC.. mean; order: when the lobes Q..E come, as shares of the QRS;
 # drawn: evenly between two bounds (rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB);
-# moves: finding, lobe, share of the patient's own lobe that stays, what is added (mV) by a factor, its bounds;
+# moves: finding, lobe, share of the patient's own that stays, what is added (mV) by a factor, its bounds;
 # turns: of R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of both;
 # measured: name, what, above, up to, in which leads, of them (all, any, two), given what else
 # implied: what follows; always: waveform features that all with it show; harmless: what a normal ECG may have
@@ -1874,35 +1874,29 @@ def _diagnoses(rng):
     draw("rhythm", sick)
     c["SARRH"], c["STACH"] = c["SARRH"] | (~sick & chance(.07)), c["STACH"] | (~sick & chance(.04))
     c["sinus"] = c["sinus"] | ~sick | c["SBRAD"] | c["STACH"] | c["SARRH"] | c["sinus pause"]
-    free = sick & ~c["PACE"]
-    blocked = draw("conduction", free)
-    c["LAFB"] |= c["CRBBB"] & chance(.35)
+    c["conducted"], free = c["sinus"] | c["SVARR"], sick & ~c["PACE"]
+    c["blocked"] = draw("conduction", free) != "none"
     c["WPW"] &= c["sinus"]
     draw("pathway", c["WPW"])  # where the accessory pathway lies
-    c["1AVB"] = sick & (c["sinus"] | c["SVARR"]) & ~c["WPW"] & chance(.14)
     early = draw("early", c["sinus"] & (sick | chance(.04)) & ~c["sinus pause"])
     runs, atrial = c["BIGU"] | c["TRIGU"], chance(.3)
-    c["PVC"] |= (runs & ~atrial) | (c["AFIB"] & (early == "PVC"))
     c["PAC"] |= runs & atrial
-    free &= ~c["CLBBB"] & ~c["WPW"] & ((blocked == "none") | chance(.65))  # many blocks come alone
-    main = draw("main", free)
+    c["PVC"] |= (runs & ~atrial) | (c["AFIB"] & (early == "PVC"))
+    draw("main", free & ~c["CLBBB"] & ~c["WPW"] & (~c["blocked"] | chance(.65)))  # many blocks come alone
     which = rng.random(n)  # inferior, anterior infarct or both
     draw("inferior", c["mi"] & (which < .58))
     draw("anterior", c["mi"] & (which > .43))
-    draw("stage", c["mi"])
-    c["LAFB"] |= c["ASMI"] & (blocked == "none") & chance(.2)
-    draw("injury", c["injury"])
-    draw("ischemic", c["ischemic"])
-    draw("st-t", c["st-t"])
-    c["DIG"] |= free & c["AFIB"] & (main == "none") & chance(.5)
-    c["LVH"] |= (c["mi"] | c["ischemic"]) & chance(.08)
-    c["strain"] = c["LVH"] & chance(.6)
-    c["ISC_"] = c["strain"] | c["ischemia"] | c["diffuse"]
-    c["LAO/LAE"] = c["sinus"] & sick & chance(np.where(c["LVH"], .2, .06))
-    c["RAO/RAE"] = c["sinus"] & sick & chance(np.where(c["RVH"], .4, .03))
-    c["early repolarization"] |= ~sick & chance(.05)
-    c["wenckebach"] = chance(.45)
+    for table, where in (("stage", "mi"), ("injury", "injury"), ("ischemic", "ischemic"), ("st-t", "st-t")):
+        draw(table, c[where])
+    for finding, given, share in knowledge()["simulator"]["also"]:
+        c[finding] = c.get(finding, False) | (_all_of(c, given) & chance(share))
     return c
+
+
+def _all_of(c, given):
+    """Of boolean arrays c (n,) by name: where all of "this & not that" holds; "" does everywhere."""
+    parts = [~c[k[4:]] if k.startswith("not ") else c[k] for k in given.split(" & ") if k]
+    return np.all(parts, 0) if parts else np.ones(CHUNK, bool)
 
 
 def _turn(v, frontal, horizontal):
@@ -2051,18 +2045,16 @@ def _measure(c, p):
 def _label(c, p, m):
     """Codes (n dicts) and waveform features (n lists) from the drawn truth c, p and the measured beat m."""
     table, findings = knowledge()["simulator"], knowledge()["findings"]
-    f = {k: on for k, on in c.items() if k != "age"} | {"": c["sick"] | True, "dual": p["dual"]}
-    f["conducted"] = c["sinus"] | c["SVARR"]
+    f = {k: on for k, on in c.items() if k != "age"} | {"dual": p["dual"]}
     f["narrow"] = ~(c["CLBBB"] | c["PACE"] | c["WPW"] | c["ILBBB"])
     f["plain"] = f["narrow"] & ~c["CRBBB"]
-    both = lambda text: np.all([~f[k[4:]] if k.startswith("not ") else f[k] for k in text.split(" & ")], 0)
     count = {"all": lambda hit: hit.all(1), "any": lambda hit: hit.any(1), "two": lambda hit: hit.sum(1) > 1}
     for name, what, low, high, where, how, when in table["measured"]:
         value = m[what][:, table["leads"][where]]
-        f[name] = count[how]((value > low) & (value <= high)) & both(when)
+        f[name] = count[how]((value > low) & (value <= high)) & _all_of(f, when)
     f["pathological q waves in ii, iii and avf"] &= m["bad q"][:, 1]  # a Q wave in III alone is normal
     for name, more in table["implied"].items():
-        f |= {k: both(name) | f.get(k, False) for k in more}
+        f |= {k: _all_of(f, name) | f.get(k, False) for k in more}
     ill = np.any([on for name, on in f.items() if name in findings and name not in table["harmless"]], 0)
     f["NORM"] = c["sinus"] & (p["rate"] > 45) & (p["rate"] < 110) & ~ill
     f["abnormal ecg"] = ~f["NORM"]
@@ -2227,25 +2219,23 @@ def _noise(rng, rate, samples, strongest=False):
     hum = strength(.004, 1) * ((uni(0, 1) < (1 if strongest else .4)) & (mains < .49 * rate))
     on = np.flatnonzero(hum.any(1))
     x[on] += hum[on] * np.sin(np.float32(2 * np.pi) * mains[on] * t + uni(0, 6.3)[on])
-    # one electrode: a step, a burst, or bad throughout
     kind, which = rng.random(n) * (.125 if strongest else 1), rng.integers(0, 9, n)
-    for i in np.flatnonzero(kind < .125):
-        since = t - rng.uniform(0, samples / rate)
+    for i in np.flatnonzero(kind < .125):  # one electrode: a step, a burst, or bad throughout
+        since, long, high = t - rng.uniform(0, samples / rate), rng.uniform(.2, 1), rng.uniform(-.7, .7)
         if kind[i] < .06:
-            fault = np.exp(-np.maximum(since, 0) / rng.uniform(.2, 2)) * (since > 0) * (
-                rng.uniform(.7 if strongest else -.7, .7))
+            high = .7 if strongest else high
+            x[i, which[i]] += high * np.exp(-np.maximum(since, 0) / (2 * long)) * (since > 0)
         elif kind[i] < .1:
-            fault = np.exp(-.5 * (since / rng.uniform(.2, 1)) ** 2) * .1 * rng.standard_normal(samples)
+            x[i, which[i]] += .1 * np.exp(-.5 * (since / long) ** 2) * rng.standard_normal(samples)
         else:
-            fault = .25 * breath[rng.integers(n), which[i] - 1]
-        x[i, which[i]] += fault
+            x[i, which[i]] += .25 * breath[rng.integers(n), which[i] - 1]
     electrodes = np.eye(8, 9, 1, np.float32)
     electrodes[:2, :3], electrodes[2:, :3] = [[-1, 1, 0], [-1, 0, 1]], -1 / 3
     return electrodes @ x
 
 
 def _record(rng, ecg, peaks, rate):
-    """What recorders make of it: ecg (n, 8, N) mV within a band, in steps, at times with a silent end."""
+    """What recorders make of ecg (n, 8, N) mV: a band, steps, at times a silent end."""
     table, samples = np.array(knowledge()["simulator"]["recorders"]), ecg.shape[2]
     which = rng.choice(len(table), CHUNK, p=table[:, 0] / table[:, 0].sum())
     f = np.fft.rfftfreq(samples, 1 / rate)
@@ -2288,10 +2278,10 @@ READS = (open_file, read_record, read_header, parse_lead, beside, measure, read_
          NEGATED_LIST, WORD, SENTENCE_END, COMMA)
 MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
-          "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block,
-                        _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
-                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report, DOWER, LIMBS,
-                        EVENLY, TOP),
+          "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block, _diagnoses,
+                        _all_of, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
+                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report, features_of,
+                        DOWER, LIMBS, EVENLY, TOP),
           **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
           "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
 WORDS = {"ptbxl": ("findings", "lexicon"), "simulated": ("findings", "simulator"), "mimic": (), "csv": ()}

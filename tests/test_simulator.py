@@ -234,7 +234,7 @@ def test_voltage_axis_and_q_waves(clean):
     beats, *_, truths = clean
     qrs = beats[:, :, BEFORE - 6:BEFORE + 8]
     swing, finite = np.ptp(qrs, axis=2), np.isfinite(beats[:, 0, 0])
-    low, high = having(truths, "LVOLT"), having(truths, "VCLVH")
+    low, high = having(truths, "qrs below 0.5 mv in limb leads"), having(truths, "VCLVH")
     assert above(-swing[:, :6].max(1), low & finite, ~low & finite) > .93
     tall = swing[:, 6] + swing[:, 10:].max(1)                                    # Sokolow and Lyon, about
     assert above(tall, high & finite, ~high & having(truths, without=WIDE) & finite) > .9
