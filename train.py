@@ -117,6 +117,7 @@ class Drawn(NamedTuple):
 class Records(torch.utils.data.Dataset):
     """(stage, epoch, rows) -> Drawn. What is random about a record follows from (seed, stage, epoch, row)
     alone: any number of processes, and a resumed run, see the same. tags, truth: of open_source."""
+    UNSAID = int(os.environ.get("UNSAID", 3))  # true tags of a record that a step adds to what its report says
 
     def __init__(self, store, tags, truth, config):
         self.store, self.tags, self.truth, self.config = store, tags, truth, config
@@ -126,11 +127,6 @@ class Records(torch.utils.data.Dataset):
         said = self.tags[row]
         return said + [tag for tag in self.truth[row] if tag not in said]
 
-    def said(self, row):
-        """The tags that its texts are made of: those of its report, or all."""
-        if os.environ.get("SAIDONLY"): return self.tags[row]
-        return self.whole(row) if self.config.text_unit == "tags" else self.tags[row]
-
     def __getitem__(self, key):
         stage, epoch, rows = key
         ecg, chosen = torch.from_numpy(self.store.microvolts(rows)), []
@@ -138,7 +134,10 @@ class Records(torch.utils.data.Dataset):
         limit = int(self.config.shift * self.config.rate)
         for i, row in enumerate(rows):
             rng = np.random.default_rng((self.config.seed, stage, epoch, row))
-            chosen.append(sample_tags(self.said(row), self.config.text_unit, rng))
+            chosen.append(sample_tags(self.tags[row], self.config.text_unit, rng))
+            if self.config.text_unit == "tags":
+                unsaid = self.whole(row)[len(self.tags[row]):]
+                chosen[-1] = chosen[-1] + [unsaid[i] for i in rng.permutation(len(unsaid))[:self.UNSAID]]
             if self.config.lead_drop:
                 dropped[i] = rng.random(ecg.shape[1]) < self.config.lead_drop
             if limit:
@@ -161,7 +160,7 @@ def step_texts(records, rows, unit):
     """The texts that steps can be made of; none where they are too many to be listed. records: Records."""
     if unit == "report":
         return [models.join(records.tags[row]) for row in rows]
-    return [] if unit == "subset" else [tag for row in rows for tag in records.said(row)]
+    return [] if unit == "subset" else [tag for row in rows for tag in records.whole(row)]
 
 
 def augment(drawn, device):
