@@ -1800,16 +1800,13 @@ class Findings:
 
 
 # ---- simulator ---------------------------------------------------------------------------------------------
-# Twelve-lead ECG simulator: a moving heart dipole seen through Dower's leads, with true labels and reports.
-#
 # Every wave is a Gaussian lobe with a direction in space (x to the left, y down, z to the back; mV). The
 # dipole becomes I, II, V1-V6 by Dower's matrix (Dower et al., Clin Cardiol 1980; Edenbrandt & Pahlm, J
-# Electrocardiol 1988), perturbed for every patient; the other limb leads follow exactly from I and II
-# (Einthoven, Goldberger). A disease changes lobes (an infarct turns early forces away from its wall, a block
-# adds a late lobe) or the clock that fires them. Codes and features come from the drawn parameters and the
-# noise-free beat: they say what the record shows; a report may say less. Sizes were set by hand until mean
-# beats agreed with those of PTB-XL (folds 1-8); no recording is used when it runs. Left out, because no trace
-# tells them from another code: ANEUR, EL, NT_, TAB_, PRC(S).
+# Electrocardiol 1988), perturbed for every patient; the other limb leads follow exactly from I and II. A
+# disease changes lobes or the clock that fires them. Labels come from the drawn parameters and the noise-free
+# beat: they say what the record shows; a report may say less. Sizes were set by hand until mean beats agreed
+# with those of PTB-XL (folds 1-8); no recording is used when it runs. Left out, because no trace tells them
+# from another code: ANEUR, EL, NT_, TAB_, PRC(S).
 
 SIMULATED = 4096  # records, if no number is given
 EVENLY = 0.5      # share of the records of which one of the tables TOP is drawn evenly over its findings
@@ -1921,7 +1918,11 @@ def _patient(rng, c):
          "wide": np.tile((.085, .095, .09, .095, .09), (n, 1)) * logn(.08, 5),
          "p": np.array([[.07, .07, -.03], [.09, .05, .03]]) * logn(.3, 1, 1) + .01 * norm((n, 2, 3)),
          "dual": c["PACE"] & (rng.random(n) < .5),  # P waves sensed or paced as well
+         "ratio": rng.choice((2, 3, 4, 0), n, p=(.45, .12, .2, .23)),  # flutter waves a QRS; 0: changing
+         "cycle": np.where(c["wenckebach"], rng.integers(3, 6, n), rng.integers(2, 4, n)),  # 2AVB: P waves
          "spike": ((.3, -.9, .4) + .5 * norm((n, 3))) * rng.lognormal(-2, 1, (n, 1))}
+    passing = np.choose(p["ratio"], (1 / 3, 0, 1 / 2, 1 / 3, 1 / 4)), 1 - 1 / p["cycle"]  # of the atrial beats
+    p["pass"] = np.select([c["AFLT"], c["2AVB"]], passing, 1)
     for k, table in knowledge()["simulator"]["drawn"].items():
         for name, bounds in table.items():
             p[name] = np.where(c[k], uni(*bounds)[:, 0], p[name])
@@ -1932,8 +1933,7 @@ def _patient(rng, c):
     v[:, :4] = v[:, :4] * logn(.25, 4, 1) + .07 * norm((n, 4, 3)) * (1 + c["IVCD"][:, None, None])
     tilt, back = np.clip(1 - 8 * age + 17 * norm(n), -48, 55), 16 * norm(n)
     tilt = np.where(c["LAFB"] | c["LPFB"], .4, 1) * tilt
-    # septum keeps off the axis
-    v[:, R:E], v[:, :R] = _turn(v[:, R:E], tilt, back), _turn(v[:, :R], -.3 * tilt, back)
+    v[:, R:E], v[:, :R] = _turn(v[:, R:E], tilt, back), _turn(v[:, :R], -.3 * tilt, back)  # septum: less
     v[:, T] = np.array((.37, .10, -.19)) * (logn(.33) * np.exp(-.1 * age))[:, None]
     v[:, T:] = _turn(v[:, T:], 12 * norm(n), 18 * norm(n))
     # beyond a dipole: T is tall in V2, ST in V1 and V2
@@ -1960,8 +1960,7 @@ def _patient(rng, c):
     _oppose(p, v, np.where(wide, uni(1.6, 3.4)[:, 0], (c["ILBBB"] | c["WPW"] | c["IVCD"]) * uni(.6, 2)[:, 0]))
     p["p"][:, 1] += c["LAO/LAE"][:, None] * uni(.6, 1.4) * (.05, .03, .07)
     p["p"][:, 0] += c["RAO/RAE"][:, None] * uni(.6, 1.4) * (.02, .17, -.08)
-    # chest electrodes off by, in gaps
-    shift = np.clip(.25 * norm((n, 1)) + .12 * norm((n, 6)), -.6, .6)[..., None]
+    shift = np.clip(.25 * norm((n, 1)) + .12 * norm((n, 6)), -.6, .6)[..., None]  # of electrodes, in gaps
     chest = np.pad(DOWER[2:], ((1, 1), (0, 0)), mode="edge")
     leads = np.tile(DOWER, (n, 1, 1))
     leads[:, 2:] += abs(shift) * (np.where(shift > 0, chest[2:], chest[:-2]) - DOWER[2:])
@@ -2039,7 +2038,7 @@ def _measure(c, p):
             "t": np.where(tt.max(2) > -tt.min(2), tt.max(2), tt.min(2)),
             "sokolow": (s[:, 6] + np.maximum(r[:, 10], r[:, 11]))[:, None],
             **{name: p[name][:, None] for name in ("qrs", "pr", "qtc")},
-            "beats": np.where(c["AFLT"], 75, p["rate"])[:, None]}  # of the ventricles
+            "beats": (p["rate"] * p["pass"])[:, None]}  # of the ventricles
 
 
 def _label(c, p, m):
@@ -2059,18 +2058,13 @@ def _label(c, p, m):
     f["NORM"] = c["sinus"] & (p["rate"] > 45) & (p["rate"] < 110) & ~ill
     f["abnormal ecg"] = ~f["NORM"]
     names, codes, features = np.array(list(f), object), [], []
+    shapes = {feature for entry in findings.values() for feature in entry["features"]}
     for on in np.array(list(f.values())).T:
         found = list(names[on])
         codes.append({k: 100.0 for k in found if k in findings})
         shown = [x for k in found if k in table["always"] for x in table["always"][k].split("; ")]
-        features.append(list(dict.fromkeys(shown + [k for k in found if k in features_of()])))
+        features.append(list(dict.fromkeys(shown + [k for k in found if k in shapes])))
     return codes, features
-
-
-@lru_cache(1)
-def features_of():
-    """Every waveform feature that a finding in prompts.json has."""
-    return frozenset(feature for entry in knowledge()["findings"].values() for feature in entry["features"])
 
 
 def _rhythm(rng, c, p, seconds):
@@ -2081,13 +2075,11 @@ def _rhythm(rng, c, p, seconds):
     depth = sinus * np.minimum(.03 * np.exp(-.02 * (c["age"] - 50) + .5 * norm(n)), .07)
     depth = np.where(c["SARRH"], uni(.09, .22), depth)
     jitter = np.select([c["AFIB"], c["SVARR"], sinus], [uni(.13, .3), .09, .012], .003)
-    ratio = rng.choice((2, 3, 4, 0), n, p=(.45, .12, .2, .23))  # flutter waves a QRS; 0: changing
-    # PSVT: when, RR, at first?
-    change, attack, first = uni(.3, .7) * seconds, 60 / uni(140, 205), rng.random(n) < .5
+    change, attack, first = uni(.3, .7) * seconds, 60 / uni(140, 205), rng.random(n) < .5  # of PSVT
     runs, period = c["BIGU"] | c["TRIGU"], np.where(c["BIGU"], 2, 3)
     early = ventricular | c["PAC"] | c["SVARR"]
     often, due = np.where(c["SVARR"], .3, .12), uni(.15, .7) * seconds  # by then, one early beat is sure
-    cycle = np.where(c["wenckebach"], rng.integers(3, 6, n), rng.integers(2, 4, n))
+    ratio, cycle = p["ratio"], p["cycle"]
     grow = c["2AVB"] * c["wenckebach"] * uni(.04, .09)
     t, gap, since, out = -1.5 - uni(0, 1.2) * base, base, np.zeros(n), []
     was = met = sinus & False
@@ -2108,8 +2100,7 @@ def _rhythm(rng, c, p, seconds):
     qrs, atria, now, rr = (np.stack(x, 1) for x in zip(*out))
     atria[c["AFIB"] | c["AFLT"] | c["SVTAC"] | c["junctional rhythm"] | (c["PACE"] & ~p["dual"])] = np.nan
     atria[(now & ventricular[:, None]) | (c["PSVT"][:, None] & (rr < .45))] = np.nan
-    # the atria's own clock
-    own = -1.5 + (60 / uni(68, 105))[:, None] * (rng.random((n, 1)) + np.arange(beats))
+    own = -1.5 + (60 / uni(68, 105))[:, None] * (rng.random((n, 1)) + np.arange(beats))  # the atria's clock
     return {"qrs": qrs, "p": np.where(c["3AVB"][:, None], own, atria), "early": now, "rr": rr,
             "breath": lambda at, i: np.sin(2 * np.pi * breath[i] * at + phase[i])[:, None, None]}
 
@@ -2184,7 +2175,7 @@ def _atrial_waves(rng, c, p, rate, samples):
     slow = lambda: np.sin(2 * np.pi * uni(.1, .7, 3) * t + uni(0, 6.3, 3))  # (n, 3, N)
     angle = 2 * np.pi * (uni(4.2, 7.8, 1) + uni(-.8, .8, 3)) * t + 1.2 * slow() + uni(0, 6.3, 3)
     way = (-.15, .35, -.6) + .3 * rng.standard_normal((len(on), 3, 3))
-    way = p["leads"][on] @ (way * rng.lognormal(-3.3, .6, (len(on), 1, 1))).swapaxes(1, 2)
+    way = p["leads"][on] @ (way * rng.lognormal(-3.5, .6, (len(on), 1, 1))).swapaxes(1, 2)
     out[on] = way.astype(np.float32) @ ((1 + .6 * slow()) * (np.sin(angle) + .3 * np.sin(2 * angle)))
     on = np.flatnonzero(c["AFLT"])
     angle = (2 * np.pi * p["rate"][on] / 60).astype(np.float32)[:, None, None] * t + uni(0, 6.3, 1)
@@ -2280,7 +2271,7 @@ MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, n
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block, _diagnoses,
                         _all_of, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
-                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report, features_of,
+                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report,
                         DOWER, LIMBS, EVENLY, TOP),
           **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
           "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
