@@ -5,6 +5,7 @@
     --transfer         both from one set to another          --generate         reports written (melp)
     --finetune SET...  encoder trained with labels, too      --embed SET...     just the vectors (npz)
     --compare RUN...   any of these over runs, one table     --look RECORD TEXT...  where a text is seen
+    --export DIR       the run as a model to publish
 
 Tables are printed, and written with pictures into the run: results.json has an entry for each task, set and
 options. Test rows are the official test split (PTB-XL: fold 10) unless --folds or --split says otherwise;
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 import zipfile
@@ -51,7 +53,7 @@ TRANSFER = ("ptbxl_super", "cpsc2018", "csn")
 RESAMPLES = 1000  # of the bootstrap, and of the permutations
 ENOUGH = 10       # positives a class needs for an interval and for the second mean (fewer: a lottery)
 FACTS = {"records_per_second": float, "parameters": float, "warnings": [str]}  # what is read of training.json
-NO_MATTER = ("name", "seed", "threads", "workers", "save_every", "compile")  # in which repetitions may differ
+NO_MATTER = ("name", "seed", "threads", "workers", "save_every", "compile", "wandb")  # in which repetitions may differ
 DEFAULTS = dict(data=(), prompts="descriptive", scales=None, folds=None, split="test", leads=None,
                 derive_leads=False, noise=None, control=None, ratios=(0.01, 0.1, 1.0), shots=None,
                 protocol="grid", epochs=10, beams=1, checkpoint=None, text_model="", device="cpu")
@@ -80,7 +82,9 @@ def read_config(run):
     if not path.exists():
         raise data.DataError(f"{run}: not a run folder (no config.json)")
     found = data.read_json(path, {"method": str, "preset": str, str: (str, int, float, bool, dict)})
-    made_by = found.pop("made_by", {})
+    made_by, _ = found.pop("made_by", {}), found.pop("about", {})
+    found |= {name: str(path.with_name(os.path.basename(found[name]))) for name in ("method", "encoder")
+              if models.is_file(found.get(name, ""))}
     try:
         config = models.configure(**found)
         if lacking := sorted(models.settings_of(config).keys() - found.keys()):
@@ -89,6 +93,10 @@ def read_config(run):
     except (models.ModelError, data.DataError) as error:
         raise data.DataError(f"{path}: not of this version of the program, {models.VERSION}, or changed by "
                              f"hand ({error}); use the version that made it, or train anew") from error
+    for name, copy in models.own_files(config).items():
+        original = made_by.get(name, "")
+        if os.path.isfile(original) and data.crc_of(original) != data.crc_of(copy):
+            print(f"{copy} is used, of which the run was made; {original} has changed since")
     return config, made_by
 
 
@@ -117,7 +125,7 @@ def save_weights(method, run, name="model.safetensors"):
     """Weights file of a run, with checksums of its tensors and of the tokenizer."""
     state = {k: v.cpu().clone(memory_format=torch.contiguous_format)  # tied tensors are written twice
              for k, v in method.state_dict().items()}
-    facts = {"tensors": crc_of_tensors(state), "files": json.dumps(checksums(run, ["tokenizer/*"]))}
+    facts = {"tensors": crc_of_tensors(state), "files": json.dumps(checksums(run, ("tokenizer/*", "*.py")))}
     data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
 
 
@@ -488,16 +496,20 @@ def pool(tokens):
 
 
 @torch.no_grad()
+def encode(method, ecg, device="cpu"):
+    """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, in the space shared with text;
+    "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
+    ecg = torch.from_numpy(ecg).to(device)
+    tokens = method.encode_tokens(ecg)
+    found = {"rhythm": method.views(tokens, ecg).rhythm, "features": pool(tokens)}
+    return {name: x.float().cpu().numpy() for name, x in found.items()}
+
+
 def embed_records(method, store, rows, device, what="encoding ECGs", ask=asking(), batch=256):
-    """Vectors of rows of a store, float32: "rhythm" (R, dim), L2-normalised, in the space shared with text;
-    "features" (R, 2 D), mean and maximum of the encoder's tokens before any projection."""
-    out = {"rhythm": [], "features": []}
-    for start in tqdm(range(0, len(rows), batch), desc=what, leave=False):
-        ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(device)
-        tokens = method.encode_tokens(ecg)
-        out["rhythm"].append(method.views(tokens, ecg).rhythm.float().cpu())
-        out["features"].append(pool(tokens).float().cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in out.items()}
+    """encode, of rows of a store."""
+    parts = [encode(method, signals(store, rows[start:start + batch], ask), device)
+             for start in tqdm(range(0, len(rows), batch), desc=what, leave=False)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def vectors(run, store, rows, ask):
@@ -605,6 +617,53 @@ def look_at(method, store, tags, rows, device, questions):
         like = ecg[places] @ embed_reports(method, worded(prompts)).T
         found["auroc"][name] = round(float(mean_auroc(class_means(like, prompts), labels)), 4)
     return found
+
+
+# ---- for notebooks -----------------------------------------------------------------------------------------
+
+def read_signals(signals, fs, leads, rate):
+    """A WFDB record's path, or an array (L, N) in mV at fs Hz with the names of its L leads; or a list of such;
+    or an array (B, L, N) -> (B, 12, N) float32 mV as a store keeps them. Errors: DataError."""
+    several = isinstance(signals, (list, tuple)) or np.ndim(signals) == 3
+    return np.stack([data.load_record(*(
+        (signal, rate) if isinstance(signal, (str, os.PathLike)) else
+        ("the array", rate, "first", of_array(signal, fs, leads))))[0]
+        for signal in (signals if several else [signals])]) / np.float32(1000)
+
+
+def of_array(signal, fs, leads):
+    """An array as data.load_record reads it. Errors: DataError."""
+    x = np.asarray(signal, np.float32)
+    unknown = [str(lead) for lead in leads if data.lead_index(lead) is None]
+    fault = (f"fs is {fs}: the Hz it was sampled at, {data.RATES[0]} to {data.RATES[1]}, must be given"
+             if not fs or not data.RATES[0] <= fs <= data.RATES[1] else
+             f"it must be ({len(leads)}, samples): a row for each of {', '.join(map(str, leads))}"
+             if x.ndim != 2 or len(x) != len(leads) else
+             f"unknown leads {', '.join(unknown)}; known are {', '.join(data.LEADS)}" if unknown else
+             f"too short: it must have {data.MIN_SECONDS:g} s" if x.shape[1] < data.MIN_SECONDS * fs else
+             "it holds NaN or infinity: interpolate what is short, cut off what is long"
+             if not np.isfinite(x).all() else
+             f"its largest value is {abs(x).max():g}: it must be in mV" if not 0.05 < abs(x).max() < 32 else "")
+    if fault:
+        raise data.DataError(f"array {x.shape}: {fault}")
+    return lambda path, part: data.Record(x[:, slice(*part(x.shape[1], fs))], list(leads), fs, True)
+
+
+def embed(method, signals, fs=None, leads=data.LEADS):
+    """Vectors of B signals (see read_signals), as --embed writes them -> {"rhythm": (B, dim), "features":
+    (B, 2 D)}, see encode. Errors: DataError."""
+    ecg = read_signals(signals, fs, leads, method.config.rate)
+    return encode(method, ecg, next(method.parameters()).device)
+
+
+@torch.no_grad()
+def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
+    """Similarity of B signals (see read_signals) with C texts -> (B, C) float32: comparable over signals, not
+    over texts. scales: rhythm, beat, token or some of them; None: the method's own. Errors: DataError."""
+    ecg = torch.from_numpy(read_signals(signals, fs, leads, method.config.rate))
+    text = method.encode_text([text.lower().strip(" .") for text in texts])
+    ecg = method.encode_ecg(ecg.to(text.report.device))
+    return method.similarity(ecg, text, scales).float().cpu().numpy()
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -1053,7 +1112,7 @@ def identify(run, name, ask):
     return {"": {"second record": recall(second @ first.T, right, patients[np.array(pairs)[:, 0]])}}
 
 
-def embed(run, name, ask):
+def embed_set(run, name, ask):
     """Just the vectors of every record: a file in the run's embeddings/, and no table."""
     store = find_store(name, run.config, ask.data)
     shapes = {k: values.shape for k, values in vectors(run, store, np.arange(len(store)), ask).items()}
@@ -1144,7 +1203,7 @@ def report_language(method, texts, run, batch=64):
 
 
 TASKS = {"zeroshot": zeroshot, "probe": probe, "transfer": transfer, "retrieve": retrieve,
-         "finetune": finetune, "identify": identify, "embed": embed, "generate": generate}
+         "finetune": finetune, "identify": identify, "embed": embed_set, "generate": generate}
 
 
 # ---- where a model looks -----------------------------------------------------------------------------------
@@ -1165,10 +1224,10 @@ def attention_over_time(method, ecg, text):
     else:
         raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep "
                                 "--align word or tag, and melp --beats rpeak, see them at a place")
-    if config.method == "melp":  # beats, from midpoint to midpoint
+    if isinstance(method, models.MELP):  # beats, from midpoint to midpoint
         place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
     else:  # tokens of equal length; patches of all leads at one time together
-        windows = samples // config.patch if "leadvit" in config.encoder else weight.shape[1]
+        windows = samples // config.patch if isinstance(method.ecg, models.LeadViT) else weight.shape[1]
         weight, place = weight.unflatten(1, (-1, windows)).sum(1), torch.arange(samples) * windows // samples
     length = torch.bincount(place, minlength=weight.shape[1]).clamp(min=1)
     return (weight.cpu() / length)[:, place].numpy()
@@ -1420,6 +1479,69 @@ def report(folder, wanted, **options):
     return results
 
 
+# ---- a run to be published ---------------------------------------------------------------------------------
+
+CARD = """---
+tags: [ecg, electrocardiogram, zero-shot-classification]
+---
+# {name}
+
+{method} ({about}), {parameters:.1f} M parameters. A 12-lead ECG ({leads}; {rate} Hz, 10 s, mV) and texts go into
+one space: scores for findings in words, vectors for anything else.
+
+```python
+from eval import load_run, score  # of ecg-language {version}
+method, config = load_run("{name}")
+score(method, ["atrial fibrillation", "normal ecg"], signal, fs=500, leads=["I", "II", "V2"])  # (L, N) mV
+```
+
+{table}
+
+Research only: not a medical device.
+"""
+
+
+def export(run, folder):
+    """Write a run as a model to publish: its weights, tokenizer, own code; config.json with what a signal must
+    be, and the label sets' prompts; README.md, a model card of the Hugging Face hub with the results so far.
+    No path of this machine. load_run opens it anywhere. Errors: DataError."""
+    run, folder = Path(run), Path(folder)
+    method, config = load_run(run)
+    if folder.exists():
+        raise data.DataError(f"{folder} exists: choose another folder")
+    shutil.copytree(run, folder, ignore=lambda at, names: [name for name in names if Path(at) == run and not (
+        name in ("model.safetensors", "tokenizer") or name.endswith(".py"))])
+    found = data.read_json(run / "config.json")
+    here = [k for k in ("data", "init", "llm", "text_model", "name") if k in found]
+    sets = [name for name in data.LABEL_SETS if name not in data.OCCURRING]
+    signal = {"leads": data.LEADS, "rate": config.rate, "seconds": data.SECONDS, "unit": "mV",
+              "normalise": config.normalise}
+    about = {"signal": signal, "label_sets": {name: {c: row["prompts"] for c, row in data.label_set(name).items()}
+                                              for name in sets}}
+    made_by = {k: v for k, v in found["made_by"].items() if k not in models.own_files(config)}
+    data.write_text(folder / "config.json", json.dumps(
+        found | dict.fromkeys(here, "") | {"made_by": made_by, "about": about}, indent=1))
+    data.write_text(folder / "README.md", CARD.format(
+        name=folder.name, method=found["method"], about=" ".join((type(method).__doc__ or "").split(":")[0].split()), leads=", ".join(data.LEADS),
+        rate=config.rate, parameters=sum(p.numel() for p in method.parameters()) / 1e6, version=models.VERSION,
+        table=results_table(known_results(run))))
+
+
+def results_table(known):
+    """results.json of a run -> the figures that its own weights have, as a table of Markdown."""
+    rows = [["task", "set", "figure", "95 % interval", "records"], ["---"] * 5]
+    for task, title, found in [(t, title, each) for t, of in known.items() for title, each in of.items()
+                               if isinstance(each, dict) and not each.get("options", {}).get("checkpoint", 1)]:
+        for row, column, m in [(r, c, m) for r, of in found["results"].items() for c, m in of.items()]:
+            value, ends = headline(m)
+            if value is not None:
+                shown = entry(title.split()[0], found["options"] | {"data": ()})
+                rows.append([", ".join(filter(None, (task, row, column))), shown, f"{m.get('what', 'AUROC')} "
+                             f"{value:.3f}", "{:.3f} - {:.3f}".format(*ends) if ends else "-",
+                             str(m.get("records", "-"))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 # ---- many runs ---------------------------------------------------------------------------------------------
 
 def group_runs(configs):
@@ -1560,6 +1682,7 @@ def parse(argv):
         add(f"--{task}", nargs="*" if task in ("transfer", "generate") else "+", metavar="SET", help=note)
     add("--look", nargs="+", metavar=("RECORD", "TEXT"), help="where it is seen in a WFDB record, SPEC:ID")
     add("--run", help="run folder [the newest in runs/]")
+    add("--export", metavar="DIR", help="a folder to publish: weights, config, tokenizer, model card")
     add("--compare", nargs="+", metavar="RUN", help="finished run folders: one table over all")
     add("--ckpt", dest="checkpoint", help="a .safetensors file, with config and tokenizer from --run or from "
         "beside it; or merl:FILE, melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
@@ -1588,10 +1711,11 @@ def parse(argv):
             (any(not 0 < r <= 1 for r in given.get("ratios", ())), "--ratios are shares above 0, up to 1"),
             (min(numbers) < 1, "--shots, --epochs and --beams are numbers from 1"),
             (not math.isfinite(given.get("noise", 0)), "--noise is a ratio in dB"),
-            (not {"look", *TASKS} & given.keys(),
+            (not {"look", "export", *TASKS} & given.keys(),
              "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
-            ("compare" in given and {"run", "checkpoint", "look"} & given.keys(),
-             "--compare names its own runs: drop --run, --ckpt and --look"),
+            ("compare" in given and {"run", "checkpoint", "look", "export"} & given.keys(),
+             "--compare names its own runs: drop --run, --ckpt, --look and --export"),
+            ("export" in given and "checkpoint" in given, "--export takes a run's own weights: drop --ckpt"),
             ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
             (len(given.get("look", "ok")) < 2, "--look RECORD TEXT..."),
             (not all(map(data.WORD.search, given.get("look", ())[1:])), "--look: a text needs words"),
@@ -1628,6 +1752,8 @@ def main(argv=None):
     if "look" in given:
         ask = asking(**options)
         look(open_run(run, ask), given["look"][0], given["look"][1:], ask)
+    if "export" in given:
+        export(run, given["export"])
 
 
 if __name__ == "__main__":

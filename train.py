@@ -36,29 +36,40 @@ from model import rank
 
 def parse(argv):
     """Command line -> (Config, run to continue or None, what made it). Errors: ModelError, DataError."""
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(models.Config), re.M))
-    for name in models.TYPES:
+    groups = {}
+    for title, name, note in described():
         kind, default = models.kind_of(name), getattr(models.Config, name)
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
         if kind is str and (values := models.get_args(models.TYPES[name])):
             how["metavar"] = "|".join(values)
         if name == "data":  # said again, it adds another set
             how["action"] = "append"
-        whose = ", ".join(models.owners(name))
-        parser.add_argument(models.flag(name), default=argparse.SUPPRESS, **how,
-                            help=f"{whose and whose + ': '}{notes[name]} [{default}]".replace("%", "%%"))
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        group.add_argument(models.flag(name), **how, help=f"{note} [{default}]".replace("%", "%%"))
     parser.add_argument("--resume", metavar="RUN", help="continue a run folder; its own config holds")
     given = vars(parser.parse_args(argv))
     if "data" in given:
         given["data"] = ",".join(given["data"])
-    if (resume := given.pop("resume")) is None:
+    if (resume := given.pop("resume", None)) is None:
         return models.configure(**given), None, {}
     if given:
         parser.error(f"--resume takes the config from the run: drop --{', --'.join(given).replace('_', '-')}")
     config, made_by = evaluation.read_config(resume)
     return config, Path(resume), made_by
+
+
+def described():
+    """(group, name, note) of every setting, as Config has them: by its sections, and then by method."""
+    found, title = [], "common"
+    for section, name, note in re.findall(r"^(?:  # (.*)|    (\w+): .*?  # (.*(?:\n {20,}# .*)*))$",
+                                          inspect.getsource(models.Config), re.M):
+        title = section or title
+        if name:
+            whose = ", ".join(models.owners(name))
+            found.append((whose and f"of {whose}" or title, name, re.sub(r"\s*\n\s*# ", " ", note)))
+    return sorted(found, key=lambda setting: setting[0].startswith("of "))
 
 
 # ---- data and batches --------------------------------------------------------------------------------------
@@ -205,7 +216,7 @@ class Stage(NamedTuple):
 def plan_stages(config, store, rows):
     """Stages of a run, for most methods one. Errors: DataError where one has no update."""
     records, stages, end = len(data.epoch_rows(store, np.random.default_rng(0), rows)), [], 0
-    for name in models.METHODS[config.method][0].stages:
+    for name in models.recipe(config.method)[0].stages:
         if epochs := config.fine_epochs if name == "fine" else config.epochs:
             batches = records // config.batch_size
             first, end = end, end + epochs * batches // config.accumulate
@@ -378,7 +389,7 @@ def new_folder(config, made_by):
     """Make the folder of a new run, which no other process has, with its config.json. Errors: DataError."""
     kinds = [re.split(r"[:*]", spec)[0] for spec in data.split_specs(config.data)]
     source, now = "-".join(dict.fromkeys(Path(kind).stem for kind in kinds)), time.strftime("%Y%m%d-%H%M%S")
-    base = config.name or f"{config.method}-{source}-{now}"
+    base = config.name or f"{config.method.rpartition(':')[2]}-{source}-{now}"
     for number in itertools.count(1):
         run = Path("runs", base if number == 1 else f"{base}-{number}")
         try:
@@ -390,6 +401,8 @@ def new_folder(config, made_by):
                 raise data.DataError(f"{run} {fault}") from error
         except OSError as error:
             raise data.DataError(f"{run}: cannot be made ({error.strerror}); start elsewhere") from error
+    for path in models.own_files(config).values():
+        shutil.copy(path, run)
     settings = models.settings_of(config) | {"made_by": made_by}
     data.write_text(run / "config.json", json.dumps(settings, indent=1))
     return run
@@ -404,7 +417,7 @@ def read_lines(path, shape):
 
 
 def write_lines(path, lines):
-    """Make a JSON-lines file of these lines -> the file, open for add_line."""
+    """Make a JSON-lines file of these lines -> the file, open for add_line, which tells wandb, too."""
     data.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return open(path, "a", buffering=1)
 
@@ -416,6 +429,18 @@ def add_line(file, line):
     except OSError as error:
         raise data.DataError(f"{file.name}: cannot be written: {error.strerror}; when it can, go on with "
                              f"--resume {Path(file.name).parent}") from error
+    if wandb_run := getattr(sys.modules.get("wandb"), "run", None):  # what start_wandb has begun
+        wandb_run.log(line, step=line["update"])
+
+
+def start_wandb(config, run):
+    """From now on add_line tells Weights & Biases what it writes. Errors: ModelError where it is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise models.ModelError("--wandb needs the package: pip install wandb") from error
+    wandb.init(project=config.wandb, name=run.name, config=models.settings_of(config), resume="allow",
+               id=run.name)
 
 
 def read_log(run):
@@ -457,7 +482,7 @@ def save_checkpoint(run, method, optimiser, update, watch):
     """checkpoint.pt, with checksums of the other files that a resumed run reads."""
     state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
              "processes": models.world(), "watch": watch.state if watch else {},
-             "files": evaluation.checksums(run, ("tokenizer/*", "recovered.jsonl", "negatives.pt"))}
+             "files": evaluation.checksums(run, ("tokenizer/*", "*.py", "recovered.jsonl", "negatives.pt"))}
     data.write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
 
 
@@ -931,6 +956,8 @@ def train(config, run, source, device):
     store, tags, rows = source
     reports, stages = lambda: [models.join(tags[row]) for row in rows], plan_stages(config, store, rows)
     checkpoint, proposals = read_checkpoint(run, config.save_every), None
+    if config.wandb and rank() == 0:
+        start_wandb(config, run)
     if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
         proposals = ask_llm(run, config.llm, [tags[row] for row in rows], device)
     text = make_text(config, run, reports, device, checkpoint is None)
@@ -938,7 +965,7 @@ def train(config, run, source, device):
     method = models.build_method(config, text).to(device)
     if config.init and checkpoint is None and rank() == 0:
         start_from(config.init, method)
-    if config.method == "cmelt" and config.negatives == "far":
+    if isinstance(method, models.CMELT) and config.negatives == "far" and not config.as_published:
         method.far = far_texts(method, reports(), run, device, checkpoint is None)
     for tensor in method.state_dict().values() if models.world() > 1 else ():
         dist.broadcast(tensor, 0)
@@ -1055,7 +1082,8 @@ def main(argv=None):
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
     source = store, tags, rows = open_source(config)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
-               "csrc": csrc.build_info().get("sources", "reference")}
+               "csrc": csrc.build_info().get("sources", "reference"),
+               **{name: os.path.abspath(path) for name, path in models.own_files(config).items()}}
     plan_stages(config, store, rows)
     first, wanted = rank() == 0, {}
     if first and not language:  # at the end a table of the data's own kind
@@ -1071,7 +1099,8 @@ def main(argv=None):
             raise data.DataError(f"{run}: another process is training it")
         if resumed and before["store"] != made_by["store"]:
             raise data.DataError(f"{run}: its training data have changed since it began; train anew")
-        changed = [f"{k} {old} -> {made_by[k]}" for k, old in before.items() if old != made_by[k]]
+        changed = [f"{k} {old} -> {made_by[k]}" for k, old in before.items()
+                   if old != made_by[k] and k not in models.own_files(config)]
         if first and changed:
             print(f"{run} goes on with other versions: {'; '.join(changed)}; the last digits may be others")
         try:

@@ -202,7 +202,7 @@ def test_melp_coca_loss():
 
 @pytest.fixture(scope="module")
 def dbeta():
-    config = small_config("cmelt", encoder="w2v_base", dim=768, rate=500, fusion_layers=6, text_mask=False, frame_drop=0.75)
+    config = small_config("cmelt", encoder="w2v_base", dim=768, rate=500, fusion_layers=6, as_published=True, frame_drop=0.75)
     method = models.CMELT(config, (t5(), None)).eval()
     return evaluation.load_published(method, filled("dbeta_ecg"), "dbeta")
 
