@@ -52,8 +52,6 @@ GROUPS = {"ptbxl": ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm"), "
 TRANSFER = ("ptbxl_super", "cpsc2018", "csn")
 RESAMPLES = 1000  # of the bootstrap, and of the permutations
 ENOUGH = 10       # positives a class needs for an interval and for the second mean (fewer: a lottery)
-FACTS = {"records_per_second": float, "parameters": float, "warnings": [str]}  # what is read of training.json
-NO_MATTER = ("name", "seed", "threads", "workers", "save_every", "compile", "wandb")  # in which repetitions may differ
 DEFAULTS = dict(data=(), prompts="descriptive", scales=None, folds=None, split="test", leads=None,
                 derive_leads=False, noise=None, control=None, ratios=(0.01, 0.1, 1.0), shots=None,
                 protocol="grid", epochs=10, beams=1, checkpoint=None, text_model="", device="cpu")
@@ -68,11 +66,10 @@ def asking(**options):
 
 def newest_run(folder="runs"):
     """The finished run of `folder` that was written last. Errors: DataError where there is none."""
-    runs = sorted(Path(folder).glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise data.DataError(f"no finished run in {folder}/: train one first (python train.py), or name one "
-                             "with --run")
-    return runs[-1].parent
+    runs = Path(folder).glob("*/model.safetensors")
+    if newest := max(runs, key=lambda path: path.stat().st_mtime, default=None):
+        return newest.parent
+    raise data.DataError(f"no finished run in {folder}/: train one first (python train.py), or name it with --run")
 
 
 def read_config(run):
@@ -93,32 +90,31 @@ def read_config(run):
     except (models.ModelError, data.DataError) as error:
         raise data.DataError(f"{path}: not of this version of the program, {models.VERSION}, or changed by "
                              f"hand ({error}); use the version that made it, or train anew") from error
-    for name, copy in models.own_files(config).items():
+    for name, path in models.own_files(config).items():
         original = made_by.get(name, "")
-        if os.path.isfile(original) and data.crc_of(original) != data.crc_of(copy):
-            print(f"{copy} is used, of which the run was made; {original} has changed since")
+        if os.path.isfile(original) and data.crc_of(original) != data.crc_of(path):
+            print(f"{path} is used, of which the run was made; {original} has changed since")
     return config, made_by
 
 
 def checksums(folder, patterns):
-    """{path in the folder: crc32} of the files that match."""
+    """{path in the folder: crc32} of the files that match; read once as long as they do not change."""
     paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix(): checksum(path, path.stat().st_mtime_ns) for path in paths}
 
 
 @lru_cache(64)
 def checksum(path, changed):
-    """crc32 of a file, read once as long as it does not change."""
-    return data.crc_of(str(path))
+    return data.crc_of(path)
 
 
 def compare_checksums(folder, known):
     """Errors: DataError where a file is not the one whose checksum is known."""
-    for name, crc in known.items():
-        path = Path(folder) / name
-        if checksums(folder, [name]).get(name) != crc:
-            fault = "damaged" if path.exists() else "missing"
-            raise data.DataError(f"{path}: {fault}, and the rest was made with it; restore it, or train anew")
+    found = checksums(folder, known)
+    for name in [name for name in known if found.get(name) != known[name]]:
+        fault = "damaged" if name in found else "missing"
+        raise data.DataError(f"{Path(folder) / name}: {fault}, and the rest was made with it; restore it, or "
+                             "train anew")
 
 
 def save_weights(method, run, name="model.safetensors"):
@@ -138,54 +134,43 @@ def crc_of_tensors(state):
     return f"{crc:08x}"
 
 
-@contextlib.contextmanager
-def reading(path):
-    """Whatever keeps a file of weights from being read is a DataError that says what to do."""
+def read_file(path):
+    """(what torch.save or safetensors wrote, a dictionary, and its metadata); nothing but tensors and plain
+    values is unpickled, and checksums hold. Errors: DataError that says what to do."""
     try:
-        yield
+        with data.open_file(path) as file:
+            if Path(path).suffix == ".safetensors":
+                with safe_open(path, "pt") as tensors:
+                    state, facts = {k: tensors.get_tensor(k) for k in tensors.keys()}, tensors.metadata() or {}
+                if facts.get("tensors", crc := crc_of_tensors(state)) != crc:
+                    raise ValueError("the weights have another checksum")
+                return state, facts
+            with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} has another checksum")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("it holds something else")
+        return state, {}
     except Exception as error:  # pickle, zipfile, torch and safetensors fail in many ways on a damaged file
         head = b""
         with contextlib.suppress(OSError), data.open_file(path) as file:
             head = file.read(40)
-        fault = ("damaged, cut off, or no tensors that can be loaded safely "
-                 f"({type(error).__name__}: {models.first_line(error)[:150]}); restore it, or train anew")
         if head.startswith(b"version https://git-lfs"):
-            fault = "a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-        elif isinstance(error, OSError) and error.strerror:
-            fault = error.strerror
+            raise data.DataError(f"{path}{data.LFS}") from error
+        fault = isinstance(error, OSError) and error.strerror or (
+            "damaged, cut off, or no tensors that can be loaded safely "
+            f"({type(error).__name__}: {models.first_line(error)[:150]}); restore it, or train anew")
         raise data.DataError(f"{path}: {fault}") from error
-
-
-def read_torch(path):
-    """What torch.save wrote; nothing but tensors and plain values is unpickled, and the file's checksums
-    hold. Errors: DataError."""
-    with reading(path), data.open_file(path) as file:
-        with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} has another checksum")
-        file.seek(0)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise data.DataError(f"{path}: holds other things than named tensors")
-    return state
 
 
 def read_tensors(path):
     """(named tensors, metadata) in a file of torch or safetensors, or in a training checkpoint. Errors:
     DataError."""
-    facts = {}
-    if Path(path).suffix == ".safetensors":
-        with reading(path):
-            data.open_file(path).close()
-            with safe_open(path, "pt") as file:
-                state, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-            if facts.get("tensors", crc := crc_of_tensors(state)) != crc:
-                raise ValueError("the weights have another checksum")
-    else:
-        state = read_torch(path)
+    state, facts = read_file(path)
     for key in ("state_dict", "model", "model_state_dict"):  # what surrounds weights in a training checkpoint
-        if isinstance(state.get(key), dict):
-            state = state[key]
+        state = state[key] if isinstance(state.get(key), dict) else state
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise data.DataError(f"{path}: holds other things than named tensors")
     wrapped = bool(state) and all(name.startswith("module.") for name in state)  # DistributedDataParallel's
@@ -200,15 +185,14 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
         return open_published(*found, text_model, device)
     run, (config, _) = Path(run), read_config(run)
     weights = Path(checkpoint or run / "model.safetensors")
-    if not weights.exists():
-        advice = f": the run did not finish; continue it with: python train.py --resume {run}"
-        raise data.DataError(f"{weights} is missing{'' if checkpoint else advice}")
     if config.method == "cardiolm":
         raise models.ModelError(f"{run} is a language model without an ECG encoder: give it to another run "
                                 f"with --text-model {run}")
+    if not (checkpoint or weights.exists()):
+        raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python train.py "
+                             f"--resume {run}")
     state, facts = read_tensors(weights)
-    if not checkpoint:
-        compare_checksums(run, json.loads(facts.get("files", "{}")))
+    compare_checksums(run, {} if checkpoint else json.loads(facts.get("files", "{}")))
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
     try:
         method.load_state_dict(state)
@@ -228,8 +212,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
 @lru_cache
 def published():
     """weights.json: {kind: {"method", "optional", "names"}}."""
-    shape = {"method": str, "optional": [str], "names": {str: str}}
-    return data.read_json(Path(__file__).with_name("weights.json"), {str: shape})
+    return data.read_json(Path(__file__).with_name("weights.json"))
 
 
 WRAPPER = re.compile(r"^((module|model)\.)*(ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)"
@@ -239,8 +222,8 @@ DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # of a languag
 
 def publication(checkpoint):
     """"merl:FILE" -> ("merl", "FILE"), None for any other checkpoint."""
-    kind, colon, file = str(checkpoint or "").partition(":")
-    return (kind, file) if colon and kind in published() else None
+    kind, _, file = str(checkpoint or "").partition(":")
+    return (kind, file) if file and kind in published() else None
 
 
 def rename(state, names):
@@ -258,18 +241,16 @@ def rename(state, names):
             name, _, part = "".join(itertools.chain(*pieces)).partition("+")
             parts.setdefault(name, {})[part] = value
     if unknown:
-        raise models.ModelError(f"{len(unknown)} unexpected names in the checkpoint: "
-                                f"{', '.join(unknown[:10])}")
+        raise models.ModelError(f"{len(unknown)} unexpected names in the checkpoint: {', '.join(unknown[:10])}")
     return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)])
             for name, found in parts.items() if "" in found or len(found) == 3}  # else it counts as missing
 
 
 def with_our_leads(state, kind):
-    """A state dictionary of ours, for leads in our order: MERL and MELP were trained with that of
-    MIMIC-IV-ECG, aVF before aVL."""
+    """A state dictionary of ours, for leads in our order: MERL and MELP had MIMIC-IV-ECG's, aVF before aVL."""
     first = ("ecg.conv1.weight", "ecg.patch.weight", "ecg.stem.0.weight") if kind != "dbeta" else ()
-    return {name: value[:, [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11]] if name in first else value
-            for name, value in state.items()}
+    order = [0, 1, 2, 3, 5, 4, *range(6, 12)]
+    return {name: value[:, order] if name in first else value for name, value in state.items()}
 
 
 def same_shape(x, y):
@@ -280,19 +261,18 @@ def same_shape(x, y):
 def load_published(method, state, kind):
     """Fill a method with the authors' weights, kind a key of published(). Errors: ModelError that names what
     is missing, unknown or misshapen."""
-    given = rename(state, published()[kind]["names"])
+    given, optional = rename(state, published()[kind]["names"]), tuple(published()[kind]["optional"])
+    given = {k: v for k, v in given.items() if k in method.state_dict() or not k.startswith(DROPPED)}
     ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
-    unused = {k for k in given.keys() - ours.keys() if k.startswith(DROPPED)}
-    if unexpected := sorted(given.keys() - ours.keys() - unused):
-        raise models.ModelError(f"this {method.config.method} has no place for {', '.join(unexpected[:10])}")
-    optional = tuple(published()[kind]["optional"])
-    if missing := sorted(k for k in ours.keys() - given.keys() if not k.startswith(optional)):
-        raise models.ModelError(f"the checkpoint lacks {len(missing)} weights, such as "
-                                f"{', '.join(missing[:10])}")
-    if misshapen := sorted(k for k in given.keys() & ours.keys() if not same_shape(given[k], ours[k])):
-        raise models.ModelError("other sizes than this method's: " + ", ".join(
-            f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in misshapen[:5]))
-    method.load_state_dict({k: given[k].reshape(ours[k].shape) for k in given.keys() - unused}, strict=False)
+    misshapen = [f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in given.keys() & ours.keys()
+                 if not same_shape(given[k], ours[k])]
+    missing = [k for k in ours.keys() - given.keys() if not k.startswith(optional)]
+    for wrong, fault in ((given.keys() - ours.keys(), f"this {method.config.method} has no place for"),
+                         (missing, f"the checkpoint lacks {len(missing)} weights, such as"),
+                         (misshapen, "other sizes than this method's:")):
+        if wrong:
+            raise models.ModelError(f"{fault} {', '.join(sorted(wrong)[:10])}")
+    method.load_state_dict({k: v.reshape(ours[k].shape) for k, v in given.items()}, strict=False)
     return method
 
 
@@ -306,11 +286,10 @@ def open_published(kind, file, text_model="", device="cpu"):
     width = lambda ending, axis=0: next((v.shape[axis] for k, v in state.items() if k.endswith(ending)), 0)
     config = models.configure(published()[kind]["method"], "paper", data="")  # it brings none
     config.text_model = text_model or config.text_model
-    if kind == "merl":
-        vits = {dim: name for name, (dim, _, _) in models.ViT1d.SIZES.items()}
-        resnet = "resnet50" if width("downconv.weight", 1) == 2048 else "resnet18"
-        vit = width("to_patch_embedding.weight")
-        config.encoder = f"vit_{vits.get(vit, 'tiny')}" if vit else resnet
+    if vit := width("to_patch_embedding.weight"):  # MERL's
+        config.encoder = next((f"vit_{k}" for k, (dim, *_) in models.ViT1d.SIZES.items() if dim == vit), "vit_tiny")
+    elif kind == "merl":
+        config.encoder = "resnet50" if width("downconv.weight", 1) == 2048 else "resnet18"
     lm, tokenizer = models.load_text_model(config.text_model)
     if kind == "melp":
         config.beat_queries = width("attn_pool_contrast.query") or config.beat_queries
@@ -325,12 +304,12 @@ def open_published(kind, file, text_model="", device="cpu"):
 # ---- a run, records, signals, vectors ----------------------------------------------------------------------
 
 class Run(NamedTuple):
-    """A trained model. crc: a checksum of its weights."""
+    """A trained model."""
     folder: Path
     method: models.Method
     config: models.Config
     device: str
-    crc: str
+    crc: str  # of its weights
 
 
 def open_run(folder, ask):
@@ -354,28 +333,23 @@ def find_store(name, config, specs=()):
     none."""
     source, rate = name.split("_")[0], config.rate
     anything = source in ("own", "age", "sex") or name.endswith(".json")
-    kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
     kinds = ("csv", "wfdb") if anything else (source,)
+    kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
     given = [data.split_share(spec)[0] for text in specs or [config.data] for spec in data.split_specs(text)]
     whole = len(given) == 1 and (specs or anything)
     fitting = given if whole else [spec for spec in given if kind(spec) in kinds]
-    if len(fitting) > 1 and not specs:  # a run learns from several of one source, and they are asked together
-        return open_store(",".join(f'"{spec}"' for spec in fitting), rate)
-    if len(fitting) > 1 or not fitting and (specs or given and anything):
-        fault = "none" if not fitting else "more than one"
-        raise data.DataError(f"{fault} of {', '.join(given)} is of {name}; name its data with --data")
-    if fitting:
-        return open_store(fitting[0], rate)
-    if source == "simulated":
-        return open_store("simulated", rate)
-    if source != "ptbxl" and not anything:
-        raise data.DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
+    if len(fitting) == 1 or fitting and not specs:  # a run learns from several, and they are asked together
+        return open_store(",".join(f'"{spec}"' for spec in fitting) if len(fitting) > 1 else fitting[0], rate)
+    if specs or given and anything:
+        raise data.DataError(f"{'more than one' if fitting else 'none'} of {', '.join(given)} is of {name}; "
+                             "name its data with --data")
     place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
-    if not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
-        raise data.DataError(f"PTB-XL is not in {place}: download it from "
-                             "https://physionet.org/content/ptb-xl/ (3 GB, free, CC BY 4.0) and say where it "
-                             "is with --data ptbxl:PATH")
-    return open_store(f"ptbxl:{place}", rate)
+    if source != "simulated" and source != "ptbxl" and not anything:
+        raise data.DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
+    if source != "simulated" and not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
+        raise data.DataError(f"PTB-XL is not in {place}: download it from https://physionet.org/content/ptb-xl/ "
+                             "(3 GB, free, CC BY 4.0) and say where it is with --data ptbxl:PATH")
+    return open_store("simulated" if source == "simulated" else f"ptbxl:{place}", rate)
 
 
 def sets_of(store, split="test"):
@@ -383,12 +357,13 @@ def sets_of(store, split="test"):
     occur; none where no record has a label."""
     if store.sources() == ["mimic"]:  # a million records without labels need not be read
         return []
-    found, records = [], store.records[store.records["split"] == split]
-    for source, part in records.groupby("source", sort=False):
-        named = [name for name in data.LABEL_SETS if name in (source, source + "_test")]
-        names = GROUPS["ptbxl"] if source == "ptbxl" else named or ["own"]
-        found += [name for name in names if name not in found and data.label_matrix(part, name)[2].any()]
-    return found
+    found = {}
+    for source, part in store.records[store.records["split"] == split].groupby("source", sort=False):
+        own = [name for name in data.LABEL_SETS if name in (source, source + "_test")] or ["own"]
+        for name in GROUPS["ptbxl"] if source == "ptbxl" else own:
+            if name not in found and data.label_matrix(part, name)[2].any():
+                found[name] = True
+    return list(found)
 
 
 def test_rows(store, ask):
@@ -406,6 +381,15 @@ def test_rows(store, ask):
         raise data.DataError(f"{store.path}: holds no record of {wanted}; name folds with --folds, another "
                              "--split, or other records with --data")
     return np.flatnonzero(chosen)
+
+
+def rows_with_reports(store, run, ask, least="one"):
+    """Those of test_rows that have a report, and data.Tags. Errors: DataError where there are too few."""
+    tags = data.report_tags(store, run.config.report_language)
+    rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
+    if len(rows) < ("one", "two").index(least) + 1:
+        raise data.DataError(f"{store.path}: fewer than {least} of the records asked for have a report")
+    return rows, tags
 
 
 class Labelled(NamedTuple):
@@ -427,24 +411,18 @@ class Question(NamedTuple):
     test: Labelled
 
 
-def labels_of(records, name):
-    """Class names (C), labels (R, C), keep (R,): data.label_matrix, and two sets that are no diagnoses."""
-    if name == "sex":
-        known = records["sex"].isin(["F", "M"]).to_numpy()
-        return ["female"], (records["sex"] == "F").to_numpy()[:, None], known
-    if name == "age":
-        years = pd.to_numeric(records["age"], errors="coerce").to_numpy(float)
-        return ["age"], years[:, None], np.isfinite(years)
-    return data.label_matrix(records, name)
-
-
 def ask_set(name, config, ask, learn=False, test=True):
-    """Question of a label set. Validation rows are the val split; where that is tested, an eighth of the
-    training patients by a hash. Errors: DataError, if test, where no record to test has a label; if learn,
-    where there is none to learn from."""
+    """Question of a label set, or of "sex" or "age". Validation rows are the val split; where that is tested,
+    an eighth of the training patients by a hash. Errors: DataError, if test, where no record to test has a
+    label; if learn, where there is none to learn from."""
     store = find_store(name, config, ask.data)
-    classes, labels, keep = labels_of(store.records, name)
-    patients, split = (store.records[column].to_numpy(object) for column in ("patient", "split"))
+    patients, split, sex = (store.records[column].to_numpy(object) for column in ("patient", "split", "sex"))
+    if name == "age":
+        years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
+        classes, labels, keep = ["age"], years[:, None], np.isfinite(years)
+    else:
+        classes, labels, keep = (["female"], sex[:, None] == "F", np.isin(sex, ["F", "M"])) if name == "sex" else \
+            data.label_matrix(store.records, name)
     tested = np.isin(np.arange(len(store)), test_rows(store, ask)) if test else split == "test"
     if not (keep & ~tested & (split == "val")).any():
         held = [data.split_by(f"held {patient}", 7 / 8, 1 / 8) == "val" for patient in patients]
@@ -462,20 +440,18 @@ def signals(store, rows, ask):
     """ECGs of rows (B, 12, N) float32 mV: as stored, or with noise, fewer leads, or a control instead."""
     if ask.control == "other":  # of each record another one, always the same
         order = np.random.default_rng(0).permutation(len(store))
-        ecg = store.ecg(np.roll(order, 1)[np.argsort(order)][rows])
-    else:
-        ecg = store.ecg(rows)
+        taken = np.roll(order, 1)[np.argsort(order)][rows]
+    ecg = store.ecg(rows if ask.control != "other" else taken)
     if ask.control == "zero":
         ecg[:] = 0
     if ask.noise is not None:
         for x, row in zip(ecg, rows):
             x += noise_like(x, store.rate, ask.noise, np.random.default_rng((0, row)))
     if ask.leads:
-        kept = [data.lead_index(lead) for lead in ask.leads]
-        ecg[:, [i for i in range(12) if i not in kept]] = 0
-        if ask.derive_leads:  # Einthoven, Goldberger
-            one, two = ecg[:, 0], ecg[:, 1]
-            ecg[:, 2:6] = np.stack([two - one, -(one + two) / 2, one - two / 2, two - one / 2], 1)
+        ecg[:, np.setdiff1d(range(12), [data.lead_index(lead) for lead in ask.leads])] = 0
+    if ask.derive_leads:  # Einthoven, Goldberger
+        one, two = ecg[:, 0], ecg[:, 1]
+        ecg[:, 2:6] = np.stack([two - one, -(one + two) / 2, one - two / 2, two - one / 2], 1)
     return ecg
 
 
@@ -496,19 +472,23 @@ def pool(tokens):
 
 
 @torch.no_grad()
-def encode(method, ecg, device="cpu"):
+def encode(method, ecg):
     """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, in the space shared with text;
     "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
-    ecg = torch.from_numpy(ecg).to(device)
     tokens = method.encode_tokens(ecg)
     found = {"rhythm": method.views(tokens, ecg).rhythm, "features": pool(tokens)}
     return {name: x.float().cpu().numpy() for name, x in found.items()}
 
 
-def embed_records(method, store, rows, device, what="encoding ECGs", ask=asking(), batch=256):
+def batches(store, rows, device, ask, what="encoding ECGs", batch=256):
+    """ECGs of rows, (B, 12, N) mV on the device, some at a time."""
+    for start in tqdm(range(0, len(rows), batch), desc=what, leave=False):
+        yield torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(device)
+
+
+def embed_records(method, store, rows, device, what="encoding ECGs", ask=asking()):
     """encode, of rows of a store."""
-    parts = [encode(method, signals(store, rows[start:start + batch], ask), device)
-             for start in tqdm(range(0, len(rows), batch), desc=what, leave=False)]
+    parts = [encode(method, ecg) for ecg in batches(store, rows, device, ask, what)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -518,12 +498,13 @@ def vectors(run, store, rows, ask):
     changed = {k: getattr(ask, k) for k in ("leads", "derive_leads", "noise", "control")}
     path = run.folder / "embeddings" / f"{file_name(entry(source_of(store), changed))}.npz"
     key, known = f"{run.crc} {store.meta['plan']} {changed}", {}
-    if path.exists():
-        try:
-            with np.load(path) as file:
-                known = dict(file) if str(file["key"]) == key else {}
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            print(f"{path}: not readable ({error}), encoded anew")
+    try:
+        with np.load(path) as file:
+            known = dict(file) if str(file["key"]) == key else {}
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        print(f"{path}: not readable ({error}), encoded anew")
     missing = np.setdiff1d(rows, known.get("rows", []))
     if len(missing):
         new = {"rows": missing} | embed_records(run.method, store, missing, run.device, ask=ask)
@@ -532,22 +513,9 @@ def vectors(run, store, rows, ask):
         known = {k: values[order] for k, values in known.items()}
         facts = store.records.iloc[known["rows"]]
         known |= {"key": key, "ids": facts["id"].to_numpy(str), "split": facts["split"].to_numpy(str)}
-        path.parent.mkdir(parents=True, exist_ok=True)
         data.write_atomic(path, lambda new: save_arrays(new, known))
     place = np.searchsorted(known["rows"], rows)
     return {k: known[k][place] for k in ("rhythm", "features")}
-
-
-@torch.no_grad()
-def embed_texts(tower, texts, batch=256):
-    """Mean word of each text: list of R strings -> (R, D) on the CPU."""
-    was, out = tower.training, []
-    tower.eval()
-    for start in tqdm(range(0, len(texts), batch), desc="encoding texts", leave=False):
-        states, words, _ = tower.encode(texts[start:start + batch])
-        out.append(models.masked_mean(states, words).cpu())
-    tower.train(was)
-    return torch.cat(out)
 
 
 def save_arrays(path, arrays):
@@ -564,11 +532,8 @@ def score_records(run, store, rows, prompts, ask, batch=256):
     if scales == ["rhythm"]:  # the vectors say it all
         like = torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
     else:
-        parts = []
-        for start in tqdm(range(0, len(rows), batch), desc="encoding ECGs", leave=False):
-            ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(run.device)
-            parts.append(method.similarity(method.encode_ecg(ecg), text, scales).float().cpu())
-        like = torch.cat(parts)                                                    # (R, texts)
+        like = torch.cat([method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()
+                          for ecg in batches(store, rows, run.device, ask, batch=batch)])   # (R, texts)
     return class_means(like, prompts)
 
 
@@ -590,70 +555,40 @@ def embed_reports(method, texts):
     return torch.cat([method.encode_text(part.tolist()).report.float().cpu() for part in parts])
 
 
-def questions_of(store, rows, split):
-    """What the label sets that a split can answer ask of some of its rows: a list of (name, places in rows,
-    labels (R, C), prompts: C lists of texts)."""
-    found = []
-    for name in sets_of(store, split):
-        records = store.records.iloc[rows]
-        mine = np.flatnonzero((records["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
-        classes, labels, keep = data.label_matrix(records.iloc[mine], name)
-        if keep.any():
-            prompts = class_prompts(name, classes, "descriptive", records.iloc[mine])
-            found.append((name, mine[keep], labels[keep], prompts))
-    return found
-
-
-@torch.no_grad()
-def look_at(method, store, tags, rows, device, questions):
-    """How training goes, on validation records with reports: R@1 and R@5 of each ECG's report among the
-    distinct ones, and the macro AUROC of the label sets that they answer (questions_of), by the rhythm."""
-    ecg = torch.from_numpy(embed_records(method, store, rows, device, "validation")["rhythm"])
-    texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
-    rank = ranks((ecg @ embed_reports(method, texts).T).numpy(), own[:, None] == np.arange(len(texts)))
-    found = {"R@1": float((rank <= 1).mean()), "R@5": float((rank <= 5).mean()), "texts": len(texts),
-             "auroc": {}}
-    for name, places, labels, prompts in questions:
-        like = ecg[places] @ embed_reports(method, worded(prompts)).T
-        found["auroc"][name] = round(float(mean_auroc(class_means(like, prompts), labels)), 4)
-    return found
-
-
 # ---- for notebooks -----------------------------------------------------------------------------------------
 
 def read_signals(signals, fs, leads, rate):
-    """A WFDB record's path, or an array (L, N) in mV at fs Hz with the names of its L leads; or a list of such;
+    """A WFDB record's path, or an array (L, N) in mV at fs Hz with the names of its L leads; or a list of such,
     or an array (B, L, N) -> (B, 12, N) float32 mV as a store keeps them. Errors: DataError."""
     several = isinstance(signals, (list, tuple)) or np.ndim(signals) == 3
-    return np.stack([data.load_record(*(
-        (signal, rate) if isinstance(signal, (str, os.PathLike)) else
-        ("the array", rate, "first", of_array(signal, fs, leads))))[0]
-        for signal in (signals if several else [signals])]) / np.float32(1000)
+    found = [data.load_record(one, rate) if isinstance(one, (str, os.PathLike)) else
+             data.load_record("the array", rate, read=of_array(one, fs, leads))
+             for one in (signals if several else [signals])]
+    return np.stack([ecg for ecg, *_ in found]) / np.float32(1000)
 
 
 def of_array(signal, fs, leads):
     """An array as data.load_record reads it. Errors: DataError."""
     x = np.asarray(signal, np.float32)
     unknown = [str(lead) for lead in leads if data.lead_index(lead) is None]
-    fault = (f"fs is {fs}: the Hz it was sampled at, {data.RATES[0]} to {data.RATES[1]}, must be given"
-             if not fs or not data.RATES[0] <= fs <= data.RATES[1] else
-             f"it must be ({len(leads)}, samples): a row for each of {', '.join(map(str, leads))}"
-             if x.ndim != 2 or len(x) != len(leads) else
-             f"unknown leads {', '.join(unknown)}; known are {', '.join(data.LEADS)}" if unknown else
-             f"too short: it must have {data.MIN_SECONDS:g} s" if x.shape[1] < data.MIN_SECONDS * fs else
-             "it holds NaN or infinity: interpolate what is short, cut off what is long"
-             if not np.isfinite(x).all() else
-             f"its largest value is {abs(x).max():g}: it must be in mV" if not 0.05 < abs(x).max() < 32 else "")
-    if fault:
-        raise data.DataError(f"array {x.shape}: {fault}")
+    (low, high), largest = data.RATES, abs(x).max(initial=0)
+    for wrong, fault in (
+            (not fs or not low <= fs <= high, f"fs is {fs}: it must be the rate, {low} to {high} Hz"),
+            (x.ndim != 2 or len(x) != len(leads), f"it must be ({len(leads)}, samples), a row for each of "
+             f"{', '.join(map(str, leads))}"),
+            (unknown, f"unknown leads {', '.join(unknown)}; known are {', '.join(data.LEADS)}"),
+            (fs and x.shape[-1] < data.MIN_SECONDS * fs, f"too short: it must have {data.MIN_SECONDS:g} s"),
+            (not np.isfinite(x).all(), "it holds NaN or infinity: interpolate, or cut it off"),
+            (not 0.05 < largest < 32, f"its largest value is {largest:g}: it must be in mV")):
+        if wrong:
+            raise data.DataError(f"array {x.shape}: {fault}")
     return lambda path, part: data.Record(x[:, slice(*part(x.shape[1], fs))], list(leads), fs, True)
 
 
 def embed(method, signals, fs=None, leads=data.LEADS):
-    """Vectors of B signals (see read_signals), as --embed writes them -> {"rhythm": (B, dim), "features":
-    (B, 2 D)}, see encode. Errors: DataError."""
-    ecg = read_signals(signals, fs, leads, method.config.rate)
-    return encode(method, ecg, next(method.parameters()).device)
+    """encode, of B signals (see read_signals), as --embed does. Errors: DataError."""
+    ecg = torch.from_numpy(read_signals(signals, fs, leads, method.config.rate))
+    return encode(method, ecg.to(next(method.parameters()).device))
 
 
 @torch.no_grad()
@@ -662,8 +597,7 @@ def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
     over texts. scales: rhythm, beat, token or some of them; None: the method's own. Errors: DataError."""
     ecg = torch.from_numpy(read_signals(signals, fs, leads, method.config.rate))
     text = method.encode_text([text.lower().strip(" .") for text in texts])
-    ecg = method.encode_ecg(ecg.to(text.report.device))
-    return method.similarity(ecg, text, scales).float().cpu().numpy()
+    return method.similarity(method.encode_ecg(ecg.to(text.report.device)), text, scales).float().cpu().numpy()
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -773,8 +707,7 @@ def class_prompts(name, classes, style, records=None):
     texts = [given.get(c, given.get(c.rstrip("_"))) for c in classes]
     texts = [[text] if isinstance(text, str) else text for text in texts]
     for c, row in zip(classes, texts):
-        if not isinstance(row, list) or not row or not all(isinstance(t, str) and data.WORD.search(t)
-                                                           for t in row):
+        if not (isinstance(row, list) and row and all(isinstance(t, str) and data.WORD.search(t) for t in row)):
             raise data.DataError(f"{style}: the prompt of {c} must be a text or a list of texts, with words")
     return [[t.lower() for t in row] for row in texts]
 
@@ -803,7 +736,6 @@ def zeroshot(run, name, ask):
 
 GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "balanced")
         for c in (0.01, 0.1, 1, 10)]  # the protocol of ecg-fix (zackeberger/ecg-fix)
-FEW = (True, "balanced", 0.1)         # with a few labels there are none to choose a setting by
 
 
 def fit_classes(x, labels, setting):
@@ -844,8 +776,15 @@ def random_weights(run):
     return run._replace(method=method, folder=run.folder / "random", crc=f"random {c.seed}")
 
 
-def percent(ratio):
-    return f"{100 * ratio:g} %"
+REFERENCES = {}  # results that do not depend on what a run has learned
+
+
+def of_encoder(run, what, name, question, ask, make):
+    """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
+    own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
+    settings = [getattr(run.config, setting) for setting in own]
+    key = repr((what, name, question.store.meta["plan"], vars(ask), settings))
+    return REFERENCES[key] if key in REFERENCES else REFERENCES.setdefault(key, make())
 
 
 def probe(run, name, ask):
@@ -869,31 +808,12 @@ def probe(run, name, ask):
             known = x[drawn], question.train.labels[drawn], x_val, question.val.labels
             scores = (choose_classes(*known)(x_test) if ask.protocol == "grid" else
                       published_head(*known, x_test, question.test.labels, ask.protocol))
-            found[percent(ratio)] = supervised_metrics(question, drawn, scores)
+            found[f"{100 * ratio:g} %"] = supervised_metrics(question, drawn, scores)
         return found
 
-    asked = "random", name, question.store.meta["plan"], vars(ask)
-    return {"": learned(run), "random weights": of_encoder(run, asked, lambda: learned(random_weights(run))),
-            "trained with labels": labels_alone(run, name, question, ask)}
-
-
-def labels_alone(run, name, question, ask):
-    """The row "trained with labels" of a probe and of fine-tuning: the encoder from random weights."""
-    asked = "labels", name, question.store.meta["plan"], vars(ask)
-    return of_encoder(run, asked, lambda: {percent(ratio): with_labels(run, question, ratio, ask, True)
-                                           for ratio in ask.ratios})
-
-
-REFERENCES = {}  # results that do not depend on what a run has learned
-
-
-def of_encoder(run, asked, make):
-    """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
-    own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
-    key = repr((asked, [getattr(run.config, setting) for setting in own]))
-    if key not in REFERENCES:
-        REFERENCES[key] = make()
-    return REFERENCES[key]
+    random = lambda: learned(random_weights(run))
+    return {"": learned(run), "random weights": of_encoder(run, "random", name, question, ask, random),
+            **labels_alone(run, name, question, ask)}
 
 
 def supervised_metrics(question, drawn, scores):
@@ -906,9 +826,9 @@ def supervised_metrics(question, drawn, scores):
 def age_probe(x, x_val, x_test, question):
     """Ridge regression of the age in years, its penalty chosen on validation rows."""
     scaler, (train, val, test) = StandardScaler().fit(x), (part.labels[:, 0] for part in question[2:])
-    fits = [Ridge(alpha).fit(scaler.transform(x), train) for alpha in 10.0 ** np.arange(-1, 6)]
-    best = min(fits, key=lambda fit: abs(fit.predict(scaler.transform(x_val)) - val).mean())
-    found = best.predict(scaler.transform(x_test))
+    x, x_val, x_test = map(scaler.transform, (x, x_val, x_test))
+    fits = [Ridge(alpha).fit(x, train) for alpha in 10.0 ** np.arange(-1, 6)]
+    found = min(fits, key=lambda fit: abs(fit.predict(x_val) - val).mean()).predict(x_test)
     return share(abs(found - test), question.test.patients, "error, years") | {
         "error of the median age": float(abs(np.median(train) - test).mean()),
         "correlation": float(np.corrcoef(found, test)[0, 1]), "records": len(test)}
@@ -920,13 +840,13 @@ def few_labels(x, _, x_test, question, ask):
     for k in ask.shots:
         draws = [np.random.default_rng((draw, k)) for draw in range(10)]
         drawn = [np.unique(np.concatenate([rng.permutation(np.flatnonzero(y))[:k] for y in labels.T]))
-                 for rng in draws]
-        found = [mean_auroc(fit_classes(x[some], labels[some], FEW)(x_test), question.test.labels)
-                 for some in drawn]
+                 for rng in draws]  # too few to choose a setting by
+        found = [mean_auroc(fit_classes(x[some], labels[some], (True, "balanced", 0.1))(x_test),
+                            question.test.labels) for some in drawn]
         columns[f"{k} a class"] = {
             "what": "AUROC", "value": float(np.mean(found)), "interval": [min(found), max(found)],
             "deviation": float(np.std(found)), "records": len(x_test),
-            "training records": float(np.mean([len(some) for some in drawn]))}
+            "training records": float(np.mean(list(map(len, drawn))))}
     return columns
 
 
@@ -936,7 +856,7 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
     AUROC on validation rows, softmax over the classes."""
     torch.manual_seed(42)
     x, x_val, x_test = (torch.from_numpy(part[:, :part.shape[1] // 2]) for part in (x, x_val, x_test))
-    head, merl, best, waited = torch.nn.Linear(x.shape[1], labels.shape[1]), protocol == "merl", (-1, None), 0
+    head, merl, best, since = torch.nn.Linear(x.shape[1], labels.shape[1]), protocol == "merl", (-1, None), 0
     optimiser = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0 if merl else 1e-4)
     falling = torch.optim.lr_scheduler.MultiStepLR(optimiser, [40], 0.1) if merl else \
         torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 100, 1e-5)
@@ -950,12 +870,10 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
                 falling.step()
         falling.step()
         with torch.no_grad():
-            scores, shown = (head(part) if merl else head(part).softmax(1) for part in (x_test, x_val))
-        quality = mean_auroc(scores.numpy(), test) if merl else mean_auroc(shown.numpy(), val)
-        waited += 1
-        if quality > best[0]:
-            best, waited = (quality, scores.numpy()), 0
-        if waited == 5 and not merl:
+            scores, shown = (head(part).numpy() if merl else head(part).softmax(1).numpy() for part in (x_test, x_val))
+        quality = mean_auroc(scores, test) if merl else mean_auroc(shown, val)
+        best, since = ((quality, scores), 0) if quality > best[0] else (best, since + 1)
+        if since == 5 and not merl:
             break
     return best[1]
 
@@ -964,51 +882,56 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
     """Encoder and linear head trained with labels: AdamW, head 1e-3, encoder 1e-4, or 1e-3 from random
     weights; warm-up, cosine; leads dropped and records shifted as in the run's training. The epoch with the
     best AUROC on validation rows is tested. ask.epochs, or as many as 200 updates need."""
-    drawn, device = subset(question.train, ratio), run.device
-    method, c = random_weights(run).method if fresh else copy.deepcopy(run.method), run.config
+    drawn, device, c = subset(question.train, ratio), run.device, run.config
+    train, rate = question.train.at(drawn), 1e-3 if fresh else 1e-4
+    method = random_weights(run).method if fresh else copy.deepcopy(run.method)
     torch.manual_seed(c.seed)
     head = torch.nn.Linear(2 * method.ecg.dim, len(question.classes)).to(device)
     per_epoch = math.ceil(len(drawn) / batch)
     epochs, limit = max(ask.epochs, math.ceil(200 / per_epoch)), int(c.shift * c.rate)
     optimiser = torch.optim.AdamW([{"params": head.parameters(), "lr": 1e-3},
-                                   {"params": method.ecg.parameters(), "lr": 1e-3 if fresh else 1e-4}])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [1e-3, 1e-3 if fresh else 1e-4],
-                                                   epochs * per_epoch, pct_start=0.1, cycle_momentum=False)
-    best, odds = (-1, None), lambda ecg: head(pool(method.encode_tokens(ecg.to(device))))
+                                   {"params": method.ecg.parameters(), "lr": rate}])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [1e-3, rate], epochs * per_epoch, pct_start=0.1,
+                                                   cycle_momentum=False)
+    both, best = torch.nn.ModuleList([method.ecg, head]), (-1, None)
+    odds = lambda ecg: head(pool(method.encode_tokens(ecg)))
 
     @torch.no_grad()
     def predict(rows):
         method.eval()
-        parts = np.array_split(rows, len(rows) // 256 + 1)
-        ecgs = (torch.from_numpy(signals(question.store, some, ask)) for some in parts)
-        return torch.cat([odds(ecg).cpu() for ecg in ecgs]).numpy()
+        return torch.cat([odds(ecg).cpu() for ecg in batches(question.store, rows, device, ask)]).numpy()
 
-    for epoch in tqdm(range(epochs), desc=f"training with labels, {percent(ratio)}", leave=False):
+    for epoch in tqdm(range(epochs), desc=f"training with labels, {ratio:g}", leave=False):
         method.train()
         for some in torch.randperm(len(drawn)).split(batch):
-            rows, step = drawn[some.numpy()], int(torch.randint(-limit, limit + 1, ()))
-            ecg = signals(question.store, question.train.rows[rows], ask)
+            part, step = train.at(some.numpy()), int(torch.randint(-limit, limit + 1, ()))
+            ecg = signals(question.store, part.rows, ask)
             data.shift(ecg, step)
             ecg = torch.from_numpy(ecg) * (torch.rand(len(ecg), 12, 1) >= c.lead_drop)
-            labels = torch.from_numpy(question.train.labels[rows]).float().to(device)
-            F.binary_cross_entropy_with_logits(odds(ecg), labels).backward()
+            labels = torch.from_numpy(part.labels).float().to(device)
+            F.binary_cross_entropy_with_logits(odds(ecg.to(device)), labels).backward()
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
         if (epoch + 1) % max(1, epochs // ask.epochs) == 0 or epoch == epochs - 1:
             quality = mean_auroc(predict(question.val.rows), question.val.labels)
             if quality > best[0]:
-                best = quality, copy.deepcopy((method.ecg.state_dict(), head.state_dict()))
-    method.ecg.load_state_dict(best[1][0])
-    head.load_state_dict(best[1][1])
+                best = quality, copy.deepcopy(both.state_dict())
+    both.load_state_dict(best[1])
     return supervised_metrics(question, drawn, predict(question.test.rows))
+
+
+def labels_alone(run, name, question, ask):
+    """The row "trained with labels" of a probe and of fine-tuning: the encoder from random weights."""
+    make = lambda: {f"{100 * ratio:g} %": with_labels(run, question, ratio, ask, True) for ratio in ask.ratios}
+    return {"trained with labels": of_encoder(run, "labels", name, question, ask, make)}
 
 
 def finetune(run, name, ask):
     """Encoder and classifier trained with labels, from the run's weights and from random ones."""
     question = ask_set(name, run.config, ask, learn=True)
-    return {"": {percent(ratio): with_labels(run, question, ratio, ask, False) for ratio in ask.ratios},
-            "trained with labels": labels_alone(run, name, question, ask)}
+    return {"": {f"{100 * ratio:g} %": with_labels(run, question, ratio, ask, False) for ratio in ask.ratios},
+            **labels_alone(run, name, question, ask)}
 
 
 def transfer(run, name, ask):
@@ -1016,25 +939,23 @@ def transfer(run, name, ask):
     class scores the highest of the source's classes that are joined to it."""
     question, columns = ask_set(name, run.config, ask), {}
     texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
+    place = {c: i for i, c in enumerate(question.classes)}
     for source in (source for source in TRANSFER if source != name):
         try:
             known = ask_set(source, run.config, ask, learn=True, test=False)
-            joined = {c: those for c, those in data.join_classes(source, name).items()
-                      if c in question.classes}
-            if known.store.path == question.store.path:  # what is tested may have been learned from
-                raise data.DataError("they are of the same records")
-            if not joined:
-                raise data.DataError("they have no class in common")
+            joined = {c: those for c, those in data.join_classes(source, name).items() if c in place}
+            if known.store.path == question.store.path or not joined:  # what is tested may have been learned
+                raise data.DataError("they have no class in common" if not joined else
+                                     "they are of the same records")
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
         x, x_val = (vectors(run, known.store, part.rows, ask)["features"] for part in known[2:4])
         predict = choose_classes(x, known.train.labels, x_val, known.val.labels)
-        scores = predict(vectors(run, question.store, rows, ask)["features"])
-        own = [question.classes.index(c) for c in joined]
-        places = [[known.classes.index(c) for c in those] for those in joined.values()]
-        learned = np.stack([scores[:, those].max(1) for those in places], 1)
-        without = [c for c in question.classes if c not in joined]
+        scores, own = predict(vectors(run, question.store, rows, ask)["features"]), [place[c] for c in joined]
+        learned = np.stack([scores[:, list(map(known.classes.index, those))].max(1)
+                            for those in joined.values()], 1)
+        without = [c for c in place if c not in joined]
         for how, found in (("probe", learned), ("zero-shot", texts[:, own])):
             columns[f"from {source}, {how}"] = {"joined": joined, "left out": without} | score_classes(
                 list(joined), found, labels[:, own], patients)
@@ -1055,7 +976,7 @@ def recall(like, right, patients):
     """R@k of queries among candidates, like and right (Q, K); chance: R@1 of a random order."""
     rank = ranks(like, right)
     return share((rank <= 1).astype(float), patients, "R@1") | {
-        "R@5": float((rank <= 5).mean()), "R@10": float((rank <= 10).mean()), "chance": float(right.mean()),
+        **{f"R@{k}": float((rank <= k).mean()) for k in (5, 10)}, "chance": float(right.mean()),
         "median rank": float(np.median(rank)), "queries": len(like), "candidates": like.shape[1]}
 
 
@@ -1077,18 +998,14 @@ def both_ways(ecg, text, texts, findings, patients):
 def retrieve(run, name, ask):
     """Which report belongs to this ECG, and which ECG to this report? Of more than 1,000 records also in
     pools of 1,000, mean of ten draws."""
-    store = find_store(name, run.config, ask.data)
-    tags = data.report_tags(store, run.config.report_language)
-    rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
-    if len(rows) < 2:
-        raise data.DataError(f"{store.path}: fewer than two of the records asked for have a report")
+    store, read = find_store(name, run.config, ask.data), data.Findings()
+    rows, tags = rows_with_reports(store, run, ask, "two")
     reports = [models.join(tags[row]) for row in rows]
     distinct, first, texts = np.unique(reports, return_index=True, return_inverse=True)
-    read = data.Findings()
-    findings = [" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first]
+    findings = np.array([" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first])
     text = embed_reports(run.method, distinct).numpy()
     ecg, patients = vectors(run, store, rows, ask)["rhythm"], store.records["patient"].to_numpy()[rows]
-    among = lambda some: both_ways(ecg[some], text, texts[some], np.array(findings), patients[some])
+    among = lambda some: both_ways(ecg[some], text, texts[some], findings, patients[some])
     columns = among(np.arange(len(rows)))
     if len(rows) > 1000:
         pools = [among(np.random.default_rng(draw).permutation(len(rows))[:1000]) for draw in range(10)]
@@ -1103,13 +1020,13 @@ def identify(run, name, ask):
     among patients with two records or more; nothing is trained."""
     store = find_store(name, run.config, ask.data)
     rows, patients = test_rows(store, ask), store.records["patient"].to_numpy()
-    pairs = [rows[:2] for _, rows in pd.Series(rows).groupby(patients[rows]) if len(rows) > 1]
+    pairs = np.array([rows[:2] for _, rows in pd.Series(rows).groupby(patients[rows]) if len(rows) > 1])
     if len(pairs) < 2:
         raise data.DataError(f"{store.path}: fewer than two patients with two records among those asked for")
-    x = [vectors(run, store, part, ask)["features"] for part in np.array(pairs).T]
+    x = (vectors(run, store, part, ask)["features"] for part in pairs.T)
     first, second = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in x)
     right = np.eye(len(pairs), dtype=bool)
-    return {"": {"second record": recall(second @ first.T, right, patients[np.array(pairs)[:, 0]])}}
+    return {"": {"second record": recall(second @ first.T, right, patients[pairs[:, 0]])}}
 
 
 def embed_set(run, name, ask):
@@ -1156,14 +1073,10 @@ def generate(run, name, ask, batch=64):
     data.Findings reads) and of statements, and word by word; beside them the commonest training report."""
     if not hasattr(run.method, "generate"):
         raise models.ModelError(f"a {run.config.method} run writes no reports; --method melp does")
-    store = find_store(name, run.config, ask.data)
-    tags, read = data.report_tags(store, run.config.report_language), data.Findings()
-    rows, texts = [row for row in test_rows(store, ask) if tags[row]], []
-    if not rows:
-        raise data.DataError(f"{store.path}: none of the records asked for has a report")
-    for start in tqdm(range(0, len(rows), batch), desc="writing", leave=False):
-        ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(run.device)
-        texts += run.method.generate(ecg, ask.beams)
+    store, read = find_store(name, run.config, ask.data), data.Findings()
+    rows, tags = rows_with_reports(store, run, ask)
+    texts = [text for ecg in batches(store, rows, run.device, ask, "writing", batch)
+             for text in run.method.generate(ecg, ask.beams)]
     written = [[s.strip(" .") for s in text.split(". ") if s.strip(" .")] for text in texts]
     truth, ids = [tags[row] for row in rows], store.records["id"].iloc[rows]
     lines = [json.dumps({"id": str(i), "report": t, "written": w}) for i, t, w in zip(ids, truth, written)]
@@ -1180,28 +1093,6 @@ def generate(run, name, ask, batch=64):
     return found
 
 
-@torch.no_grad()
-def report_language(method, texts, run, batch=64):
-    """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The
-    yardstick is to say the commonest word every time."""
-    if not texts:
-        print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from training")
-        return
-    method.eval()
-    counts, sums = Counter(), torch.zeros(3)
-    torch.manual_seed(0)  # training is over
-    for start in range(0, len(texts), batch):
-        part = texts[start:start + batch]
-        sums += torch.stack([x.float().cpu() for x in method.guess(part)])
-        pieces = method.tokenizer(part, add_special_tokens=False)["input_ids"]
-        counts.update(piece for row in pieces for piece in row)
-    loss, right = (sums[[0, 2]] / sums[1]).tolist()
-    commonest = max(counts.values()) / counts.total()
-    print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the "
-          f"commonest word: {100 * commonest:.1f} %), loss {loss:.3f}")
-    remember(run, "language", {"texts": len(texts), "loss": loss, "accuracy": right, "commonest": commonest})
-
-
 TASKS = {"zeroshot": zeroshot, "probe": probe, "transfer": transfer, "retrieve": retrieve,
          "finetune": finetune, "identify": identify, "embed": embed_set, "generate": generate}
 
@@ -1214,17 +1105,17 @@ def attention_over_time(method, ecg, text):
     over tokens of each word's similarity, mean over words; or over beats or patches, as the method weighs
     them. Errors: ModelError where a method has no scale below the whole record."""
     views, config, samples = method.encode_ecg(ecg), method.config, ecg.shape[2]
+    melp = isinstance(method, models.MELP)
     if "token" in method.scales:
-        words = [text.words[i, :n] for i, n in enumerate(text.word_count)]
-        like = [word @ views.tokens[0].T * method.learned_scale() for word in words]
-        weight = torch.stack([each.softmax(1).mean(0) for each in like])                       # (C, T)
-    elif "beat" in method.scales and getattr(config, "beats", "") != "query" or config.align == "tag":
+        like = [text.words[i, :n] @ views.tokens[0].T for i, n in enumerate(text.word_count)]
+        weight = torch.stack([(each * method.learned_scale()).softmax(1).mean(0) for each in like])   # (C, T)
+    elif "beat" in method.scales and not (melp and config.beats == "query"):
         beats = views.beats[0] if views.beat_count is None else views.beats[0, :views.beat_count[0]]
         weight = (text.sentences[:, 0] @ beats.T * method.beat_options()["beat_temperatures"][0]).softmax(1)
     else:
         raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep "
                                 "--align word or tag, and melp --beats rpeak, see them at a place")
-    if isinstance(method, models.MELP):  # beats, from midpoint to midpoint
+    if melp:  # beats, from midpoint to midpoint
         place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
     else:  # tokens of equal length; patches of all leads at one time together
         windows = samples // config.patch if isinstance(method.ecg, models.LeadViT) else weight.shape[1]
@@ -1237,7 +1128,7 @@ def open_record(record, rate):
     """(ECG (12, N) mV, title) of a WFDB record, or of SPEC:ID. Errors: DataError."""
     path, (spec, _, name) = record.removesuffix(".hea"), record.rpartition(":")
     if os.path.exists(path + ".hea"):
-        return data.load_record(path, rate)[0].astype(np.float32) / 1000, os.path.basename(path)
+        return read_signals(path, None, (), rate)[0], os.path.basename(path)
     if not spec:
         raise data.DataError(f"{record}: no WFDB record (there is no {path}.hea), and not SOURCE:PATH:ID")
     store = open_store(spec, rate)
@@ -1248,14 +1139,14 @@ def open_record(record, rate):
     return store.ecg(rows[:1])[0], f"{source_of(store)} {name}: {said}"
 
 
+@torch.no_grad()
 def look(run, record, texts, ask):
     """Scores of texts on one record, their quantile among the run's training records, and a picture."""
     ecg, title = open_record(record, run.config.rate)
     texts, path = [t.lower().strip(" .") for t in texts], run.folder / f"look_{file_name(record)}.png"
     text, signal = run.method.encode_text(texts), torch.from_numpy(ecg)[None].to(run.device)
-    with torch.no_grad():
-        scores = run.method.similarity(run.method.encode_ecg(signal), text, ask.scales)[0].tolist()
-    rows = {t: {"similarity": score} for t, score in zip(texts, scores)}
+    scores = run.method.similarity(run.method.encode_ecg(signal), text, ask.scales)[0].tolist()
+    rows, weight = {t: {"similarity": score} for t, score in zip(texts, scores)}, []
     try:
         store = open_store(run.config.data, run.config.rate)
         known = np.flatnonzero(store.records["split"] == "train")
@@ -1270,7 +1161,6 @@ def look(run, record, texts, ask):
         weight = attention_over_time(run.method, signal, text)
     except models.ModelError as error:
         print(error)
-        weight = []
     plot_look(ecg, run.config.rate, title, rows, weight, path)
     print(f"drawn in {path}")
 
@@ -1279,18 +1169,16 @@ def plot_look(ecg, rate, title, rows, weight, path):
     """The record on ECG paper; below, a strip for each text, as dark as the text is seen there, with a
     triangle under every beat that carries more than one and a half times its share."""
     from matplotlib.figure import Figure
-    seconds, step = ecg.shape[1] / rate, 0.5
-    width, paper, below = (seconds + 0.8) * 25 / 25.4, 13 * 10 / 25.4, 0.6 + step * len(weight)  # inches
-    size = width + 0.4, paper + below
-    figure = Figure(figsize=size)
-    place = lambda bottom, height: (0.2 / size[0], bottom / size[1], width / size[0], height / size[1])
+    seconds, width, paper = ecg.shape[1] / rate, (ecg.shape[1] / rate + 0.8) / 1.016, 13 / 2.54    # inches
+    below = 0.6 + 0.5 * len(weight)
+    figure = Figure(figsize=(width + 0.4, paper + below))
+    place = lambda bottom, height: np.divide([0.2, bottom, width, height], [*figure.get_size_inches()] * 2)
     axes = figure.add_axes(place(below - 0.35, paper))
     data.draw_ecg(axes, ecg, rate, textwrap.shorten(title, 150))
-    peaks = segment_beats(torch.from_numpy(ecg)[None], rate)[0][0]
-    peaks = peaks[peaks >= 0].tolist()
+    peaks = [p for p in segment_beats(torch.from_numpy(ecg)[None], rate)[0][0].tolist() if p >= 0]
     edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), ecg.shape[1]]
     for i, ((text, facts), w) in enumerate(zip(rows.items(), weight)):
-        strip = figure.add_axes(place(below - 0.8 - step * i, 0.2))
+        strip = figure.add_axes(place(below - 0.8 - 0.5 * i, 0.2))
         strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, seconds, 0, 1), vmin=0)
         strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * len(w) > 1.5]
         strip.plot(strong, [-0.35] * len(strong), "^", color="#c03030", ms=5, clip_on=False)
@@ -1315,25 +1203,21 @@ def summary(metrics):
         return {metrics.get("what") if k == "value" else k: v for k, v in metrics.items() if k != "what"}
     line = {"records": metrics["records"]}
     for mean, note in (("macro", ""), ("macro_enough", f", {ENOUGH} positives")):
-        value, ends = headline(metrics, mean)
-        line |= {f"AUROC{note}": value, f"95 %{note}": ends,
-                 f"classes{note}": metrics.get(mean, {}).get("classes")}
+        line |= dict(zip((f"AUROC{note}", f"95 %{note}"), headline(metrics, mean)))
+        line[f"classes{note}"] = metrics.get(mean, {}).get("classes")
     return line | {"AUPRC": metrics.get("macro", {}).get("auprc"), "untrained": len(metrics["untrained"])}
-
-
-COLUMNS = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC",
-           "f1": "best F1"}
-MEANS = {"macro": "macro, classes with positives", "macro_enough": f"macro, at least {ENOUGH} positives"}
 
 
 def class_rows(metrics):
     """A result as a table of classes, their means below."""
-    rows = metrics["classes"] | {f"{text} ({metrics[mean]['classes']})": {"positives": ""} | metrics[mean]
-                                 for mean, text in MEANS.items() if mean in metrics}
-    for name, r in rows.items():
-        if "auroc" not in r:
-            rows[name] = r | {"interval": "no negatives" if r["positives"] else "no positives"}
-    return {name: {title: r.get(k) for k, title in COLUMNS.items()} for name, r in rows.items()}
+    rows = dict(metrics["classes"])
+    for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives")):
+        if mean in metrics:
+            rows[f"macro, {text} ({metrics[mean]['classes']})"] = {"positives": ""} | metrics[mean]
+    why = lambda r: {} if "auroc" in r else {"interval": f"no {'negatives' if r['positives'] else 'positives'}"}
+    titles = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC",
+              "f1": "best F1"}
+    return {name: {titles[k]: (r | why(r)).get(k) for k in titles} for name, r in rows.items()}
 
 
 def print_table(title, rows):
@@ -1360,33 +1244,16 @@ def plot(title, panels, path):
         axes.set_visible(False)
     for axes, (panel, rows) in zip(grid, panels.items()):
         for label, (values, ends) in rows.items():
-            y = labels.index(label)
+            y, color = labels.index(label), "C0" if ends else "0.5"
             axes.plot(ends or [], [y, y] if ends else [], color="0.8", lw=5, solid_capstyle="butt", zorder=1)
             axes.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C0", lw=1.5, zorder=2)
-            dots = dict(color="C0" if ends else "0.5", mec="white", ms=5.5, zorder=3)
-            axes.plot(values, [y] * len(values), "o", **dots)
+            axes.plot(values, [y] * len(values), "o", color=color, mec="white", ms=5.5, zorder=3)
         axes.set_yticks(range(len(labels)), [textwrap.fill(label, 40) for label in labels], fontsize=8)
         axes.set(ylim=(len(labels) - 0.4, -0.6))
         axes.set_title(panel, fontsize=9)
         axes.grid(axis="x", color="0.92")
         axes.spines[["top", "right", "left"]].set_visible(False)
     figure.suptitle(textwrap.fill(title, 90), fontsize=10)
-    figure.savefig(path, dpi=130)
-
-
-def plot_shots(title, columns, path):
-    """Macro AUROC over the number of positives a class: mean, range of ten draws, and the zero-shot line."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    few = {int(name.split()[0]): m for name, m in columns.items() if name != "zero-shot"}
-    axes.plot(list(few), [m["value"] for m in few.values()], "o-", label="probe")
-    axes.fill_between(list(few), *zip(*(m["interval"] for m in few.values())), alpha=0.2)
-    axes.axhline(columns["zero-shot"]["value"], color="C1", ls="--", label="zero-shot")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(few), list(map(str, few)))
-    axes.set(xlabel="positives a class", ylabel="macro AUROC", title=title)
-    axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -1411,34 +1278,34 @@ def file_name(text):
 def show(folder, task, name, rows, ask):
     """Print a result, draw it (TASK_SET.png), and put it into results.json: an entry for each task, set and
     options, none of which overwrites another."""
-    data_of_set = [spec for spec in ask.data if spec.partition(":")[0] == name.split("_")[0]]
     options = {k: v for k, v in vars(ask).items() if task in OPTIONS.get(k, TASKS)}
+    data_of_set = [spec for spec in ask.data if spec.partition(":")[0] == name.split("_")[0]]
     options["data"] = data_of_set or list(ask.data)
-    lines = {", ".join(filter(None, (row, column))): m for row, columns in rows.items()
-             for column, m in columns.items()}
     title = entry(name, options)
+    lines = {", ".join(filter(None, place)): m for place, m in flat(rows).items()}
     heads = {label: ([value], ends) for label, (value, ends) in zip(lines, map(headline, lines.values()))
              if value is not None}
     if task == "zeroshot":
-        metrics = rows[""]["zero-shot"]
         for label, m in lines.items():
-            print_table(f"{label} {name} of {m['source']} records: {m['records']} records",
-                        class_rows(m))
-        known = {c: r for c, r in metrics["classes"].items() if "auroc" in r}
+            print_table(f"{label} {name} of {m['source']} records: {m['records']} records", class_rows(m))
+        known = {c: r for c, r in rows[""]["zero-shot"]["classes"].items() if "auroc" in r}
         heads = {f"{c} ({known[c]['positives']})": ([known[c]["auroc"]], known[c]["interval"])
                  for c in sorted(known, key=lambda c: -known[c]["auroc"])}
     elif lines:
         how = {"merl": ", as MERL: the best TEST epoch", "melp": ", as MELP"}.get(ask.protocol, "")
         print_table(f"{task} {name}{how}", {label: summary(m) for label, m in lines.items()})
-    picture = Path(folder) / f"{task}_{file_name(title)}.png"
-    if task == "probe" and ask.shots:
-        plot_shots(title, rows[""], picture)
-    elif heads:
-        plot(f"{task} {title}", {next(iter(lines.values())).get("what", "AUROC"): heads}, picture)
+    if heads:
+        what = next(iter(lines.values())).get("what", "AUROC")
+        plot(f"{task} {title}", {what: heads}, Path(folder) / f"{task}_{file_name(title)}.png")
     plain = {row: {column: {k: v for k, v in m.items() if not isinstance(v, np.ndarray)}
                    for column, m in columns.items()} for row, columns in rows.items()}
     if rows:
         remember(folder, task, {title: {"options": options, "results": plain}})
+
+
+def flat(rows):
+    """{row: {column: metrics}} -> {(row, column): metrics}."""
+    return {(row, column): m for row, columns in rows.items() for column, m in columns.items()}
 
 
 def known_results(run):
@@ -1486,8 +1353,7 @@ tags: [ecg, electrocardiogram, zero-shot-classification]
 ---
 # {name}
 
-{method} ({about}), {parameters:.1f} M parameters. A 12-lead ECG ({leads}; {rate} Hz, 10 s, mV) and texts go into
-one space: scores for findings in words, vectors for anything else.
+{method}, {parameters:.1f} M parameters: 12-lead ECGs ({leads}; {rate} Hz, 10 s, mV) and texts in one space.
 
 ```python
 from eval import load_run, score  # of ecg-language {version}
@@ -1495,54 +1361,56 @@ method, config = load_run("{name}")
 score(method, ["atrial fibrillation", "normal ecg"], signal, fs=500, leads=["I", "II", "V2"])  # (L, N) mV
 ```
 
+| task | set | figure | 95 % interval | records |
+|---|---|---|---|---|
 {table}
 
-Research only: not a medical device.
+For research: not a medical device.
 """
 
 
 def export(run, folder):
-    """Write a run as a model to publish: its weights, tokenizer, own code; config.json with what a signal must
-    be, and the label sets' prompts; README.md, a model card of the Hugging Face hub with the results so far.
-    No path of this machine. load_run opens it anywhere. Errors: DataError."""
-    run, folder = Path(run), Path(folder)
-    method, config = load_run(run)
+    """Write a run as a folder to publish, which load_run opens anywhere: weights, tokenizer, own code;
+    config.json with what a signal must be and the label sets' prompts; README.md, a model card with its
+    results so far. Nothing in it names a path of this machine. Errors: DataError."""
+    (method, config), folder = load_run(run), Path(folder)
     if folder.exists():
         raise data.DataError(f"{folder} exists: choose another folder")
-    shutil.copytree(run, folder, ignore=lambda at, names: [name for name in names if Path(at) == run and not (
-        name in ("model.safetensors", "tokenizer") or name.endswith(".py"))])
-    found = data.read_json(run / "config.json")
-    here = [k for k in ("data", "init", "llm", "text_model", "name") if k in found]
-    sets = [name for name in data.LABEL_SETS if name not in data.OCCURRING]
-    signal = {"leads": data.LEADS, "rate": config.rate, "seconds": data.SECONDS, "unit": "mV",
-              "normalise": config.normalise}
-    about = {"signal": signal, "label_sets": {name: {c: row["prompts"] for c, row in data.label_set(name).items()}
-                                              for name in sets}}
-    made_by = {k: v for k, v in found["made_by"].items() if k not in models.own_files(config)}
-    data.write_text(folder / "config.json", json.dumps(
-        found | dict.fromkeys(here, "") | {"made_by": made_by, "about": about}, indent=1))
+    shutil.copytree(Path(run) / "tokenizer", folder / "tokenizer")
+    for path in [Path(run) / "model.safetensors", *Path(run).glob("*.py")]:
+        shutil.copy(path, folder)
+    about = {"leads": data.LEADS, "rate": config.rate, "seconds": data.SECONDS, "unit": "mV",
+             "normalise": config.normalise, "label_sets": {
+                 name: {c: row["prompts"] for c, row in data.label_set(name).items()}
+                 for name in data.LABEL_SETS if name not in data.OCCURRING}}
+    made_by = {k: v for k, v in read_config(run)[1].items() if k not in models.own_files(config)}
+    settings = models.settings_of(config) | dict(data="", init="", text_model="", name="", llm="")
+    settings = {k: v for k, v in settings.items() if k in models.settings_of(config)}
+    data.write_text(folder / "config.json", json.dumps(settings | dict(made_by=made_by, about=about), indent=1))
+    size = sum(p.numel() for p in method.parameters()) / 1e6
     data.write_text(folder / "README.md", CARD.format(
-        name=folder.name, method=found["method"], about=" ".join((type(method).__doc__ or "").split(":")[0].split()), leads=", ".join(data.LEADS),
-        rate=config.rate, parameters=sum(p.numel() for p in method.parameters()) / 1e6, version=models.VERSION,
-        table=results_table(known_results(run))))
+        name=folder.name, method=settings["method"], leads=", ".join(data.LEADS), rate=config.rate,
+        parameters=size, version=models.VERSION, table="\n".join(measured(known_results(run)))))
 
 
-def results_table(known):
-    """results.json of a run -> the figures that its own weights have, as a table of Markdown."""
-    rows = [["task", "set", "figure", "95 % interval", "records"], ["---"] * 5]
-    for task, title, found in [(t, title, each) for t, of in known.items() for title, each in of.items()
-                               if isinstance(each, dict) and not each.get("options", {}).get("checkpoint", 1)]:
-        for row, column, m in [(r, c, m) for r, of in found["results"].items() for c, m in of.items()]:
-            value, ends = headline(m)
-            if value is not None:
-                shown = entry(title.split()[0], found["options"] | {"data": ()})
-                rows.append([", ".join(filter(None, (task, row, column))), shown, f"{m.get('what', 'AUROC')} "
-                             f"{value:.3f}", "{:.3f} - {:.3f}".format(*ends) if ends else "-",
-                             str(m.get("records", "-"))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def measured(known):
+    """results.json -> the lines of a Markdown table, of what was measured with the run's own weights."""
+    for task, title, found in [(t, title, each) for t, entries in known.items() for title, each in entries.items()]:
+        if isinstance(found, dict) and "results" in found and not found["options"]["checkpoint"]:
+            shown = entry(title.split()[0], found["options"] | {"data": ()})
+            for place, m in flat(found["results"]).items():
+                value, ends = headline(m)
+                if value is not None:
+                    ends = "{:.3f} - {:.3f}".format(*ends) if ends else "-"
+                    yield (f"| {', '.join(filter(None, (task, *place)))} | {shown} | {m.get('what', 'AUROC')} "
+                           f"{value:.3f} | {ends} | {m.get('records', '-')} |")
 
 
 # ---- many runs ---------------------------------------------------------------------------------------------
+
+FACTS = {"records_per_second": float, "parameters": float, "warnings": [str]}  # what is read of training.json
+NO_MATTER = "name", "seed", "threads", "workers", "save_every", "compile", "wandb"  # repetitions may differ
+
 
 def group_runs(configs):
     """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order of appearance.
@@ -1593,11 +1461,11 @@ def summarise(found, folders, configs):
     """A group of runs: {column: metrics of each} -> figures over runs; speed and parameters are means."""
     paths = [Path(folder) / "training.json" for folder in folders]
     training = [data.read_json(path, FACTS) if path.exists() else None for path in paths]
-    costs = {k: [facts[k] for facts in training if facts] for k in ("records_per_second", "parameters")}
+    mean = lambda key: float(np.mean([facts[key] for facts in training if facts])) if any(training) else None
     return {"runs": list(map(str, folders)), "seeds": [config["seed"] for config in configs],
             "config": {k: v for k, v in configs[0].items() if k not in NO_MATTER}, "training": training,
-            **{mean: {c: over_runs(m, mean) for c, m in found.items()} for mean in ("macro", "macro_enough")},
-            **{k: float(np.mean(known)) if known else None for k, known in costs.items()}}
+            **{which: {c: over_runs(m, which) for c, m in found.items()} for which in ("macro", "macro_enough")},
+            **{key: mean(key) for key in ("records_per_second", "parameters")}}
 
 
 def compare(folders, wanted, **options):
@@ -1606,29 +1474,28 @@ def compare(folders, wanted, **options):
     that runs/* will do. Errors: DataError for a folder that is no finished run, and where the records that
     two runs were asked about differ in number."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
+    configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     if not folders:
         raise data.DataError("no run folder to compare")
-    configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     for folder in folders:  # before hours of evaluation
         if not (folder / "model.safetensors").exists():
             raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "
                                  f"{folder}, or leave it out")
     titles = {place: title for title, places in group_runs(configs).items() for place in places}
     places, columns, records = {}, {}, {}  # of each group
-    for place, folder in enumerate(tqdm(folders, desc="runs")):
-        for (task, name), rows in report(folder, wanted, **options).items():
-            for row, column in [(row, column) for row, found in rows.items() for column in found]:
-                m = rows[row][column]
-                title = f"{row} ({configs[place]['encoder']})" if row else titles[place]
-                label = name if task == "zeroshot" else f"{name} {task}, {column}"
-                found = columns.setdefault(title, {}).setdefault(label, [])
-                if not any(m is other for other in found):  # not what an earlier run has brought
-                    found.append(m)
-                    places.setdefault(title, {})[place] = None
-                number, other = records.setdefault(label, (m.get("records"), folder))
-                if number != m.get("records"):
-                    raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
-                                         f"{other}: name the same for all with --data")
+    for i, folder in enumerate(tqdm(folders, desc="runs")):
+        done = report(folder, wanted, **options)
+        for task, name, (row, column), m in [(*key, *each) for key in done for each in flat(done[key]).items()]:
+            title = f"{row} ({configs[i]['encoder']})" if row else titles[i]
+            label = name if task == "zeroshot" else f"{name} {task}, {column}"
+            found = columns.setdefault(title, {}).setdefault(label, [])
+            if not any(m is other for other in found):  # not what an earlier run has brought
+                found.append(m)
+                places.setdefault(title, {})[i] = None
+            number, other = records.setdefault(label, (m.get("records"), folder))
+            if number != m.get("records"):
+                raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for {other}: "
+                                     "name the same for all with --data")
     groups = {title: summarise(columns[title], [folders[i] for i in those], [configs[i] for i in those])
               for title, those in places.items()}
     if not groups:  # --embed has no figures
@@ -1639,13 +1506,12 @@ def compare(folders, wanted, **options):
         if all(those) and groups[title]["macro"][label]:
             groups[title]["macro"][label]["p"] = permutation_p(*those, columns[title][label][0]["labels"])
     print("\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap "
-          f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}")
-    print(f"\nthe same over classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
+          f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}\n\nthe same over "
+          f"classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
     for run, facts in [pair for group in groups.values() for pair in zip(group["runs"], group["training"])]:
         if warnings := (facts or {}).get("warnings"):
             print(f"\nwarnings in training of {run}: {len(warnings)}, the last at {warnings[-1]}")
-    path = folders[0].parent / "comparison.json"
-    asked = {k: str(v) for k, v in options.items()}
+    path, asked = folders[0].parent / "comparison.json", {k: str(v) for k, v in options.items()}
     data.write_text(path, json.dumps({"options": asked, "groups": groups}, indent=1))
     panels = {label: {title: (group["macro"][label]["values"], group["macro"][label]["interval"])
                       for title, group in groups.items() if group["macro"].get(label)} for label in records}
@@ -1662,10 +1528,9 @@ def sets_for(task, names):
         return names
     names = [name for given in names for name in GROUPS.get(given.rstrip(":"), (given,))]
     known = [*data.LABEL_SETS, *(("age", "sex") if task == "probe" else ())]
-    for name in names:
-        if name not in known and not name.endswith(".json"):
-            raise data.DataError(f"unknown label set {name!r}; known are {', '.join(known)}, csv (the codes "
-                                 "of your own data), or a file NAME.json")
+    if unknown := [name for name in names if name not in known and not name.endswith(".json")]:
+        raise data.DataError(f"unknown label set {unknown[0]!r}; known are {', '.join(known)}, csv (the codes "
+                             "of your own data), or a file NAME.json")
     return names or list(TRANSFER)
 
 

@@ -348,15 +348,18 @@ def start_from(init, method):
             print(f"  {len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
 
 
-def far_texts(method, texts, run, device, fresh):
+def far_texts(method, texts, run, device, fresh, batch=256):
     """C-MELT's source of certain negatives: the different reports, compared by the mean word of the untrained
     text tower. Kept in run/negatives.pt, since a resumed run has another tower."""
     texts, path = sorted(set(texts)), run / "negatives.pt"
     if rank() == 0 and fresh:
-        vectors = evaluation.embed_texts(method.text, texts).half()
-        data.write_atomic(path, lambda path: torch.save({"vectors": vectors}, path))
+        method.text.eval()
+        with torch.no_grad():
+            vectors = [models.masked_mean(*method.text.encode(texts[i:i + batch])[:2]).half().cpu()
+                       for i in tqdm(range(0, len(texts), batch), desc="encoding texts", leave=False)]
+        data.write_atomic(path, lambda path: torch.save({"vectors": torch.cat(vectors)}, path))
     from_first()
-    return models.FarTexts(texts, evaluation.read_torch(path)["vectors"].to(device))
+    return models.FarTexts(texts, evaluation.read_file(path)[0]["vectors"].to(device))
 
 
 def make_optimiser(method, config):
@@ -497,7 +500,7 @@ def read_checkpoint(run, save_every):
             fault = "missing, and the run was beyond its first; restore it, or train anew"
             raise data.DataError(f"{path}: {fault}")
         return None
-    state = evaluation.read_torch(path)
+    state, _ = evaluation.read_file(path)
     if state.keys() != {"model", "optimiser", "update", "processes", "watch", "files"}:
         raise data.DataError(f"{path}: not a checkpoint of this version of the program; train anew")
     evaluation.compare_checksums(run, state["files"])
@@ -699,9 +702,38 @@ class Watch:
         return ""
 
 
+def questions_of(store, rows, split):
+    """What the label sets that a split can answer ask of some of its rows: a list of (name, places in rows,
+    labels (R, C), prompts: C lists of texts)."""
+    found = []
+    for name in evaluation.sets_of(store, split):
+        records = store.records.iloc[rows]
+        mine = np.flatnonzero((records["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
+        classes, labels, keep = data.label_matrix(records.iloc[mine], name)
+        if keep.any():
+            prompts = evaluation.class_prompts(name, classes, "descriptive", records.iloc[mine])
+            found.append((name, mine[keep], labels[keep], prompts))
+    return found
+
+
+@torch.no_grad()
+def look_at(method, store, tags, rows, device, questions):
+    """How training goes, on validation records with reports: R@1 and R@5 of each ECG's report among the
+    distinct ones, and the macro AUROC of the label sets that they answer (questions_of), by the rhythm."""
+    ecg = torch.from_numpy(evaluation.embed_records(method, store, rows, device, "validation")["rhythm"])
+    texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
+    like = ecg @ evaluation.embed_reports(method, texts).T
+    ranks = evaluation.ranks(like.numpy(), own[:, None] == np.arange(len(texts)))
+    auroc = {name: evaluation.mean_auroc(evaluation.class_means(
+        ecg[places] @ evaluation.embed_reports(method, evaluation.worded(prompts)).T, prompts), labels)
+        for name, places, labels, prompts in questions}
+    return {"R@1": float((ranks <= 1).mean()), "R@5": float((ranks <= 5).mean()), "texts": len(texts),
+            "auroc": {name: round(float(value), 4) for name, value in auroc.items()}}
+
+
 class Validation:
     """Looks at the validation records that have a report, at most MOST, always the same: loss terms without
-    augmentation, in whole batches, then evaluation.look_at. Nothing is chosen by it unless --keep best asks.
+    augmentation, in whole batches, then look_at. Nothing is chosen by it unless --keep best asks.
     records: Records."""
     MOST = 2000
 
@@ -711,7 +743,7 @@ class Validation:
         self.rows = np.random.default_rng(config.seed).permutation(rows)[:self.MOST]
         self.records, self.config, self.device = records, config, device
         self.size = min(config.batch_size, len(self.rows))
-        self.questions = evaluation.questions_of(records.store, self.rows, "val")
+        self.questions = questions_of(records.store, self.rows, "val")
 
     @torch.no_grad()
     def look(self, method):
@@ -725,8 +757,7 @@ class Validation:
                 drawn.dropped[:], drawn.steps[:] = False, 0
                 for name, value in method(augment(drawn, self.device)).items():
                     terms[name] += value.item() / count
-            found = evaluation.look_at(method, self.records.store, self.records.tags, self.rows, self.device,
-                                       self.questions)
+            found = look_at(method, self.records.store, self.records.tags, self.rows, self.device, self.questions)
         method.train()
         return {"loss": method.weighted(terms), "terms": terms, **found}
 
@@ -1054,7 +1085,27 @@ def finish(config, run, store, rows, method, device):
     plot_log(lines, run / "curves.png")
     if config.method == "cardiolm":
         models.save_language_model(method, run / "language_model")
-        evaluation.report_language(method, [store.texts[row] for row in store.rows("test")], run)
+        report_language(method, [store.texts[row] for row in store.rows("test")], run)
+
+
+@torch.no_grad()
+def report_language(method, texts, run, batch=64):
+    """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The
+    yardstick is to say the commonest word every time."""
+    if not texts:
+        print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from training")
+        return
+    method.eval()
+    torch.manual_seed(0)  # training is over
+    parts = [texts[start:start + batch] for start in range(0, len(texts), batch)]
+    sums = sum(torch.stack([x.float().cpu() for x in method.guess(part)]) for part in parts)
+    pieces = method.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    counts = np.unique(np.concatenate(pieces), return_counts=True)[1]
+    (loss, right), commonest = (sums[[0, 2]] / sums[1]).tolist(), float(counts.max() / counts.sum())
+    print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the "
+          f"commonest word: {100 * commonest:.1f} %), loss {loss:.3f}")
+    evaluation.remember(run, "language", {"texts": len(texts), "loss": loss, "accuracy": right,
+                                          "commonest": commonest})
 
 
 def absolute(spec):

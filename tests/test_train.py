@@ -292,7 +292,7 @@ def test_flipped_bits_in_weights_are_noticed(finished, tmp_path, monkeypatch):
     """Everywhere in checkpoint.pt and model.safetensors: refused, or, in bytes that mean nothing, the same tensors."""
     for name in ("checkpoint.pt", "model.safetensors"):
         path, rng, blob = tmp_path / name, np.random.default_rng(0), (finished / "whole" / name).read_bytes()
-        read = evaluation.read_torch if name.endswith("pt") else lambda path: evaluation.read_tensors(path)[0]
+        read = lambda path: evaluation.read_file(path)[0]
         path.write_bytes(blob)
         whole, refused = evaluation.crc_of_tensors(read(path).get("model", read(path))), 0
         for place in [*rng.integers(0, len(blob), 60), *rng.integers(len(blob) - 20000, len(blob), 20), *rng.integers(0, 2000, 20)]:
@@ -577,8 +577,8 @@ def test_several_data_sets_in_one_run(tiny_store, tmp_path, monkeypatch, capsys)
 
 def test_validation_sees_no_training_record_and_changes_nothing(tiny_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    seen, look_at = [], evaluation.look_at
-    monkeypatch.setattr(evaluation, "look_at", lambda m, store, tags, rows, *more: seen.append(rows) or look_at(m, store, tags, rows, *more))
+    seen, look_at = [], train.look_at
+    monkeypatch.setattr(train, "look_at", lambda m, store, tags, rows, *more: seen.append(rows) or look_at(m, store, tags, rows, *more))
     store = data.open_data("simulated:200")
     args = ["--method", "merl", "--data", "simulated:200", *TINY]
     train.main([*args, "--name", "a"])
@@ -608,12 +608,12 @@ def test_validation_by_hand(tiny_store):
             place = [axis[t] if t in axis else next(len(texts) + c for c, row in enumerate(prompts) if t in row) for t in said]
             return models.TextViews(None, None, torch.eye(size)[place])
     ecg = np.concatenate([np.eye(len(texts))[own], 0.5 * labels], 1).astype(np.float32)
-    questions = evaluation.questions_of(store, rows, "val")
+    questions = train.questions_of(store, rows, "val")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": ecg})
-        found = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
+        found = train.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
         patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": -ecg})
-        wrong = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
+        wrong = train.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
     assert found["R@1"] == found["R@5"] == 1 and found["auroc"] == {"simulated": 1.0} and found["texts"] == len(texts)
     assert wrong["R@1"] == 0 and wrong["auroc"] == {"simulated": 0.0}
 
