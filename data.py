@@ -458,6 +458,33 @@ def load_record(path, rate, crop="first", read=read_record):
     return ecg, usable, {text: amount for text, amount in notes.items() if amount}
 
 
+def load_signals(signals, fs, leads, rate):
+    """A WFDB record's path, or an array (L, N) in mV at fs Hz with the names of its L leads; or a list of
+    such, or an array (B, L, N) -> (B, 12, N) float32 mV as a store keeps them. Errors: DataError."""
+    several = isinstance(signals, (list, tuple)) or np.ndim(signals) == 3
+    found = [load_record(one, rate) if isinstance(one, (str, os.PathLike)) else
+             load_record("the array", rate, read=of_array(one, fs, leads))
+             for one in (signals if several else [signals])]
+    return np.stack([ecg for ecg, *_ in found]) / np.float32(1000)
+
+
+def of_array(signal, fs, leads):
+    """An array as load_record reads it. Errors: DataError."""
+    x, (low, high) = np.asarray(signal, np.float32), RATES
+    unknown, largest = [str(lead) for lead in leads if lead_index(lead) is None], abs(x).max(initial=0)
+    for wrong, fault in (
+            (not fs or not low <= fs <= high, f"fs is {fs}: it must be the rate, {low} to {high} Hz"),
+            (x.ndim != 2 or len(x) != len(leads), f"it must be ({len(leads)}, samples), a row for each of "
+             f"{', '.join(map(str, leads))}"),
+            (unknown, f"unknown leads {', '.join(unknown)}; known are {', '.join(LEADS)}"),
+            (fs and x.shape[-1] < MIN_SECONDS * fs, f"too short: it must have {MIN_SECONDS:g} s"),
+            (not np.isfinite(x).all(), "it holds NaN or infinity: interpolate, or cut it off"),
+            (not 0.05 < largest < 32, f"its largest value is {largest:g}: it must be in mV")):
+        if wrong:
+            raise DataError(f"array {x.shape}: {fault}")
+    return lambda path, part: Record(x[:, slice(*part(x.shape[1], fs))], list(leads), fs, True)
+
+
 # ---- the store ---------------------------------------------------------------------------------------------
 
 FORMAT = ["ecg-language store", 5]  # name and version
@@ -1445,6 +1472,25 @@ def label_set(name, records=None):
         key for source, codes in sourced(records) for code in codes if (key := finding_of(code, source))})
     words = {key: [findings[key]["name"], *findings[key]["also"][:2]] for key in keys}
     return {key: {"name": words[key][0], "prompts": words[key], "findings": [key]} for key in keys}
+
+
+def class_prompts(name, classes, style, records=None):
+    """One list of texts a class. style: descriptive (prompts.json), plain (class names), or a JSON file
+    {code: text or [texts]}, such as the published ones. Errors: DataError, also where that lacks a class."""
+    if style in ("plain", "descriptive"):
+        table = label_set(name, records)
+        return [[table[c]["name"].lower()] if style == "plain" else table[c]["prompts"] for c in classes]
+    advice = "--prompts is descriptive, plain, or a JSON file {code: text or [texts]}"
+    given = read_json(style, {str: (str, list, dict)}, advice)
+    given = given[name] if isinstance(given.get(name), dict) else given
+    found = {c: given.get(c, given.get(c.rstrip("_"))) for c in classes}  # some drop the _
+    if missing := [c for c, texts in found.items() if texts is None]:
+        raise DataError(f"{style} has no prompt for {', '.join(missing)} of {name}")
+    for c, texts in found.items():
+        texts = found[c] = [texts] if isinstance(texts, str) else texts
+        if type(texts) is not list or not texts or not all(type(t) is str and WORD.search(t) for t in texts):
+            raise DataError(f"{style}: the prompt of {c} must be a text or a list of texts, with words")
+    return [[t.lower() for t in texts] for texts in found.values()]
 
 
 def sourced(records):

@@ -12,9 +12,7 @@ options. Test rows are the official test split (PTB-XL: fold 10) unless --folds 
 nothing is ever chosen on them. A task is one function, and a line in TASKS.
 """
 import argparse
-import contextlib
 import copy
-import itertools
 import json
 import math
 import os
@@ -36,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from joblib import Parallel, delayed
 from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -46,7 +43,7 @@ from tqdm import tqdm
 
 import data
 import model as models
-from csrc import beat_of_token, segment_beats
+from csrc import segment_beats
 
 GROUPS = {"ptbxl": ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm"), "csv": ("own",)}
 TRANSFER = ("ptbxl_super", "cpsc2018", "csn")
@@ -69,7 +66,7 @@ def newest_run(folder="runs"):
     runs = Path(folder).glob("*/model.safetensors")
     if newest := max(runs, key=lambda path: path.stat().st_mtime, default=None):
         return newest.parent
-    raise data.DataError(f"no finished run in {folder}/: train one first (python train.py), or name it with --run")
+    raise data.DataError(f"no finished run in {folder}/: train one (python train.py), or name it: --run")
 
 
 def read_config(run):
@@ -97,15 +94,13 @@ def read_config(run):
     return config, made_by
 
 
+checksum = lru_cache(64)(lambda path, changed: data.crc_of(path))
+
+
 def checksums(folder, patterns):
     """{path in the folder: crc32} of the files that match; read once as long as they do not change."""
     paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix(): checksum(path, path.stat().st_mtime_ns) for path in paths}
-
-
-@lru_cache(64)
-def checksum(path, changed):
-    return data.crc_of(path)
 
 
 def compare_checksums(folder, known):
@@ -117,20 +112,12 @@ def compare_checksums(folder, known):
                              "train anew")
 
 
-def save_weights(method, run, name="model.safetensors"):
-    """Weights file of a run, with checksums of its tensors and of the tokenizer."""
-    state = {k: v.cpu().clone(memory_format=torch.contiguous_format)  # tied tensors are written twice
-             for k, v in method.state_dict().items()}
-    facts = {"tensors": crc_of_tensors(state), "files": json.dumps(checksums(run, ("tokenizer/*", "*.py")))}
-    data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
-
-
 def crc_of_tensors(state):
     """A checksum of named tensors, as text."""
     crc = 0
-    for name in sorted(state):
-        bytes_of = state[name].cpu().contiguous().flatten().view(torch.uint8).numpy()
-        crc = zlib.crc32(bytes_of, zlib.crc32(name.encode(), crc))
+    for name, x in sorted(state.items()):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(x.cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
 
 
@@ -139,9 +126,11 @@ def read_file(path):
     values is unpickled, and checksums hold. Errors: DataError that says what to do."""
     try:
         with data.open_file(path) as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise OSError(0, data.LFS[2:])
             if Path(path).suffix == ".safetensors":
-                with safe_open(path, "pt") as tensors:
-                    state, facts = {k: tensors.get_tensor(k) for k in tensors.keys()}, tensors.metadata() or {}
+                with safe_open(path, "pt") as found:
+                    state, facts = {k: found.get_tensor(k) for k in found.keys()}, found.metadata() or {}
                 if facts.get("tensors", crc := crc_of_tensors(state)) != crc:
                     raise ValueError("the weights have another checksum")
                 return state, facts
@@ -154,11 +143,6 @@ def read_file(path):
             raise ValueError("it holds something else")
         return state, {}
     except Exception as error:  # pickle, zipfile, torch and safetensors fail in many ways on a damaged file
-        head = b""
-        with contextlib.suppress(OSError), data.open_file(path) as file:
-            head = file.read(40)
-        if head.startswith(b"version https://git-lfs"):
-            raise data.DataError(f"{path}{data.LFS}") from error
         fault = isinstance(error, OSError) and error.strerror or (
             "damaged, cut off, or no tensors that can be loaded safely "
             f"({type(error).__name__}: {models.first_line(error)[:150]}); restore it, or train anew")
@@ -173,15 +157,14 @@ def read_tensors(path):
         state = state[key] if isinstance(state.get(key), dict) else state
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise data.DataError(f"{path}: holds other things than named tensors")
-    wrapped = bool(state) and all(name.startswith("module.") for name in state)  # DistributedDataParallel's
-    return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}, facts
+    return state, facts
 
 
 def load_run(run, checkpoint=None, device="cpu", text_model=""):
     """(method in eval mode, its config) of a run folder. checkpoint: other weights than its
     model.safetensors, or NAME:FILE as the authors published them, for which the run does not matter
     (open_published). Errors: DataError, ModelError."""
-    if found := publication(checkpoint):
+    if found := models.publication(checkpoint):
         return open_published(*found, text_model, device)
     run, (config, _) = Path(run), read_config(run)
     weights = Path(checkpoint or run / "model.safetensors")
@@ -189,8 +172,8 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
         raise models.ModelError(f"{run} is a language model without an ECG encoder: give it to another run "
                                 f"with --text-model {run}")
     if not (checkpoint or weights.exists()):
-        raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python train.py "
-                             f"--resume {run}")
+        raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python "
+                             f"train.py --resume {run}")
     state, facts = read_tensors(weights)
     compare_checksums(run, {} if checkpoint else json.loads(facts.get("files", "{}")))
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
@@ -202,102 +185,27 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
     return method.to(device).eval(), config
 
 
-# ---- published checkpoints ---------------------------------------------------------------------------------
-# --ckpt merl:FILE, melp:FILE, dbeta:FILE. weights.json: names in the authors' state dictionaries -> ours; *
-# stands for anything, the same on both sides in order. A name with +0, +1, +2 is a part (query, key, value)
-# of a larger tensor of ours; "-" is what neither training nor zero-shot here has a use for. "optional": what
-# a file may lack. D-BETA's T5 sees no attention mask, but one text at a time has no padding: that is our
-# tower with its mask, in any batch.
-
-@lru_cache
-def published():
-    """weights.json: {kind: {"method", "optional", "names"}}."""
-    return data.read_json(Path(__file__).with_name("weights.json"))
-
-
-WRAPPER = re.compile(r"^((module|model)\.)*(ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)"
-                     r"|\w*decoder\.(?=resblocks|cross_attn|ln_final|text_proj))?")
-DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # of a language model, that a tower may lack
-
-
-def publication(checkpoint):
-    """"merl:FILE" -> ("merl", "FILE"), None for any other checkpoint."""
-    kind, _, file = str(checkpoint or "").partition(":")
-    return (kind, file) if file and kind in published() else None
-
-
-def rename(state, names):
-    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: ModelError, unknown names."""
-    rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours.split("*"))
-             for theirs, ours in names.items()]
-    parts, unknown = {}, []
-    for theirs, value in state.items():
-        bare = WRAPPER.sub("", theirs)
-        match, ours = next(((m, ours) for pattern, ours in rules if (m := pattern.fullmatch(bare))), (0, 0))
-        if not match:
-            unknown.append(theirs)
-        elif ours != ["-"]:
-            pieces = itertools.zip_longest(ours, match.groups(), fillvalue="")
-            name, _, part = "".join(itertools.chain(*pieces)).partition("+")
-            parts.setdefault(name, {})[part] = value
-    if unknown:
-        raise models.ModelError(f"{len(unknown)} unexpected names in the checkpoint: {', '.join(unknown[:10])}")
-    return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)])
-            for name, found in parts.items() if "" in found or len(found) == 3}  # else it counts as missing
-
-
-def with_our_leads(state, kind):
-    """A state dictionary of ours, for leads in our order: MERL and MELP had MIMIC-IV-ECG's, aVF before aVL."""
-    first = ("ecg.conv1.weight", "ecg.patch.weight", "ecg.stem.0.weight") if kind != "dbeta" else ()
-    order = [0, 1, 2, 3, 5, 4, *range(6, 12)]
-    return {name: value[:, order] if name in first else value for name, value in state.items()}
-
-
-def same_shape(x, y):
-    """But for axes of length 1, of which the authors have more."""
-    return [n for n in x.shape if n > 1] == [n for n in y.shape if n > 1]
-
-
-def load_published(method, state, kind):
-    """Fill a method with the authors' weights, kind a key of published(). Errors: ModelError that names what
-    is missing, unknown or misshapen."""
-    given, optional = rename(state, published()[kind]["names"]), tuple(published()[kind]["optional"])
-    given = {k: v for k, v in given.items() if k in method.state_dict() or not k.startswith(DROPPED)}
-    ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
-    misshapen = [f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in given.keys() & ours.keys()
-                 if not same_shape(given[k], ours[k])]
-    missing = [k for k in ours.keys() - given.keys() if not k.startswith(optional)]
-    for wrong, fault in ((given.keys() - ours.keys(), f"this {method.config.method} has no place for"),
-                         (missing, f"the checkpoint lacks {len(missing)} weights, such as"),
-                         (misshapen, "other sizes than this method's:")):
-        if wrong:
-            raise models.ModelError(f"{fault} {', '.join(sorted(wrong)[:10])}")
-    method.load_state_dict({k: v.reshape(ours[k].shape) for k, v in given.items()}, strict=False)
-    return method
-
-
 def open_published(kind, file, text_model="", device="cpu"):
     """(method in eval mode, its config) of an authors' checkpoint, with the paper's preset; text_model: where
     the tokenizer and the shape of the text tower are, if not on the hub under the published name. Errors:
     ModelError, DataError."""
-    if kind not in published():
-        raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(published())}")
+    if kind not in models.published():
+        raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(models.published())}")
     state, _ = read_tensors(file)
     width = lambda ending, axis=0: next((v.shape[axis] for k, v in state.items() if k.endswith(ending)), 0)
-    config = models.configure(published()[kind]["method"], "paper", data="")  # it brings none
+    config = models.configure(models.published()[kind]["method"], "paper", data="")  # it brings none
     config.text_model = text_model or config.text_model
-    if vit := width("to_patch_embedding.weight"):  # MERL's
-        config.encoder = next((f"vit_{k}" for k, (dim, *_) in models.ViT1d.SIZES.items() if dim == vit), "vit_tiny")
-    elif kind == "merl":
-        config.encoder = "resnet50" if width("downconv.weight", 1) == 2048 else "resnet18"
+    if kind == "merl":
+        vits = {dim: f"vit_{name}" for name, (dim, *_) in models.ViT1d.SIZES.items()}
+        resnet = "resnet50" if width("downconv.weight", 1) == 2048 else "resnet18"
+        config.encoder = vits.get(width("to_patch_embedding.weight"), resnet)
     lm, tokenizer = models.load_text_model(config.text_model)
     if kind == "melp":
         config.beat_queries = width("attn_pool_contrast.query") or config.beat_queries
         tokenizer.add_special_tokens({"bos_token": "[BOS]"})  # in place of [CLS], which goes to the end
-        if len(tokenizer) > lm.config.vocab_size:
-            lm.resize_token_embeddings(len(tokenizer))
-    method = load_published(models.build_method(config, (lm, tokenizer)), state, kind)
-    method.load_state_dict(with_our_leads(method.state_dict(), kind))
+        lm.resize_token_embeddings(max(len(tokenizer), lm.config.vocab_size))
+    method = models.load_published(models.build_method(config, (lm, tokenizer)), state, kind)
+    method.load_state_dict(models.with_our_leads(method.state_dict(), kind))
     return method.to(device).eval(), config
 
 
@@ -347,8 +255,8 @@ def find_store(name, config, specs=()):
     if source != "simulated" and source != "ptbxl" and not anything:
         raise data.DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
     if source != "simulated" and not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
-        raise data.DataError(f"PTB-XL is not in {place}: download it from https://physionet.org/content/ptb-xl/ "
-                             "(3 GB, free, CC BY 4.0) and say where it is with --data ptbxl:PATH")
+        raise data.DataError(f"PTB-XL is not in {place}: download it (3 GB, free, CC BY 4.0) from "
+                             "https://physionet.org/content/ptb-xl/ and say where it is: --data ptbxl:PATH")
     return open_store("simulated" if source == "simulated" else f"ptbxl:{place}", rate)
 
 
@@ -357,13 +265,12 @@ def sets_of(store, split="test"):
     occur; none where no record has a label."""
     if store.sources() == ["mimic"]:  # a million records without labels need not be read
         return []
-    found = {}
-    for source, part in store.records[store.records["split"] == split].groupby("source", sort=False):
-        own = [name for name in data.LABEL_SETS if name in (source, source + "_test")] or ["own"]
-        for name in GROUPS["ptbxl"] if source == "ptbxl" else own:
-            if name not in found and data.label_matrix(part, name)[2].any():
-                found[name] = True
-    return list(found)
+    records, found = store.records[store.records["split"] == split], {}
+    for source, part in records.groupby("source", sort=False):
+        named = [name for name in data.LABEL_SETS if name in (source, source + "_test")] or ["own"]
+        for name in GROUPS["ptbxl"] if source == "ptbxl" else named:
+            found[name] = found.get(name) or data.label_matrix(part, name)[2].any()
+    return [name for name in found if found[name]]
 
 
 def test_rows(store, ask):
@@ -417,12 +324,11 @@ def ask_set(name, config, ask, learn=False, test=True):
     label; if learn, where there is none to learn from."""
     store = find_store(name, config, ask.data)
     patients, split, sex = (store.records[column].to_numpy(object) for column in ("patient", "split", "sex"))
-    if name == "age":
-        years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
-        classes, labels, keep = ["age"], years[:, None], np.isfinite(years)
-    else:
-        classes, labels, keep = (["female"], sex[:, None] == "F", np.isin(sex, ["F", "M"])) if name == "sex" else \
-            data.label_matrix(store.records, name)
+    years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
+    classes, labels, keep = {
+        "sex": lambda: (["female"], sex[:, None] == "F", np.isin(sex, ["F", "M"])),
+        "age": lambda: (["age"], years[:, None], np.isfinite(years))}.get(
+            name, lambda: data.label_matrix(store.records, name))()
     tested = np.isin(np.arange(len(store)), test_rows(store, ask)) if test else split == "test"
     if not (keep & ~tested & (split == "val")).any():
         held = [data.split_by(f"held {patient}", 7 / 8, 1 / 8) == "val" for patient in patients]
@@ -438,17 +344,13 @@ def ask_set(name, config, ask, learn=False, test=True):
 
 def signals(store, rows, ask):
     """ECGs of rows (B, 12, N) float32 mV: as stored, or with noise, fewer leads, or a control instead."""
-    if ask.control == "other":  # of each record another one, always the same
-        order = np.random.default_rng(0).permutation(len(store))
-        taken = np.roll(order, 1)[np.argsort(order)][rows]
-    ecg = store.ecg(rows if ask.control != "other" else taken)
-    if ask.control == "zero":
-        ecg[:] = 0
-    if ask.noise is not None:
+    order = np.random.default_rng(0).permutation(len(store)) if ask.control == "other" else None
+    ecg = store.ecg(rows if order is None else np.roll(order, 1)[np.argsort(order)][rows])  # always the same
+    if ask.noise is not None and ask.control != "zero":
         for x, row in zip(ecg, rows):
             x += noise_like(x, store.rate, ask.noise, np.random.default_rng((0, row)))
-    if ask.leads:
-        ecg[:, np.setdiff1d(range(12), [data.lead_index(lead) for lead in ask.leads])] = 0
+    kept = range(12) if ask.leads is None else [data.lead_index(lead) for lead in ask.leads]
+    ecg[:, [i for i in range(12) if i not in kept or ask.control == "zero"]] = 0
     if ask.derive_leads:  # Einthoven, Goldberger
         one, two = ecg[:, 0], ecg[:, 1]
         ecg[:, 2:6] = np.stack([two - one, -(one + two) / 2, one - two / 2, two - one / 2], 1)
@@ -473,8 +375,8 @@ def pool(tokens):
 
 @torch.no_grad()
 def encode(method, ecg):
-    """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, in the space shared with text;
-    "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
+    """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, in the space shared with
+    text; "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
     tokens = method.encode_tokens(ecg)
     found = {"rhythm": method.views(tokens, ecg).rhythm, "features": pool(tokens)}
     return {name: x.float().cpu().numpy() for name, x in found.items()}
@@ -557,47 +459,22 @@ def embed_reports(method, texts):
 
 # ---- for notebooks -----------------------------------------------------------------------------------------
 
-def read_signals(signals, fs, leads, rate):
-    """A WFDB record's path, or an array (L, N) in mV at fs Hz with the names of its L leads; or a list of such,
-    or an array (B, L, N) -> (B, 12, N) float32 mV as a store keeps them. Errors: DataError."""
-    several = isinstance(signals, (list, tuple)) or np.ndim(signals) == 3
-    found = [data.load_record(one, rate) if isinstance(one, (str, os.PathLike)) else
-             data.load_record("the array", rate, read=of_array(one, fs, leads))
-             for one in (signals if several else [signals])]
-    return np.stack([ecg for ecg, *_ in found]) / np.float32(1000)
-
-
-def of_array(signal, fs, leads):
-    """An array as data.load_record reads it. Errors: DataError."""
-    x = np.asarray(signal, np.float32)
-    unknown = [str(lead) for lead in leads if data.lead_index(lead) is None]
-    (low, high), largest = data.RATES, abs(x).max(initial=0)
-    for wrong, fault in (
-            (not fs or not low <= fs <= high, f"fs is {fs}: it must be the rate, {low} to {high} Hz"),
-            (x.ndim != 2 or len(x) != len(leads), f"it must be ({len(leads)}, samples), a row for each of "
-             f"{', '.join(map(str, leads))}"),
-            (unknown, f"unknown leads {', '.join(unknown)}; known are {', '.join(data.LEADS)}"),
-            (fs and x.shape[-1] < data.MIN_SECONDS * fs, f"too short: it must have {data.MIN_SECONDS:g} s"),
-            (not np.isfinite(x).all(), "it holds NaN or infinity: interpolate, or cut it off"),
-            (not 0.05 < largest < 32, f"its largest value is {largest:g}: it must be in mV")):
-        if wrong:
-            raise data.DataError(f"array {x.shape}: {fault}")
-    return lambda path, part: data.Record(x[:, slice(*part(x.shape[1], fs))], list(leads), fs, True)
-
 
 def embed(method, signals, fs=None, leads=data.LEADS):
-    """encode, of B signals (see read_signals), as --embed does. Errors: DataError."""
-    ecg = torch.from_numpy(read_signals(signals, fs, leads, method.config.rate))
+    """encode, of B signals (see data.load_signals), as --embed does. Errors: DataError."""
+    ecg = torch.from_numpy(data.load_signals(signals, fs, leads, method.config.rate))
     return encode(method, ecg.to(next(method.parameters()).device))
 
 
 @torch.no_grad()
 def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
-    """Similarity of B signals (see read_signals) with C texts -> (B, C) float32: comparable over signals, not
-    over texts. scales: rhythm, beat, token or some of them; None: the method's own. Errors: DataError."""
-    ecg = torch.from_numpy(read_signals(signals, fs, leads, method.config.rate))
+    """Similarity of B signals (see data.load_signals) with C texts -> (B, C) float32: comparable over
+    signals, not over texts. scales: rhythm, beat, token or some of them [the method's own]. Errors:
+    DataError."""
+    ecg = torch.from_numpy(data.load_signals(signals, fs, leads, method.config.rate))
     text = method.encode_text([text.lower().strip(" .") for text in texts])
-    return method.similarity(method.encode_ecg(ecg.to(text.report.device)), text, scales).float().cpu().numpy()
+    views = method.encode_ecg(ecg.to(text.report.device))
+    return method.similarity(views, text, scales).float().cpu().numpy()
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -693,42 +570,24 @@ def permutation_p(ours, others, labels):
 # task(run, set, ask) -> {row: {column: metrics}}; row "" is the run itself. metrics: those of score_classes,
 # or a dictionary with "what", "value", "interval" and further facts.
 
-def class_prompts(name, classes, style, records=None):
-    """One list of texts a class. style: descriptive (prompts.json), plain (class names), or a JSON file
-    {code: text or [texts]}, such as the published ones; a class the file lacks is an error."""
-    if style in ("plain", "descriptive"):
-        table = data.label_set(name, records)
-        return [[table[c]["name"].lower()] if style == "plain" else table[c]["prompts"] for c in classes]
-    advice = "--prompts is descriptive, plain, or a JSON file {code: text or [texts]}"
-    given = data.read_json(style, {str: (str, list, dict)}, advice)
-    given = given[name] if isinstance(given.get(name), dict) else given
-    if missing := [c for c in classes if c not in given and c.rstrip("_") not in given]:
-        raise data.DataError(f"{style} has no prompt for {', '.join(missing)} of {name}")
-    texts = [given.get(c, given.get(c.rstrip("_"))) for c in classes]
-    texts = [[text] if isinstance(text, str) else text for text in texts]
-    for c, row in zip(classes, texts):
-        if not (isinstance(row, list) and row and all(isinstance(t, str) and data.WORD.search(t) for t in row)):
-            raise data.DataError(f"{style}: the prompt of {c} must be a text or a list of texts, with words")
-    return [[t.lower() for t in row] for row in texts]
-
 
 def text_scores(run, question, name, ask):
     """Zero-shot scores (R, C) of the records that are tested."""
-    prompts = class_prompts(name, question.classes, ask.prompts, question.store.records)
+    prompts = data.class_prompts(name, question.classes, ask.prompts, question.store.records)
     return score_records(run, question.store, question.test.rows, prompts, ask)
 
 
 def zeroshot(run, name, ask):
     """Classes told apart by the similarity of the ECG with their texts; no label is used."""
     question = ask_set(name, run.config, ask)
-    scores, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
-    everyone, source = {"": scores}, source_of(question.store)
-    if len(rows) < 100 and ask.split == "test" and not ask.folds and len(question.store) > len(rows):
-        print(f"\n{name}: {len(rows)} of {len(question.store)} {source} records are test records with a "
-              "label of the set; --split all asks about all: fair, if the run saw none of them")
+    store, (rows, labels, patients), source = question.store, question.test, source_of(question.store)
+    everyone = {"": text_scores(run, question, name, ask)}
+    if len(rows) < 100 and ask.split == "test" and not ask.folds and len(store) > len(rows):
+        print(f"\n{name}: {len(rows)} of {len(store)} {source} records are test records with a label of the "
+              "set; --split all asks about all: fair, if the run saw none of them")
     if source == "code" and name == "code_test":  # beside it doctors, students and the authors' network
-        marks = data.code_annotations(question.store.meta["settings"]["src"])
-        ids = question.store.records["id"].iloc[rows].astype(int)
+        marks = data.code_annotations(store.meta["settings"]["src"])
+        ids = store.records["id"].iloc[rows].astype(int)
         everyone |= {who: m[ids].astype(float) for who, m in marks.items() if who != "gold_standard"}
     return {who: {"zero-shot": {"source": source} | score_classes(question.classes, given, labels, patients)}
             for who, given in everyone.items()}
@@ -744,14 +603,11 @@ def fit_classes(x, labels, setting):
     scale, balance, c = setting
     center, spread = (x.mean(0), x.std(0) + 1e-8) if scale else (0, 1)
     ready = lambda x: ((x - center) / spread).astype(np.float64)  # the solver needs the digits
-    scaled, heads = ready(x), []
-    for y in labels.T:
-        if y.any() and not y.all():
-            head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(scaled, y)
-            heads.append((head.coef_[0], head.intercept_[0]))
-        else:
-            heads.append((np.zeros(x.shape[1]), math.log((y.sum() + 1) / ((~y).sum() + 1))))
-    weights, biases = map(np.stack, zip(*heads))
+    x, weights = ready(x), np.zeros((labels.shape[1], x.shape[1]))
+    biases = np.log((labels.sum(0) + 1) / ((~labels).sum(0) + 1))
+    for i in np.flatnonzero(labels.any(0) & ~labels.all(0)):
+        head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(x, labels[:, i])
+        weights[i], biases[i] = head.coef_[0], head.intercept_[0]
     return lambda x: ready(x) @ weights.T + biases
 
 
@@ -782,8 +638,7 @@ REFERENCES = {}  # results that do not depend on what a run has learned
 def of_encoder(run, what, name, question, ask, make):
     """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
     own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
-    settings = [getattr(run.config, setting) for setting in own]
-    key = repr((what, name, question.store.meta["plan"], vars(ask), settings))
+    key = repr((what, name, question.store.meta["plan"], vars(ask), [getattr(run.config, s) for s in own]))
     return REFERENCES[key] if key in REFERENCES else REFERENCES.setdefault(key, make())
 
 
@@ -817,10 +672,11 @@ def probe(run, name, ask):
 
 
 def supervised_metrics(question, drawn, scores):
+    """score_classes of the test rows, for what has learned from the training rows at these places."""
     seen = question.train.labels[drawn].any(0)
-    lacking = [c for c, some in zip(question.classes, seen) if not some]
     return {"training records": len(drawn)} | score_classes(
-        question.classes, scores, question.test.labels, question.test.patients, lacking)
+        question.classes, scores, question.test.labels, question.test.patients,
+        [c for c, some in zip(question.classes, seen) if not some])
 
 
 def age_probe(x, x_val, x_test, question):
@@ -840,9 +696,9 @@ def few_labels(x, _, x_test, question, ask):
     for k in ask.shots:
         draws = [np.random.default_rng((draw, k)) for draw in range(10)]
         drawn = [np.unique(np.concatenate([rng.permutation(np.flatnonzero(y))[:k] for y in labels.T]))
-                 for rng in draws]  # too few to choose a setting by
-        found = [mean_auroc(fit_classes(x[some], labels[some], (True, "balanced", 0.1))(x_test),
-                            question.test.labels) for some in drawn]
+                 for rng in draws]
+        fits = [fit_classes(x[some], labels[some], (True, "balanced", 0.1)) for some in drawn]
+        found = [mean_auroc(fit(x_test), question.test.labels) for fit in fits]
         columns[f"{k} a class"] = {
             "what": "AUROC", "value": float(np.mean(found)), "interval": [min(found), max(found)],
             "deviation": float(np.std(found)), "records": len(x_test),
@@ -870,7 +726,7 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
                 falling.step()
         falling.step()
         with torch.no_grad():
-            scores, shown = (head(part).numpy() if merl else head(part).softmax(1).numpy() for part in (x_test, x_val))
+            scores, shown = (head(x).numpy() if merl else head(x).softmax(1).numpy() for x in (x_test, x_val))
         quality = mean_auroc(scores, test) if merl else mean_auroc(shown, val)
         best, since = ((quality, scores), 0) if quality > best[0] else (best, since + 1)
         if since == 5 and not merl:
@@ -923,14 +779,14 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
 
 def labels_alone(run, name, question, ask):
     """The row "trained with labels" of a probe and of fine-tuning: the encoder from random weights."""
-    make = lambda: {f"{100 * ratio:g} %": with_labels(run, question, ratio, ask, True) for ratio in ask.ratios}
+    make = lambda: {f"{100 * r:g} %": with_labels(run, question, r, ask, True) for r in ask.ratios}
     return {"trained with labels": of_encoder(run, "labels", name, question, ask, make)}
 
 
 def finetune(run, name, ask):
     """Encoder and classifier trained with labels, from the run's weights and from random ones."""
     question = ask_set(name, run.config, ask, learn=True)
-    return {"": {f"{100 * ratio:g} %": with_labels(run, question, ratio, ask, False) for ratio in ask.ratios},
+    return {"": {f"{100 * r:g} %": with_labels(run, question, r, ask, False) for r in ask.ratios},
             **labels_alone(run, name, question, ask)}
 
 
@@ -1061,9 +917,9 @@ def rouge_l(written, truth):
     for w, t in zip(written, truth):
         row = [0] * (len(t) + 1)
         for word in w:
-            above, row = row, row[:]
+            above, row = row, [0]
             for i, other in enumerate(t):
-                row[i + 1] = above[i] + 1 if word == other else max(above[i + 1], row[i])
+                row.append(above[i] + 1 if word == other else max(above[i + 1], row[i]))
         scores.append(2 * row[-1] / max(1, len(w) + len(t)))
     return float(np.mean(scores))
 
@@ -1099,36 +955,12 @@ TASKS = {"zeroshot": zeroshot, "probe": probe, "transfer": transfer, "retrieve":
 
 # ---- where a model looks -----------------------------------------------------------------------------------
 
-@torch.no_grad()
-def attention_over_time(method, ecg, text):
-    """Where each text is seen: ecg (1, 12, N) mV, TextViews of C texts -> (C, N), rows sum to 1: the softmax
-    over tokens of each word's similarity, mean over words; or over beats or patches, as the method weighs
-    them. Errors: ModelError where a method has no scale below the whole record."""
-    views, config, samples = method.encode_ecg(ecg), method.config, ecg.shape[2]
-    melp = isinstance(method, models.MELP)
-    if "token" in method.scales:
-        like = [text.words[i, :n] @ views.tokens[0].T for i, n in enumerate(text.word_count)]
-        weight = torch.stack([(each * method.learned_scale()).softmax(1).mean(0) for each in like])   # (C, T)
-    elif "beat" in method.scales and not (melp and config.beats == "query"):
-        beats = views.beats[0] if views.beat_count is None else views.beats[0, :views.beat_count[0]]
-        weight = (text.sentences[:, 0] @ beats.T * method.beat_options()["beat_temperatures"][0]).softmax(1)
-    else:
-        raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep "
-                                "--align word or tag, and melp --beats rpeak, see them at a place")
-    if melp:  # beats, from midpoint to midpoint
-        place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
-    else:  # tokens of equal length; patches of all leads at one time together
-        windows = samples // config.patch if isinstance(method.ecg, models.LeadViT) else weight.shape[1]
-        weight, place = weight.unflatten(1, (-1, windows)).sum(1), torch.arange(samples) * windows // samples
-    length = torch.bincount(place, minlength=weight.shape[1]).clamp(min=1)
-    return (weight.cpu() / length)[:, place].numpy()
-
 
 def open_record(record, rate):
     """(ECG (12, N) mV, title) of a WFDB record, or of SPEC:ID. Errors: DataError."""
     path, (spec, _, name) = record.removesuffix(".hea"), record.rpartition(":")
     if os.path.exists(path + ".hea"):
-        return read_signals(path, None, (), rate)[0], os.path.basename(path)
+        return data.load_signals(path, None, (), rate)[0], os.path.basename(path)
     if not spec:
         raise data.DataError(f"{record}: no WFDB record (there is no {path}.hea), and not SOURCE:PATH:ID")
     store = open_store(spec, rate)
@@ -1158,7 +990,7 @@ def look(run, record, texts, ask):
         print(f"no comparison with the training records: {error}")
     print_table(title, rows)
     try:
-        weight = attention_over_time(run.method, signal, text)
+        weight = models.attention_over_time(run.method, signal, text)
     except models.ModelError as error:
         print(error)
     plot_look(ecg, run.config.rate, title, rows, weight, path)
@@ -1210,14 +1042,15 @@ def summary(metrics):
 
 def class_rows(metrics):
     """A result as a table of classes, their means below."""
-    rows = dict(metrics["classes"])
+    rows = copy.deepcopy(metrics["classes"])
     for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives")):
         if mean in metrics:
             rows[f"macro, {text} ({metrics[mean]['classes']})"] = {"positives": ""} | metrics[mean]
-    why = lambda r: {} if "auroc" in r else {"interval": f"no {'negatives' if r['positives'] else 'positives'}"}
     titles = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC",
               "f1": "best F1"}
-    return {name: {titles[k]: (r | why(r)).get(k) for k in titles} for name, r in rows.items()}
+    for r in [r for r in rows.values() if "auroc" not in r]:
+        r["interval"] = "no negatives" if r["positives"] else "no positives"
+    return {name: {titles[k]: r.get(k) for k in titles} for name, r in rows.items()}
 
 
 def print_table(title, rows):
@@ -1354,18 +1187,15 @@ tags: [ecg, electrocardiogram, zero-shot-classification]
 # {name}
 
 {method}, {parameters:.1f} M parameters: 12-lead ECGs ({leads}; {rate} Hz, 10 s, mV) and texts in one space.
+With ecg-language {version}:
 
-```python
-from eval import load_run, score  # of ecg-language {version}
-method, config = load_run("{name}")
-score(method, ["atrial fibrillation", "normal ecg"], signal, fs=500, leads=["I", "II", "V2"])  # (L, N) mV
-```
+    from eval import load_run, score
+    method, config = load_run("{name}")
+    score(method, ["atrial fibrillation"], signal, fs=500, leads=["I", "II", "V2"])  # (3, N) in mV
 
-| task | set | figure | 95 % interval | records |
-|---|---|---|---|---|
+| task | set | figure [95 % interval] | records |
+|---|---|---|---|
 {table}
-
-For research: not a medical device.
 """
 
 
@@ -1386,7 +1216,8 @@ def export(run, folder):
     made_by = {k: v for k, v in read_config(run)[1].items() if k not in models.own_files(config)}
     settings = models.settings_of(config) | dict(data="", init="", text_model="", name="", llm="")
     settings = {k: v for k, v in settings.items() if k in models.settings_of(config)}
-    data.write_text(folder / "config.json", json.dumps(settings | dict(made_by=made_by, about=about), indent=1))
+    settings |= {"made_by": made_by, "about": about}
+    data.write_text(folder / "config.json", json.dumps(settings, indent=1))
     size = sum(p.numel() for p in method.parameters()) / 1e6
     data.write_text(folder / "README.md", CARD.format(
         name=folder.name, method=settings["method"], leads=", ".join(data.LEADS), rate=config.rate,
@@ -1395,15 +1226,13 @@ def export(run, folder):
 
 def measured(known):
     """results.json -> the lines of a Markdown table, of what was measured with the run's own weights."""
-    for task, title, found in [(t, title, each) for t, entries in known.items() for title, each in entries.items()]:
+    for task, title, found in [(task, *each) for task, entries in known.items() for each in entries.items()]:
         if isinstance(found, dict) and "results" in found and not found["options"]["checkpoint"]:
             shown = entry(title.split()[0], found["options"] | {"data": ()})
-            for place, m in flat(found["results"]).items():
-                value, ends = headline(m)
-                if value is not None:
-                    ends = "{:.3f} - {:.3f}".format(*ends) if ends else "-"
-                    yield (f"| {', '.join(filter(None, (task, *place)))} | {shown} | {m.get('what', 'AUROC')} "
-                           f"{value:.3f} | {ends} | {m.get('records', '-')} |")
+            for (row, column), m in flat(found["results"]).items():
+                if (figure := figure_text(over_runs([m]))) != "-":
+                    how = ", ".join(filter(None, (task, row, column)))
+                    yield f"| {how} | {shown} | {m.get('what', 'AUROC')} {figure} | {m.get('records', '-')} |"
 
 
 # ---- many runs ---------------------------------------------------------------------------------------------
@@ -1464,7 +1293,7 @@ def summarise(found, folders, configs):
     mean = lambda key: float(np.mean([facts[key] for facts in training if facts])) if any(training) else None
     return {"runs": list(map(str, folders)), "seeds": [config["seed"] for config in configs],
             "config": {k: v for k, v in configs[0].items() if k not in NO_MATTER}, "training": training,
-            **{which: {c: over_runs(m, which) for c, m in found.items()} for which in ("macro", "macro_enough")},
+            **{key: {c: over_runs(m, key) for c, m in found.items()} for key in ("macro", "macro_enough")},
             **{key: mean(key) for key in ("records_per_second", "parameters")}}
 
 
@@ -1485,7 +1314,8 @@ def compare(folders, wanted, **options):
     places, columns, records = {}, {}, {}  # of each group
     for i, folder in enumerate(tqdm(folders, desc="runs")):
         done = report(folder, wanted, **options)
-        for task, name, (row, column), m in [(*key, *each) for key in done for each in flat(done[key]).items()]:
+        every = [(*asked, *each) for asked, rows in done.items() for each in flat(rows).items()]
+        for task, name, (row, column), m in every:
             title = f"{row} ({configs[i]['encoder']})" if row else titles[i]
             label = name if task == "zeroshot" else f"{name} {task}, {column}"
             found = columns.setdefault(title, {}).setdefault(label, [])
@@ -1494,8 +1324,8 @@ def compare(folders, wanted, **options):
                 places.setdefault(title, {})[i] = None
             number, other = records.setdefault(label, (m.get("records"), folder))
             if number != m.get("records"):
-                raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for {other}: "
-                                     "name the same for all with --data")
+                raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
+                                     f"{other}: name the same for all with --data")
     groups = {title: summarise(columns[title], [folders[i] for i in those], [configs[i] for i in those])
               for title, those in places.items()}
     if not groups:  # --embed has no figures
@@ -1529,8 +1359,8 @@ def sets_for(task, names):
     names = [name for given in names for name in GROUPS.get(given.rstrip(":"), (given,))]
     known = [*data.LABEL_SETS, *(("age", "sex") if task == "probe" else ())]
     if unknown := [name for name in names if name not in known and not name.endswith(".json")]:
-        raise data.DataError(f"unknown label set {unknown[0]!r}; known are {', '.join(known)}, csv (the codes "
-                             "of your own data), or a file NAME.json")
+        raise data.DataError(f"unknown label set {unknown[0]!r}; known are {', '.join(known)}, csv (the "
+                             "codes of your own data), or a file NAME.json")
     return names or list(TRANSFER)
 
 
@@ -1567,23 +1397,24 @@ def parse(argv):
     add("--epochs", type=int, help="of training with labels [10]")
     add("--beams", type=int, help="of --generate; 1: greedy")
     given = vars(parser.parse_args(argv))
-    leads = {lead: data.lead_index(lead) for lead in given.get("leads", ())}
-    numbers = (*given.get("shots", ()), given.get("epochs", 1), given.get("beams", 1))
+    ask, texts = asking(**{"leads": ()} | given), given.get("look", ("", "x"))[1:]
+    leads = {lead: data.lead_index(lead) for lead in ask.leads}
     for wrong, sentence in (
             (None in leads.values(), f"--leads {','.join(leads)}: leads are {', '.join(data.LEADS)}"),
-            ("derive_leads" in given and not {0, 1} <= set(leads.values()),
+            (ask.derive_leads and not {0, 1} <= set(leads.values()),
              "--derive-leads needs --leads with I and II"),
-            (any(not 0 < r <= 1 for r in given.get("ratios", ())), "--ratios are shares above 0, up to 1"),
-            (min(numbers) < 1, "--shots, --epochs and --beams are numbers from 1"),
-            (not math.isfinite(given.get("noise", 0)), "--noise is a ratio in dB"),
+            (any(not 0 < r <= 1 for r in ask.ratios), "--ratios are shares above 0, up to 1"),
+            (min(*(ask.shots or ()), ask.epochs, ask.beams) < 1,
+             "--shots, --epochs and --beams are numbers from 1"),
+            (not math.isfinite(ask.noise or 0), "--noise is a ratio in dB"),
             (not {"look", "export", *TASKS} & given.keys(),
              "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
             ("compare" in given and {"run", "checkpoint", "look", "export"} & given.keys(),
              "--compare names its own runs: drop --run, --ckpt, --look and --export"),
             ("export" in given and "checkpoint" in given, "--export takes a run's own weights: drop --ckpt"),
             ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
-            (len(given.get("look", "ok")) < 2, "--look RECORD TEXT..."),
-            (not all(map(data.WORD.search, given.get("look", ())[1:])), "--look: a text needs words"),
+            (not texts, "--look RECORD TEXT..."),
+            (not all(map(data.WORD.search, texts)), "--look: a text needs words"),
             ("look" in given and {"leads", "noise", "control"} & given.keys(),
              "--look shows a record as it is: drop --leads, --noise and --control"),
             *((option in given and tasks and not given.keys() & tasks, f"{option} is of no use without --"
@@ -1601,21 +1432,19 @@ def main(argv=None):
     if "compare" in given:
         compare(given["compare"], wanted, **options)
         return
-    checkpoint = given.get("checkpoint")
-    if found := publication(checkpoint):  # its results go to a folder of their own beside the runs
+    ask = asking(**options)
+    if found := models.publication(ask.checkpoint):  # its results go to a folder of their own beside the runs
         run = Path("runs") / f"published-{found[0]}-{Path(found[1]).stem}"
         run.mkdir(parents=True, exist_ok=True)
     else:
-        run = given.get("run") or (Path(checkpoint).parent if checkpoint else newest_run())
+        run = given.get("run") or (Path(ask.checkpoint).parent if ask.checkpoint else newest_run())
     print(f"run {run}")
     if wanted.get("generate") == []:
         config = read_config(run)[0]
-        store = open_store(options["data"][0] if "data" in options else config.data, config.rate)
-        wanted["generate"] = [source_of(store)]
+        wanted["generate"] = [source_of(open_store(*ask.data[:1] or [config.data], config.rate))]
     if wanted:
         report(run, wanted, **options)
     if "look" in given:
-        ask = asking(**options)
         look(open_run(run, ask), given["look"][0], given["look"][1:], ask)
     if "export" in given:
         export(run, given["export"])

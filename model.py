@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import math
 import os
 import re
@@ -414,8 +415,8 @@ def build_own(cls, leads, samples):
     except Exception as error:  # whatever somebody's code does
         raise ModelError(f"--encoder {cls.__name__}({leads}, {samples}): {fault_in(error)}") from error
     if shape != wanted:
-        raise ModelError(f"--encoder {cls.__name__} makes {shape} of ECGs (2, {leads}, {samples}); it must be "
-                         f"(2, tokens, {encoder.dim}): (B, T, its attribute dim)")
+        raise ModelError(f"--encoder {cls.__name__} makes {shape} of ECGs (2, {leads}, {samples}); it must "
+                         f"be (2, tokens, {encoder.dim}): (B, T, its attribute dim)")
     return encoder.train()
 
 
@@ -458,8 +459,8 @@ def load_file(path, changed):
 def fault_in(error):
     """Where and what, as one sentence."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if isinstance(error, SyntaxError) else f" ({os.path.basename(last.filename)}, line {last.lineno})"
-    return f"{type(error).__name__}: {first_line(error)}{where}"
+    where = f" ({os.path.basename(last.filename)}, line {last.lineno})"
+    return f"{type(error).__name__}: {first_line(error)}{where * (not isinstance(error, SyntaxError))}"
 
 
 # ---- text tower ------------------------------------------------------------------------------------------
@@ -1508,6 +1509,107 @@ def members(rows, size, device):
     return out.to(device)
 
 
+# ---- where a method looks ----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def attention_over_time(method, ecg, text):
+    """Where each text is seen: ecg (1, 12, N) mV, TextViews of C texts -> (C, N), rows sum to 1: the softmax
+    over tokens of each word's similarity, mean over words; or over beats or patches, as the method weighs
+    them. Errors: ModelError where a method has no scale below the whole record."""
+    views, config, samples = method.encode_ecg(ecg), method.config, ecg.shape[2]
+    melp = isinstance(method, MELP)
+    if "token" in method.scales:
+        like = [text.words[i, :n] @ views.tokens[0].T for i, n in enumerate(text.word_count)]
+        weight = torch.stack([(each * method.learned_scale()).softmax(1).mean(0) for each in like])   # (C, T)
+    elif "beat" in method.scales and not (melp and config.beats == "query"):
+        beats = views.beats[0] if views.beat_count is None else views.beats[0, :views.beat_count[0]]
+        weight = (text.sentences[:, 0] @ beats.T * method.beat_options()["beat_temperatures"][0]).softmax(1)
+    else:
+        raise ModelError(f"this {config.method} run sees texts in the whole record only; fgclep "
+                                "--align word or tag, and melp --beats rpeak, see them at a place")
+    if melp:  # beats, from midpoint to midpoint
+        place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
+    else:  # tokens of equal length; patches of all leads at one time together
+        windows = samples // config.patch if isinstance(method.ecg, LeadViT) else weight.shape[1]
+        weight, place = weight.unflatten(1, (-1, windows)).sum(1), torch.arange(samples) * windows // samples
+    length = torch.bincount(place, minlength=weight.shape[1]).clamp(min=1)
+    return (weight.cpu() / length)[:, place].numpy()
+
+
+# ---- weights as their authors published them ---------------------------------------------------------------
+# weights.json: names in the authors' state dictionaries -> ours; * stands for anything, the same on both
+# sides in order. A name with +0, +1, +2 is a part (query, key, value) of a larger tensor of ours; "-" is what
+# neither training nor zero-shot here has a use for. "optional": what a file may lack. D-BETA's T5 sees no
+# attention mask, but one text at a time has no padding: that is our tower with its mask, in any batch.
+
+WRAPPER = re.compile(r"^((module|model)\.)*(ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)"
+                     r"|\w*decoder\.(?=resblocks|cross_attn|ln_final|text_proj))?")
+DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # of a language model, that a tower may lack
+
+
+@functools.lru_cache
+def published():
+    """weights.json: {kind: {"method", "optional", "names"}}."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights.json")) as file:
+        return json.load(file)
+
+
+def publication(checkpoint):
+    """"merl:FILE" -> ("merl", "FILE"), None for any other checkpoint."""
+    kind, _, file = str(checkpoint or "").partition(":")
+    return (kind, file) if file and kind in published() else None
+
+
+def rename(state, names):
+    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: ModelError, unknown names."""
+    rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours) for theirs, ours in names.items()]
+    parts, unknown = {}, []
+    for theirs, value in state.items():
+        bare = WRAPPER.sub("", theirs)
+        match, ours = next(((m, ours) for pattern, ours in rules if (m := pattern.fullmatch(bare))), (0, 0))
+        if not match:
+            unknown.append(theirs)
+        elif ours != "-":
+            for group in match.groups():
+                ours = ours.replace("*", group, 1)
+            name, _, part = ours.partition("+")
+            parts.setdefault(name, {})[part] = value
+    if unknown:
+        raise ModelError(f"{len(unknown)} unexpected names in the checkpoint: {', '.join(unknown[:10])}")
+    return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)])
+            for name, found in parts.items() if "" in found or len(found) == 3}  # else it counts as missing
+
+
+def with_our_leads(state, kind):
+    """A state dictionary of ours, for our order of leads: MERL and MELP had MIMIC-IV-ECG's, aVF first."""
+    first = ("ecg.conv1.weight", "ecg.patch.weight", "ecg.stem.0.weight") if kind != "dbeta" else ()
+    order = [0, 1, 2, 3, 5, 4, *range(6, 12)]
+    return {name: value[:, order] if name in first else value for name, value in state.items()}
+
+
+def same_shape(x, y):
+    """But for axes of length 1, of which the authors have more."""
+    return [n for n in x.shape if n > 1] == [n for n in y.shape if n > 1]
+
+
+def load_published(method, state, kind):
+    """Fill a method with the authors' weights, kind a key of published(). Errors: ModelError that names what
+    is missing, unknown or misshapen."""
+    given, optional = rename(state, published()[kind]["names"]), tuple(published()[kind]["optional"])
+    given = {k: v for k, v in given.items() if k in method.state_dict() or not k.startswith(DROPPED)}
+    ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
+    misshapen = [f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in given.keys() & ours.keys()
+                 if not same_shape(given[k], ours[k])]
+    missing = [k for k in ours.keys() - given.keys() if not k.startswith(optional)]
+    for wrong, fault in ((given.keys() - ours.keys(), f"this {method.config.method} has no place for"),
+                         (missing, f"the checkpoint lacks {len(missing)} weights, such as"),
+                         (misshapen, "other sizes than this method's:")):
+        if wrong:
+            raise ModelError(f"{fault} {', '.join(sorted(wrong)[:10])}")
+    method.load_state_dict({k: v.reshape(ours[k].shape) for k, v in given.items()}, strict=False)
+    return method
+
+
 # ---- settings --------------------------------------------------------------------------------------------
 # A type says what a setting may be: Literal its values, Annotated[kind, lowest, highest] its range.
 
@@ -1605,8 +1707,8 @@ def owners(setting):
 
 
 def recipe(method):
-    """(class, small defaults, published recipe) of one of METHODS; of FILE.py:Class, its own over those of the
-    method that it inherits from. Errors: ModelError."""
+    """(class, small defaults, published recipe) of one of METHODS; of FILE.py:Class, its own over those of
+    the method that it inherits from. Errors: ModelError."""
     if not is_file(method):
         if method not in METHODS:
             raise ModelError(f"unknown method {method!r}: use {', '.join(METHODS)}, or FILE.py:Class")

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import csrc
@@ -310,7 +311,7 @@ def make_text(config, run, reports, device, fresh):
     if rank() == 0 and fresh:
         if config.text_model:
             made = models.load_text_model(config.text_model, head)
-        elif config.init and not evaluation.publication(config.init):  # its weights are of its words
+        elif config.init and not models.publication(config.init):  # its weights are of its words
             made = models.rebuild_text_model(Path(config.init) / "tokenizer", head)
         elif language:
             made = models.new_bert(reports(), config.seed)
@@ -324,16 +325,16 @@ def make_text(config, run, reports, device, fresh):
 
 def start_from(init, method):
     """Fill a method with what fits of other weights, and say what does not. init: a run folder, or what
-    evaluation.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder fits."""
-    if published := evaluation.publication(init):
+    models.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder fits."""
+    if published := models.publication(init):
         kind, (state, _) = published[0], evaluation.read_tensors(published[1])
-        names = evaluation.published()[kind]["names"]
-        state = evaluation.with_our_leads(evaluation.rename(state, names), kind)
+        names = models.published()[kind]["names"]
+        state = models.with_our_leads(models.rename(state, names), kind)
     else:
         state, _ = evaluation.read_tensors(Path(init) / "model.safetensors")
     ours = method.state_dict()
     taken = {name: value.reshape(ours[name].shape) for name, value in state.items()
-             if name in ours and evaluation.same_shape(value, ours[name])}
+             if name in ours and models.same_shape(value, ours[name])}
     if not any(name.startswith("ecg.") for name in taken):
         raise models.ModelError(f"--init {init}: nothing of its ECG encoder fits a {method.config.encoder} "
                                 "of this --width and --patch")
@@ -479,6 +480,15 @@ def plot_log(lines, path):
         panel.set(xlabel="update", ylabel="validation records", ylim=(0, 1))
         panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
+
+
+def save_weights(method, run, name="model.safetensors"):
+    """Weights file of a run, with checksums of its tensors, tokenizer and own code."""
+    state = {k: v.cpu().clone(memory_format=torch.contiguous_format)  # tied tensors are written twice
+             for k, v in method.state_dict().items()}
+    files = evaluation.checksums(run, ("tokenizer/*", "*.py"))
+    facts = {"tensors": evaluation.crc_of_tensors(state), "files": json.dumps(files)}
+    data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
 
 
 def save_checkpoint(run, method, optimiser, update, watch):
@@ -711,7 +721,7 @@ def questions_of(store, rows, split):
         mine = np.flatnonzero((records["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
         classes, labels, keep = data.label_matrix(records.iloc[mine], name)
         if keep.any():
-            prompts = evaluation.class_prompts(name, classes, "descriptive", records.iloc[mine])
+            prompts = data.class_prompts(name, classes, "descriptive", records.iloc[mine])
             found.append((name, mine[keep], labels[keep], prompts))
     return found
 
@@ -757,7 +767,8 @@ class Validation:
                 drawn.dropped[:], drawn.steps[:] = False, 0
                 for name, value in method(augment(drawn, self.device)).items():
                     terms[name] += value.item() / count
-            found = look_at(method, self.records.store, self.records.tags, self.rows, self.device, self.questions)
+            store, tags = self.records.store, self.records.tags
+            found = look_at(method, store, tags, self.rows, self.device, self.questions)
         method.train()
         return {"loss": method.weighted(terms), "terms": terms, **found}
 
@@ -967,7 +978,7 @@ def keep_best(run, method, stage, update, loss):
     before = [line["validation"]["loss"] for line in read_log(run)
               if line.get("stage") == stage.name and "validation" in line and line["update"] < update]
     if lowest := loss < min(before, default=math.inf):
-        evaluation.save_weights(method, run, "best.safetensors")
+        save_weights(method, run, "best.safetensors")
     return lowest
 
 
@@ -1081,7 +1092,7 @@ def finish(config, run, store, rows, method, device):
             "processes": models.world(), "threads": torch.get_num_threads(),
             "warnings": [f"update {one['update']}: {one['warning']}" for one in lines if "warning" in one]}
         data.write_text(run / "training.json", json.dumps(facts, indent=1))
-    evaluation.save_weights(method, run)
+    save_weights(method, run)
     plot_log(lines, run / "curves.png")
     if config.method == "cardiolm":
         models.save_language_model(method, run / "language_model")
@@ -1124,7 +1135,7 @@ def main(argv=None):
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config.data = ",".join(map(absolute, data.split_specs(config.data)))
-    if config.init and (published := evaluation.publication(config.init)):
+    if config.init and (published := models.publication(config.init)):
         config.init = f"{published[0]}:{os.path.abspath(published[1])}"
     elif config.init and not resumed:
         evaluation.read_config(config.init)  # is it a run?

@@ -60,16 +60,16 @@ def test_best_f1_by_hand():
 
 def test_prompts(tmp_path):
     classes = ["NORM", "NST_"]
-    plain = evaluation.class_prompts("ptbxl_all", classes, "plain")
+    plain = data.class_prompts("ptbxl_all", classes, "plain")
     assert plain[0] == ["normal ecg"] and len(plain[1]) == 1
-    several = [len(p) > 1 for p in evaluation.class_prompts("ptbxl_all", classes, "descriptive")]
+    several = [len(p) > 1 for p in data.class_prompts("ptbxl_all", classes, "descriptive")]
     assert several == [False, True]
     file = tmp_path / "published.json"
     published = {"NORM": "Normal ECG", "NST": ["one", "two"]}  # such files drop the underscore
     file.write_text(json.dumps(published))
-    assert evaluation.class_prompts("ptbxl_all", classes, str(file)) == [["normal ecg"], ["one", "two"]]
+    assert data.class_prompts("ptbxl_all", classes, str(file)) == [["normal ecg"], ["one", "two"]]
     with pytest.raises(data.DataError, match="no prompt for AFIB"):
-        evaluation.class_prompts("ptbxl_rhythm", ["AFIB"], str(file))
+        data.class_prompts("ptbxl_rhythm", ["AFIB"], str(file))
 
 
 def test_the_bootstrap_draws_patients():
@@ -166,7 +166,7 @@ def test_a_prompts_file_that_is_none_is_explained(tmp_path, content, words):
     if content is not None:
         path.write_text(content)
     with pytest.raises(data.DataError, match=f"p.json.*{words}"):
-        evaluation.class_prompts("ptbxl_rhythm", ["SR"], str(path))
+        data.class_prompts("ptbxl_rhythm", ["SR"], str(path))
 
 
 @pytest.mark.parametrize("name", [name for name in data.LABEL_SETS if name not in data.OCCURRING])
@@ -176,7 +176,7 @@ def test_every_class_of_every_set_has_prompts(name):
                                 ptbxl_all=71, cpsc2018=9, csn=38, csn_published=38, georgia=20, cinc2021=26,
                                 code_test=6)[name]
     for style in ("plain", "descriptive"):
-        for texts in evaluation.class_prompts(name, classes, style):
+        for texts in data.class_prompts(name, classes, style):
             assert texts and all(t == t.lower().strip() and t for t in texts)
 
 
@@ -226,10 +226,10 @@ def test_clear_errors(tmp_path, monkeypatch):
 
 def test_a_third_of_an_attention_is_missing():
     names = {part: f"ecg_encoder.encoder.layers.0.self_attn.{part}_proj.bias" for part in "qkv"}
-    names_of_melp = evaluation.published()["melp"]["names"]
+    names_of_melp = models.published()["melp"]["names"]
     state = {names["k"]: torch.ones(2), names["q"]: torch.zeros(2)}
-    assert evaluation.rename(state, names_of_melp) == {}
-    found = evaluation.rename({**state, names["v"]: torch.full((2,), 2.0)}, names_of_melp)
+    assert models.rename(state, names_of_melp) == {}
+    found = models.rename({**state, names["v"]: torch.full((2,), 2.0)}, names_of_melp)
     assert found["ecg.layers.0.self_attn.in_proj_bias"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -246,8 +246,8 @@ def test_files_without_tensors_are_refused(content, tmp_path):
 
 
 def test_unknown_publication():
-    assert evaluation.publication("merl:a/b.pth") == ("merl", "a/b.pth")
-    assert not any(map(evaluation.publication, ("runs/x/model.safetensors", None, "C:x")))
+    assert models.publication("merl:a/b.pth") == ("merl", "a/b.pth")
+    assert not any(map(models.publication, ("runs/x/model.safetensors", None, "C:x")))
     with pytest.raises(models.ModelError, match="no published checkpoint 'clip'; known: merl, melp, dbeta"):
         evaluation.open_published("clip", "best.pth")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import model as models
 import train
-from conftest import ROOT, small_config
+from conftest import small_config
 
 
 def test_info_nce_by_hand():

@@ -108,7 +108,7 @@ def run_of(store, monkeypatch, folder, method=None, **options):
 def knowing(name, store, monkeypatch, folder):
     """A run for which a text is the unit vector of its class, and zero if two classes share it."""
     texts, classes = {}, list(data.label_set(name))
-    for c, prompts in enumerate(evaluation.class_prompts(name, classes, "descriptive")):
+    for c, prompts in enumerate(data.class_prompts(name, classes, "descriptive")):
         for text in prompts:
             texts[text] = np.eye(len(classes), dtype=np.float32)[c] * (text not in texts)
     return run_of(store, monkeypatch, folder, Reader(len(classes), texts))
@@ -140,7 +140,7 @@ def test_zero_shot_of_vectors_that_are_the_labels(name, folds, tmp_path, monkeyp
     run = knowing(name, store, monkeypatch, tmp_path)
     m = evaluation.zeroshot(run, name, asking(folds=folds))[""]["zero-shot"]
     assert m["records"] == 80 * len(folds or [10]) and m["macro"]["classes"] >= 5
-    prompts = evaluation.class_prompts(name, list(m["classes"]), "descriptive")
+    prompts = data.class_prompts(name, list(m["classes"]), "descriptive")
     said = {c for c, texts in zip(m["classes"], prompts)
             if any(run.method.texts[text].any() for text in texts)}
     assert perfect(m) >= said & {c for c, each in m["classes"].items() if "auroc" in each}
@@ -599,7 +599,7 @@ def untrained(method, **options):
 def test_attention_over_time(simulated, method, options, parts):
     method, ecg = untrained(method, **options), torch.from_numpy(simulated.ecg(np.arange(1)))
     with torch.no_grad():
-        weight = evaluation.attention_over_time(method, ecg, method.encode_text(TEXTS))
+        weight = models.attention_over_time(method, ecg, method.encode_text(TEXTS))
     assert weight.shape == (3, 1000) and (weight >= 0).all() and np.allclose(weight.sum(1), 1, atol=1e-4)
     steps = np.unique(np.flatnonzero(np.diff(weight)[0]))
     if method.config.method == "melp":  # a beat is whole, and every beat has its place
@@ -614,7 +614,7 @@ def test_attention_over_time(simulated, method, options, parts):
 def test_a_run_that_sees_whole_records_says_so(simulated, method, options):
     method = untrained(method, **options)
     with pytest.raises(models.ModelError, match=f"this {method.config.method} run sees texts in the whole"):
-        evaluation.attention_over_time(method, torch.from_numpy(simulated.ecg(np.arange(1))),
+        models.attention_over_time(method, torch.from_numpy(simulated.ecg(np.arange(1))),
                                        method.encode_text(TEXTS))
 
 
@@ -844,7 +844,7 @@ def test_a_run_is_exported(run, tmp_path, monkeypatch):
     card, config = ((tmp_path / "published" / name).read_text() for name in ("README.md", "config.json"))
     macro = known[""]["zero-shot"]["macro"]
     assert macro["interval"] is None  # of 64 classes some have one positive
-    assert f"| zeroshot, zero-shot | simulated split=all | AUROC {macro['auroc']:.3f} | - | 200 |" in card
+    assert f"| zeroshot, zero-shot | simulated split=all | AUROC {macro['auroc']:.3f} | 200 |" in card
     assert card.startswith("---\ntags: [ecg") and "(I, II, III, aVR, aVL, aVF, V1" in card and "100 Hz, 10 s, mV" in card
     about = json.loads(config)["about"]
     sets = about.pop("label_sets")

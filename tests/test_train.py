@@ -603,7 +603,7 @@ def test_validation_by_hand(tiny_store):
     class Oracle(torch.nn.Module):
         """Of a report the axis of its text, of a prompt the axis of its class, of an ECG both its own."""
         def encode_text(self, said):
-            prompts = evaluation.class_prompts("simulated", classes, "descriptive")
+            prompts = data.class_prompts("simulated", classes, "descriptive")
             axis = {text: i for i, text in enumerate(texts)}
             place = [axis[t] if t in axis else next(len(texts) + c for c, row in enumerate(prompts) if t in row) for t in said]
             return models.TextViews(None, None, torch.eye(size)[place])
