@@ -160,6 +160,26 @@ def write_text(path, text):
     write_atomic(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def checksums(folder, patterns):
+    """{path in the folder: crc32} of the files that match; read once as long as they do not change."""
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): crc_at(str(path), path.stat().st_mtime_ns) for path in paths}
+
+
+@lru_cache(64)
+def crc_at(path, changed):
+    return crc_of(path)
+
+
+def compare_checksums(folder, known):
+    """Errors: DataError where a file is not the one whose checksum is known."""
+    found = checksums(folder, known)
+    for name in [name for name in known if found.get(name) != known[name]]:
+        fault = "damaged" if name in found else "missing"
+        raise DataError(f"{Path(folder) / name}: {fault}, and the rest was made with it; restore it, or "
+                             "train anew")
+
+
 @contextlib.contextmanager
 def locked(path, wait=True):
     """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free when this
@@ -1536,6 +1556,59 @@ def join_classes(source_set, target_set):
     joined = {t: [s for s in source if t in there.get(s, ()) or s in back.get(t, ()) or
                   set(source[s]["findings"]) & set(target[t]["findings"])] for t in target}
     return {t: found for t, found in joined.items() if found}
+
+
+# ---- which store answers a label set -----------------------------------------------------------------------
+
+GROUPS = {"ptbxl": ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm"), "csv": ("own",)}
+
+
+@lru_cache(8)
+def open_store(spec, rate):
+    return open_all(spec, rate)
+
+
+def source_of(store):
+    return store.sources()[0]
+
+
+def find_store(name, config, specs=()):
+    """The store that answers a label set: of several data specs the one of the set's source, a single one
+    whatever it holds; else those of the run's own data that are of that source, together; else, for PTB-XL,
+    what is in $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is
+    none."""
+    source, rate = name.split("_")[0], config.rate
+    anything = source in ("own", "age", "sex") or name.endswith(".json")
+    kinds = ("csv", "wfdb") if anything else (source,)
+    kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
+    given = [split_share(spec)[0] for text in specs or [config.data] for spec in split_specs(text)]
+    whole = len(given) == 1 and (specs or anything)
+    fitting = given if whole else [spec for spec in given if kind(spec) in kinds]
+    if len(fitting) == 1 or fitting and not specs:  # a run learns from several, and they are asked together
+        return open_store(",".join(f'"{spec}"' for spec in fitting) if len(fitting) > 1 else fitting[0], rate)
+    if specs or given and anything:
+        raise DataError(f"{'more than one' if fitting else 'none'} of {', '.join(given)} is of {name}; "
+                             "name its data with --data")
+    place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
+    if source != "simulated" and source != "ptbxl" and not anything:
+        raise DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
+    if source != "simulated" and not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
+        raise DataError(f"PTB-XL is not in {place}: download it (3 GB, free, CC BY 4.0) from "
+                             "https://physionet.org/content/ptb-xl/ and say where it is: --data ptbxl:PATH")
+    return open_store("simulated" if source == "simulated" else f"ptbxl:{place}", rate)
+
+
+def sets_of(store, split="test"):
+    """Label sets that a store's records of a split can answer: those named as their source, or the codes that
+    occur; none where no record has a label."""
+    if store.sources() == ["mimic"]:  # a million records without labels need not be read
+        return []
+    records, found = store.records[store.records["split"] == split], {}
+    for source, part in records.groupby("source", sort=False):
+        named = [name for name in LABEL_SETS if name in (source, source + "_test")] or ["own"]
+        for name in GROUPS["ptbxl"] if source == "ptbxl" else named:
+            found[name] = found.get(name) or label_matrix(part, name)[2].any()
+    return [name for name in found if found[name]]
 
 
 # ---- report text -------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ import textwrap
 import zipfile
 import zlib
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -45,7 +44,7 @@ import data
 import model as models
 from csrc import segment_beats
 
-GROUPS = {"ptbxl": ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm"), "csv": ("own",)}
+
 TRANSFER = ("ptbxl_super", "cpsc2018", "csn")
 RESAMPLES = 1000  # of the bootstrap, and of the permutations
 ENOUGH = 10       # positives a class needs for an interval and for the second mean (fewer: a lottery)
@@ -92,24 +91,6 @@ def read_config(run):
         if os.path.isfile(original) and data.crc_of(original) != data.crc_of(path):
             print(f"{path} is used, of which the run was made; {original} has changed since")
     return config, made_by
-
-
-checksum = lru_cache(64)(lambda path, changed: data.crc_of(path))
-
-
-def checksums(folder, patterns):
-    """{path in the folder: crc32} of the files that match; read once as long as they do not change."""
-    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
-    return {path.relative_to(folder).as_posix(): checksum(path, path.stat().st_mtime_ns) for path in paths}
-
-
-def compare_checksums(folder, known):
-    """Errors: DataError where a file is not the one whose checksum is known."""
-    found = checksums(folder, known)
-    for name in [name for name in known if found.get(name) != known[name]]:
-        fault = "damaged" if name in found else "missing"
-        raise data.DataError(f"{Path(folder) / name}: {fault}, and the rest was made with it; restore it, or "
-                             "train anew")
 
 
 def crc_of_tensors(state):
@@ -175,7 +156,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
         raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python "
                              f"train.py --resume {run}")
     state, facts = read_tensors(weights)
-    compare_checksums(run, {} if checkpoint else json.loads(facts.get("files", "{}")))
+    data.compare_checksums(run, {} if checkpoint else json.loads(facts.get("files", "{}")))
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
     try:
         method.load_state_dict(state)
@@ -225,54 +206,6 @@ def open_run(folder, ask):
     return Run(Path(folder), method, config, ask.device, crc_of_tensors(method.state_dict()))
 
 
-@lru_cache(8)
-def open_store(spec, rate):
-    return data.open_all(spec, rate)
-
-
-def source_of(store):
-    return store.sources()[0]
-
-
-def find_store(name, config, specs=()):
-    """The store that answers a label set: of several data specs the one of the set's source, a single one
-    whatever it holds; else those of the run's own data that are of that source, together; else, for PTB-XL,
-    what is in $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is
-    none."""
-    source, rate = name.split("_")[0], config.rate
-    anything = source in ("own", "age", "sex") or name.endswith(".json")
-    kinds = ("csv", "wfdb") if anything else (source,)
-    kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
-    given = [data.split_share(spec)[0] for text in specs or [config.data] for spec in data.split_specs(text)]
-    whole = len(given) == 1 and (specs or anything)
-    fitting = given if whole else [spec for spec in given if kind(spec) in kinds]
-    if len(fitting) == 1 or fitting and not specs:  # a run learns from several, and they are asked together
-        return open_store(",".join(f'"{spec}"' for spec in fitting) if len(fitting) > 1 else fitting[0], rate)
-    if specs or given and anything:
-        raise data.DataError(f"{'more than one' if fitting else 'none'} of {', '.join(given)} is of {name}; "
-                             "name its data with --data")
-    place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
-    if source != "simulated" and source != "ptbxl" and not anything:
-        raise data.DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
-    if source != "simulated" and not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
-        raise data.DataError(f"PTB-XL is not in {place}: download it (3 GB, free, CC BY 4.0) from "
-                             "https://physionet.org/content/ptb-xl/ and say where it is: --data ptbxl:PATH")
-    return open_store("simulated" if source == "simulated" else f"ptbxl:{place}", rate)
-
-
-def sets_of(store, split="test"):
-    """Label sets that a store's records of a split can answer: those named as their source, or the codes that
-    occur; none where no record has a label."""
-    if store.sources() == ["mimic"]:  # a million records without labels need not be read
-        return []
-    records, found = store.records[store.records["split"] == split], {}
-    for source, part in records.groupby("source", sort=False):
-        named = [name for name in data.LABEL_SETS if name in (source, source + "_test")] or ["own"]
-        for name in GROUPS["ptbxl"] if source == "ptbxl" else named:
-            found[name] = found.get(name) or data.label_matrix(part, name)[2].any()
-    return [name for name in found if found[name]]
-
-
 def test_rows(store, ask):
     """Row numbers of a store's test records, or of the folds or the split asked for; where several data sets
     are asked about, the folds are for those that have some. Errors: DataError where there are no rows."""
@@ -280,7 +213,7 @@ def test_rows(store, ask):
     if folds and not records["fold"].any():
         if len(ask.data) < 2:
             raise data.DataError(f"{store.path}: these records have no folds: leave out --folds")
-        print(f"{source_of(store)}: these records have no folds; their {ask.split} split is tested")
+        print(f"{data.source_of(store)}: these records have no folds; their {ask.split} split is tested")
         folds = None
     chosen = records["fold"].isin(folds) if folds else (records["split"] == ask.split) | (ask.split == "all")
     if not chosen.any():
@@ -322,7 +255,7 @@ def ask_set(name, config, ask, learn=False, test=True):
     """Question of a label set, or of "sex" or "age". Validation rows are the val split; where that is tested,
     an eighth of the training patients by a hash. Errors: DataError, if test, where no record to test has a
     label; if learn, where there is none to learn from."""
-    store = find_store(name, config, ask.data)
+    store = data.find_store(name, config, ask.data)
     patients, split, sex = (store.records[column].to_numpy(object) for column in ("patient", "split", "sex"))
     years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
     classes, labels, keep = {
@@ -398,7 +331,7 @@ def vectors(run, store, rows, ask):
     """embed_records of rows, encoded once: they stay in the run, embeddings/SOURCE.npz, with ids and splits,
     as long as weights, store and signals are these."""
     changed = {k: getattr(ask, k) for k in ("leads", "derive_leads", "noise", "control")}
-    path = run.folder / "embeddings" / f"{file_name(entry(source_of(store), changed))}.npz"
+    path = run.folder / "embeddings" / f"{file_name(entry(data.source_of(store), changed))}.npz"
     key, known = f"{run.crc} {store.meta['plan']} {changed}", {}
     try:
         with np.load(path) as file:
@@ -580,7 +513,7 @@ def text_scores(run, question, name, ask):
 def zeroshot(run, name, ask):
     """Classes told apart by the similarity of the ECG with their texts; no label is used."""
     question = ask_set(name, run.config, ask)
-    store, (rows, labels, patients), source = question.store, question.test, source_of(question.store)
+    store, (rows, labels, patients), source = question.store, question.test, data.source_of(question.store)
     everyone = {"": text_scores(run, question, name, ask)}
     if len(rows) < 100 and ask.split == "test" and not ask.folds and len(store) > len(rows):
         print(f"\n{name}: {len(rows)} of {len(store)} {source} records are test records with a label of the "
@@ -854,7 +787,7 @@ def both_ways(ecg, text, texts, findings, patients):
 def retrieve(run, name, ask):
     """Which report belongs to this ECG, and which ECG to this report? Of more than 1,000 records also in
     pools of 1,000, mean of ten draws."""
-    store, read = find_store(name, run.config, ask.data), data.Findings()
+    store, read = data.find_store(name, run.config, ask.data), data.Findings()
     rows, tags = rows_with_reports(store, run, ask, "two")
     reports = [models.join(tags[row]) for row in rows]
     distinct, first, texts = np.unique(reports, return_index=True, return_inverse=True)
@@ -874,7 +807,7 @@ def retrieve(run, name, ask):
 def identify(run, name, ask):
     """Is a patient's second record nearest to the same patient's first? By the cosine of unprojected vectors,
     among patients with two records or more; nothing is trained."""
-    store = find_store(name, run.config, ask.data)
+    store = data.find_store(name, run.config, ask.data)
     rows, patients = test_rows(store, ask), store.records["patient"].to_numpy()
     pairs = np.array([rows[:2] for _, rows in pd.Series(rows).groupby(patients[rows]) if len(rows) > 1])
     if len(pairs) < 2:
@@ -887,9 +820,9 @@ def identify(run, name, ask):
 
 def embed_set(run, name, ask):
     """Just the vectors of every record: a file in the run's embeddings/, and no table."""
-    store = find_store(name, run.config, ask.data)
+    store = data.find_store(name, run.config, ask.data)
     shapes = {k: values.shape for k, values in vectors(run, store, np.arange(len(store)), ask).items()}
-    print(f"{run.folder / 'embeddings'}: vectors of {source_of(store)}, with ids and split: {shapes}")
+    print(f"{run.folder / 'embeddings'}: vectors of {data.source_of(store)}, with ids and split: {shapes}")
     return {}
 
 
@@ -929,7 +862,7 @@ def generate(run, name, ask, batch=64):
     data.Findings reads) and of statements, and word by word; beside them the commonest training report."""
     if not hasattr(run.method, "generate"):
         raise models.ModelError(f"a {run.config.method} run writes no reports; --method melp does")
-    store, read = find_store(name, run.config, ask.data), data.Findings()
+    store, read = data.find_store(name, run.config, ask.data), data.Findings()
     rows, tags = rows_with_reports(store, run, ask)
     texts = [text for ecg in batches(store, rows, run.device, ask, "writing", batch)
              for text in run.method.generate(ecg, ask.beams)]
@@ -955,7 +888,6 @@ TASKS = {"zeroshot": zeroshot, "probe": probe, "transfer": transfer, "retrieve":
 
 # ---- where a model looks -----------------------------------------------------------------------------------
 
-
 def open_record(record, rate):
     """(ECG (12, N) mV, title) of a WFDB record, or of SPEC:ID. Errors: DataError."""
     path, (spec, _, name) = record.removesuffix(".hea"), record.rpartition(":")
@@ -963,12 +895,12 @@ def open_record(record, rate):
         return data.load_signals(path, None, (), rate)[0], os.path.basename(path)
     if not spec:
         raise data.DataError(f"{record}: no WFDB record (there is no {path}.hea), and not SOURCE:PATH:ID")
-    store = open_store(spec, rate)
+    store = data.open_store(spec, rate)
     rows = np.flatnonzero(store.records["id"] == name)
     if not len(rows):
         raise data.DataError(f"{store.path}: holds no record {name!r}")
     said = "; ".join(store.records["statements"].iloc[rows[0]])
-    return store.ecg(rows[:1])[0], f"{source_of(store)} {name}: {said}"
+    return store.ecg(rows[:1])[0], f"{data.source_of(store)} {name}: {said}"
 
 
 @torch.no_grad()
@@ -980,7 +912,7 @@ def look(run, record, texts, ask):
     scores = run.method.similarity(run.method.encode_ecg(signal), text, ask.scales)[0].tolist()
     rows, weight = {t: {"similarity": score} for t, score in zip(texts, scores)}, []
     try:
-        store = open_store(run.config.data, run.config.rate)
+        store = data.open_store(run.config.data, run.config.rate)
         known = np.flatnonzero(store.records["split"] == "train")
         known = np.sort(np.random.default_rng(0).permutation(known)[:1000])
         others = score_records(run, store, known, [[t] for t in texts], asking(scales=ask.scales))
@@ -1042,15 +974,14 @@ def summary(metrics):
 
 def class_rows(metrics):
     """A result as a table of classes, their means below."""
-    rows = copy.deepcopy(metrics["classes"])
+    rows = dict(metrics["classes"])
     for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives")):
         if mean in metrics:
             rows[f"macro, {text} ({metrics[mean]['classes']})"] = {"positives": ""} | metrics[mean]
-    titles = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC",
-              "f1": "best F1"}
-    for r in [r for r in rows.values() if "auroc" not in r]:
-        r["interval"] = "no negatives" if r["positives"] else "no positives"
-    return {name: {titles[k]: r.get(k) for k in titles} for name, r in rows.items()}
+    without = lambda r: {"interval": "no negatives" if r["positives"] else "no positives"}
+    return {name: {"positives": r["positives"], "AUROC": r.get("auroc"), "95 % interval": r["interval"],
+                   "AUPRC": r.get("auprc"), "best F1": r.get("f1")}
+            for name, r in ((name, r if "auroc" in r else r | without(r)) for name, r in rows.items())}
 
 
 def print_table(title, rows):
@@ -1356,7 +1287,7 @@ def sets_for(task, names):
     """Label sets of a task: "ptbxl" is four where classes are asked about, and a data set elsewhere."""
     if task not in ("zeroshot", "probe", "finetune", "transfer"):
         return names
-    names = [name for given in names for name in GROUPS.get(given.rstrip(":"), (given,))]
+    names = [name for given in names for name in data.GROUPS.get(given.rstrip(":"), (given,))]
     known = [*data.LABEL_SETS, *(("age", "sex") if task == "probe" else ())]
     if unknown := [name for name in names if name not in known and not name.endswith(".json")]:
         raise data.DataError(f"unknown label set {unknown[0]!r}; known are {', '.join(known)}, csv (the "
@@ -1441,7 +1372,7 @@ def main(argv=None):
     print(f"run {run}")
     if wanted.get("generate") == []:
         config = read_config(run)[0]
-        wanted["generate"] = [source_of(open_store(*ask.data[:1] or [config.data], config.rate))]
+        wanted["generate"] = [data.source_of(data.open_store(*ask.data[:1] or [config.data], config.rate))]
     if wanted:
         report(run, wanted, **options)
     if "look" in given:

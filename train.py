@@ -486,7 +486,7 @@ def save_weights(method, run, name="model.safetensors"):
     """Weights file of a run, with checksums of its tensors, tokenizer and own code."""
     state = {k: v.cpu().clone(memory_format=torch.contiguous_format)  # tied tensors are written twice
              for k, v in method.state_dict().items()}
-    files = evaluation.checksums(run, ("tokenizer/*", "*.py"))
+    files = data.checksums(run, ("tokenizer/*", "*.py"))
     facts = {"tensors": evaluation.crc_of_tensors(state), "files": json.dumps(files)}
     data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
 
@@ -495,7 +495,7 @@ def save_checkpoint(run, method, optimiser, update, watch):
     """checkpoint.pt, with checksums of the other files that a resumed run reads."""
     state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
              "processes": models.world(), "watch": watch.state if watch else {},
-             "files": evaluation.checksums(run, ("tokenizer/*", "*.py", "recovered.jsonl", "negatives.pt"))}
+             "files": data.checksums(run, ("tokenizer/*", "*.py", "recovered.jsonl", "negatives.pt"))}
     data.write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
 
 
@@ -513,7 +513,7 @@ def read_checkpoint(run, save_every):
     state, _ = evaluation.read_file(path)
     if state.keys() != {"model", "optimiser", "update", "processes", "watch", "files"}:
         raise data.DataError(f"{path}: not a checkpoint of this version of the program; train anew")
-    evaluation.compare_checksums(run, state["files"])
+    data.compare_checksums(run, state["files"])
     return state
 
 
@@ -716,7 +716,7 @@ def questions_of(store, rows, split):
     """What the label sets that a split can answer ask of some of its rows: a list of (name, places in rows,
     labels (R, C), prompts: C lists of texts)."""
     found = []
-    for name in evaluation.sets_of(store, split):
+    for name in data.sets_of(store, split):
         records = store.records.iloc[rows]
         mine = np.flatnonzero((records["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
         classes, labels, keep = data.label_matrix(records.iloc[mine], name)
@@ -1149,7 +1149,7 @@ def main(argv=None):
     plan_stages(config, store, rows)
     first, wanted = rank() == 0, {}
     if first and not language:  # at the end a table of the data's own kind
-        if sets := evaluation.sets_of(store):
+        if sets := data.sets_of(store):
             wanted = {"zeroshot": sets}
         elif (np.diff(tags.offsets)[store.rows("test")] > 0).sum() > 1:
             wanted = {"retrieve": store.sources()}

@@ -110,18 +110,18 @@ def test_the_data_that_are_named_are_the_data_that_are_used(tmp_path, monkeypatc
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
     config, rows = small_config("etp", data="ptbxl:/no/longer/there"), evaluation.test_rows
     asking = evaluation.asking
-    store = evaluation.find_store("ptbxl", config, ["simulated:40"])
+    store = data.find_store("ptbxl", config, ["simulated:40"])
     assert len(store) == 40 and store.records["source"][0] == "simulated"
-    assert len(evaluation.find_store("simulated", small_config("etp", data="simulated:30"))) == 30
-    assert len(evaluation.find_store("simulated", config, ["csn:/nowhere", "simulated:40"])) == 40
+    assert len(data.find_store("simulated", small_config("etp", data="simulated:30"))) == 30
+    assert len(data.find_store("simulated", config, ["csn:/nowhere", "simulated:40"])) == 40
     for specs, words in ((["csn:a", "georgia:b"], "none of csn:a, georgia:b is of simulated"),
                          (["simulated:40", "simulated:30"], "more than one of .* is of simulated")):
         with pytest.raises(data.DataError, match=f"{words}; name its data with --data"):
-            evaluation.find_store("simulated", config, specs)
+            data.find_store("simulated", config, specs)
     with pytest.raises(data.DataError, match="where are the records of csn.* --data SOURCE:PATH"):
-        evaluation.find_store("csn", config)
+        data.find_store("csn", config)
     with pytest.raises(data.DataError, match="no such data: nothing:"):
-        evaluation.find_store("ptbxl", config, ["nothing:here"])
+        data.find_store("ptbxl", config, ["nothing:here"])
     with pytest.raises(data.DataError, match="these records have no folds: leave out --folds"):
         rows(store, asking(folds=[9, 10]))
     assert len(rows(store, asking(split="all"))) == 40
@@ -134,9 +134,9 @@ def test_the_data_that_are_named_are_the_data_that_are_used(tmp_path, monkeypatc
         store.records["split"] = "train"
         with pytest.raises(data.DataError, match="holds no record of the test split"):
             rows(store, asking())
-        assert evaluation.sets_of(store) == []
+        assert data.sets_of(store) == []
     finally:
-        evaluation.open_store.cache_clear()  # others read it, too
+        data.open_store.cache_clear()  # others read it, too
 
 
 def test_no_result_overwrites_another(tmp_path):
@@ -215,7 +215,7 @@ def test_clear_errors(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="not a run folder"):
         evaluation.load_run(tmp_path)
     with pytest.raises(data.DataError, match="physionet.org/content/ptb-xl"):
-        evaluation.find_store("ptbxl", small_config("etp", data=""))
+        data.find_store("ptbxl", small_config("etp", data=""))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(data.DataError, match="config.json: has no 'method'"):
         evaluation.load_run(tmp_path)

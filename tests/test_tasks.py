@@ -99,7 +99,7 @@ def labelled(name, count=800, also=0.3, seed=0):
 
 def run_of(store, monkeypatch, folder, method=None, **options):
     """A run with Reader for its method, which finds this store whatever is asked."""
-    monkeypatch.setattr(evaluation, "find_store", lambda *_: store)
+    monkeypatch.setattr(data, "find_store", lambda *_: store)
     monkeypatch.setattr(data, "code_annotations", lambda _: {})
     method = method or Reader(store.painted.shape[1])
     return evaluation.Run(folder, method, small_config("etp", width=0.125, **options), "cpu", "painted")
@@ -134,7 +134,7 @@ def no_references(monkeypatch):
 # ---- zero-shot and probe -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, folds", [*((name, None) for name in NO_FOLDS), *(
-    (name, folds) for name in evaluation.GROUPS["ptbxl"] for folds in (None, [9], [9, 10]))])
+    (name, folds) for name in data.GROUPS["ptbxl"] for folds in (None, [9], [9, 10]))])
 def test_zero_shot_of_vectors_that_are_the_labels(name, folds, tmp_path, monkeypatch):
     store, labels = labelled(name)
     run = knowing(name, store, monkeypatch, tmp_path)
@@ -519,7 +519,7 @@ def test_transfer_takes_the_maximum_of_joined_classes(tmp_path, monkeypatch, cap
         return source if name == "cpsc2018" else target
     texts = {text: np.pad(vector, (0, 4)) for text, vector in own.items()}
     run = run_of(source, monkeypatch, tmp_path, Reader(9, texts))
-    monkeypatch.setattr(evaluation, "find_store", find_store)
+    monkeypatch.setattr(data, "find_store", find_store)
     monkeypatch.setattr(evaluation, "choose_classes", lambda *_: lambda x: x[:, :9])  # scores are the vectors
     found = evaluation.transfer(run, "ptbxl_super", asking())[""]
     assert list(found) == ["from cpsc2018, probe", "from cpsc2018, zero-shot"]
@@ -631,7 +631,7 @@ def trained(tmp_path_factory):
         train.main("--method fgclep --align word --data store:store --width 0.125 --dim 8 --mlm-steps 2 "
                    "--batch-size 32 --epochs 1 --fine-epochs 0 --threads 1 --name run".split())
         shutil.rmtree(folder / "store")
-        evaluation.open_store.cache_clear()
+        data.open_store.cache_clear()
         yield folder
 
 
