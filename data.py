@@ -2416,6 +2416,28 @@ def draw_ecg(axes, ecg, rate, title=""):
     axes.set_title(title, fontsize=9, parse_math=False)  # a $ is no formula
 
 
+def plot_seen(ecg, rate, title, seen, peaks, path):
+    """A record (12, N) on ECG paper; below, a strip for each text of seen, {text: weights (N,)}, as dark as
+    it is seen there, with a triangle under every beat that has more than one and a half times its share."""
+    from matplotlib.figure import Figure
+    seconds, below = ecg.shape[1] / rate, 0.6 + 0.5 * len(seen)
+    width, paper = (seconds + 0.8) * 25 / 25.4, 13 * 10 / 25.4  # inches
+    figure = Figure(figsize=(width + 0.4, paper + below))
+    place = lambda bottom, height: np.divide([0.2, bottom, width, height], [*figure.get_size_inches()] * 2)
+    axes = figure.add_axes(place(below - 0.35, paper))
+    draw_ecg(axes, ecg, rate, title)
+    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), ecg.shape[1]]
+    for i, (text, w) in enumerate(seen.items()):
+        strip = figure.add_axes(place(below - 0.8 - 0.5 * i, 0.2))
+        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, seconds, 0, 1), vmin=0)
+        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * len(w) > 1.5]
+        strip.plot(strong, [-0.35] * len(strong), "^", color="#c03030", ms=5, clip_on=False)
+        strip.text(0, 1.25, text, fontsize=8, parse_math=False)
+        strip.set(xlim=axes.get_xlim(), ylim=(0, 1), xticks=[], yticks=[])
+        strip.spines[:].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def plot(store, ids, path):
     """Records of a store as on paper, true to scale, R peaks marked -> PNG."""
     from matplotlib.figure import Figure

@@ -131,8 +131,7 @@ def read_file(path):
 
 
 def read_tensors(path):
-    """(named tensors, metadata) in a file of torch or safetensors, or in a training checkpoint. Errors:
-    DataError."""
+    """(named tensors, metadata) in a file of read_file, or in a training checkpoint. Errors: DataError."""
     state, facts = read_file(path)
     for key in ("state_dict", "model", "model_state_dict"):  # what surrounds weights in a training checkpoint
         state = state[key] if isinstance(state.get(key), dict) else state
@@ -142,9 +141,8 @@ def read_tensors(path):
 
 
 def load_run(run, checkpoint=None, device="cpu", text_model=""):
-    """(method in eval mode, its config) of a run folder. checkpoint: other weights than its
-    model.safetensors, or NAME:FILE as the authors published them, for which the run does not matter
-    (open_published). Errors: DataError, ModelError."""
+    """(method in eval mode, its config) of a run folder. checkpoint: other weights than its own, or NAME:FILE
+    as the authors published them (open_published), whatever the run. Errors: DataError, ModelError."""
     if found := models.publication(checkpoint):
         return open_published(*found, text_model, device)
     run, (config, _) = Path(run), read_config(run)
@@ -167,9 +165,8 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
 
 
 def open_published(kind, file, text_model="", device="cpu"):
-    """(method in eval mode, its config) of an authors' checkpoint, with the paper's preset; text_model: where
-    the tokenizer and the shape of the text tower are, if not on the hub under the published name. Errors:
-    ModelError, DataError."""
+    """load_run, of an authors' checkpoint, with the paper's preset; text_model: where the tokenizer and the
+    shape of the text tower are, if not on the hub under the published name. Errors: ModelError, DataError."""
     if kind not in models.published():
         raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(models.published())}")
     state, _ = read_tensors(file)
@@ -190,15 +187,14 @@ def open_published(kind, file, text_model="", device="cpu"):
     return method.to(device).eval(), config
 
 
-# ---- a run, records, signals, vectors ----------------------------------------------------------------------
+# ---- a run, records, signals, vectors; in notebooks: embed, score ------------------------------------------
 
 class Run(NamedTuple):
-    """A trained model."""
     folder: Path
     method: models.Method
     config: models.Config
     device: str
-    crc: str  # of its weights
+    crc: str  # of the weights
 
 
 def open_run(folder, ask):
@@ -215,20 +211,22 @@ def test_rows(store, ask):
             raise data.DataError(f"{store.path}: these records have no folds: leave out --folds")
         print(f"{data.source_of(store)}: these records have no folds; their {ask.split} split is tested")
         folds = None
-    chosen = records["fold"].isin(folds) if folds else (records["split"] == ask.split) | (ask.split == "all")
-    if not chosen.any():
+    rows = np.flatnonzero(records["fold"].isin(folds) if folds else records["split"].isin(
+        data.SPLITS if ask.split == "all" else [ask.split]))
+    if not len(rows):
         wanted = f"fold {', '.join(map(str, folds))}" if folds else f"the {ask.split} split"
         raise data.DataError(f"{store.path}: holds no record of {wanted}; name folds with --folds, another "
                              "--split, or other records with --data")
-    return np.flatnonzero(chosen)
+    return rows
 
 
-def rows_with_reports(store, run, ask, least="one"):
+def rows_with_reports(store, run, ask, least=1):
     """Those of test_rows that have a report, and data.Tags. Errors: DataError where there are too few."""
     tags = data.report_tags(store, run.config.report_language)
     rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
-    if len(rows) < ("one", "two").index(least) + 1:
-        raise data.DataError(f"{store.path}: fewer than {least} of the records asked for have a report")
+    if len(rows) < least:
+        number = {1: "one", 2: "two"}[least]
+        raise data.DataError(f"{store.path}: fewer than {number} of the records asked for have a report")
     return rows, tags
 
 
@@ -343,11 +341,11 @@ def vectors(run, store, rows, ask):
     missing = np.setdiff1d(rows, known.get("rows", []))
     if len(missing):
         new = {"rows": missing} | embed_records(run.method, store, missing, run.device, ask=ask)
-        known = {k: np.concatenate([known[k], new[k]]) if known else new[k] for k in new}
-        order = np.argsort(known["rows"])
-        known = {k: values[order] for k, values in known.items()}
-        facts = store.records.iloc[known["rows"]]
-        known |= {"key": key, "ids": facts["id"].to_numpy(str), "split": facts["split"].to_numpy(str)}
+        new = {k: np.concatenate([known[k], new[k]]) if known else new[k] for k in new}
+        order = np.argsort(new["rows"])
+        facts = store.records.iloc[new["rows"][order]]
+        known = {k: values[order] for k, values in new.items()} | {
+            "key": key, "ids": facts["id"].to_numpy(str), "split": facts["split"].to_numpy(str)}
         data.write_atomic(path, lambda new: save_arrays(new, known))
     place = np.searchsorted(known["rows"], rows)
     return {k: known[k][place] for k in ("rhythm", "features")}
@@ -390,8 +388,6 @@ def embed_reports(method, texts):
     return torch.cat([method.encode_text(part.tolist()).report.float().cpu() for part in parts])
 
 
-# ---- for notebooks -----------------------------------------------------------------------------------------
-
 
 def embed(method, signals, fs=None, leads=data.LEADS):
     """encode, of B signals (see data.load_signals), as --embed does. Errors: DataError."""
@@ -401,9 +397,8 @@ def embed(method, signals, fs=None, leads=data.LEADS):
 
 @torch.no_grad()
 def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
-    """Similarity of B signals (see data.load_signals) with C texts -> (B, C) float32: comparable over
-    signals, not over texts. scales: rhythm, beat, token or some of them [the method's own]. Errors:
-    DataError."""
+    """Similarity of B signals (see data.load_signals) with C texts -> (B, C) float32: comparable over signals
+    only. scales: rhythm, beat, token or some of them; None: the method's own. Errors: DataError."""
     ecg = torch.from_numpy(data.load_signals(signals, fs, leads, method.config.rate))
     text = method.encode_text([text.lower().strip(" .") for text in texts])
     views = method.encode_ecg(ecg.to(text.report.device))
@@ -454,10 +449,9 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
     """Metrics of a label set. scores (R, C), positives (R, C) bool, patients (R,) -> dict with "macro",
     "macro_enough" and "classes". untrained: classes of which a classifier saw no positive.
 
-    A class without positives, or without negatives, is listed and left out of the means; the second mean
-    leaves out classes with fewer than ENOUGH positives and the untrained. Intervals: of a class with at least
-    ENOUGH positives; of a mean over the resamples in which every one of its classes has both kinds (none
-    where these are fewer than a tenth)."""
+    A class without positives, or negatives, is listed and left out of the means; the second mean leaves out
+    those with fewer than ENOUGH positives and the untrained. Intervals: of a class with ENOUGH positives; of
+    a mean over the resamples in which all its classes have both kinds (none where they are under a tenth)."""
     patients = np.arange(len(scores)) if patients is None else patients
     weights, classes, samples = resamples(patients), {}, {}
     for name, score, positive in zip(names, scores.T, positives.T):
@@ -519,9 +513,8 @@ def zeroshot(run, name, ask):
         print(f"\n{name}: {len(rows)} of {len(store)} {source} records are test records with a label of the "
               "set; --split all asks about all: fair, if the run saw none of them")
     if source == "code" and name == "code_test":  # beside it doctors, students and the authors' network
-        marks = data.code_annotations(store.meta["settings"]["src"])
-        ids = store.records["id"].iloc[rows].astype(int)
-        everyone |= {who: m[ids].astype(float) for who, m in marks.items() if who != "gold_standard"}
+        marks, ids = data.code_annotations(store.meta["settings"]["src"]), store.records["id"].astype(int)
+        everyone |= {who: m[ids[rows]].astype(float) for who, m in marks.items() if who != "gold_standard"}
     return {who: {"zero-shot": {"source": source} | score_classes(question.classes, given, labels, patients)}
             for who, given in everyone.items()}
 
@@ -599,9 +592,8 @@ def probe(run, name, ask):
             found[f"{100 * ratio:g} %"] = supervised_metrics(question, drawn, scores)
         return found
 
-    random = lambda: learned(random_weights(run))
-    return {"": learned(run), "random weights": of_encoder(run, "random", name, question, ask, random),
-            **labels_alone(run, name, question, ask)}
+    random = of_encoder(run, "random", name, question, ask, lambda: learned(random_weights(run)))
+    return {"": learned(run), "random weights": random, **labels_alone(run, name, question, ask)}
 
 
 def supervised_metrics(question, drawn, scores):
@@ -672,17 +664,16 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
     weights; warm-up, cosine; leads dropped and records shifted as in the run's training. The epoch with the
     best AUROC on validation rows is tested. ask.epochs, or as many as 200 updates need."""
     drawn, device, c = subset(question.train, ratio), run.device, run.config
-    train, rate = question.train.at(drawn), 1e-3 if fresh else 1e-4
+    train, rates = question.train.at(drawn), [1e-3, 1e-3 if fresh else 1e-4]
     method = random_weights(run).method if fresh else copy.deepcopy(run.method)
     torch.manual_seed(c.seed)
     head = torch.nn.Linear(2 * method.ecg.dim, len(question.classes)).to(device)
     per_epoch = math.ceil(len(drawn) / batch)
     epochs, limit = max(ask.epochs, math.ceil(200 / per_epoch)), int(c.shift * c.rate)
-    optimiser = torch.optim.AdamW([{"params": head.parameters(), "lr": 1e-3},
-                                   {"params": method.ecg.parameters(), "lr": rate}])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [1e-3, rate], epochs * per_epoch, pct_start=0.1,
+    both, best = torch.nn.ModuleList([head, method.ecg]), (-1, None)
+    optimiser = torch.optim.AdamW([{"params": part.parameters()} for part in both])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, epochs * per_epoch, pct_start=0.1,
                                                    cycle_momentum=False)
-    both, best = torch.nn.ModuleList([method.ecg, head]), (-1, None)
     odds = lambda ecg: head(pool(method.encode_tokens(ecg)))
 
     @torch.no_grad()
@@ -727,25 +718,24 @@ def transfer(run, name, ask):
     """Zero-shot, and a probe learned on another set, over the classes that both have (data.join_classes): a
     class scores the highest of the source's classes that are joined to it."""
     question, columns = ask_set(name, run.config, ask), {}
-    texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
+    texts, (_, labels, patients) = text_scores(run, question, name, ask), question.test
     place = {c: i for i, c in enumerate(question.classes)}
     for source in (source for source in TRANSFER if source != name):
         try:
             known = ask_set(source, run.config, ask, learn=True, test=False)
             joined = {c: those for c, those in data.join_classes(source, name).items() if c in place}
-            if known.store.path == question.store.path or not joined:  # what is tested may have been learned
-                raise data.DataError("they have no class in common" if not joined else
-                                     "they are of the same records")
+            one = known.store.path == question.store.path  # what is tested may have been learned from
+            if one or not joined:
+                raise data.DataError("they are of the same records" if one else "they have no class in common")
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
-        x, x_val = (vectors(run, known.store, part.rows, ask)["features"] for part in known[2:4])
-        predict = choose_classes(x, known.train.labels, x_val, known.val.labels)
-        scores, own = predict(vectors(run, question.store, rows, ask)["features"]), [place[c] for c in joined]
-        learned = np.stack([scores[:, list(map(known.classes.index, those))].max(1)
-                            for those in joined.values()], 1)
-        without = [c for c in place if c not in joined]
-        for how, found in (("probe", learned), ("zero-shot", texts[:, own])):
+        x, x_val, x_test = (vectors(run, store, part.rows, ask)["features"] for store, part in (
+            (known.store, known.train), (known.store, known.val), (question.store, question.test)))
+        scores = choose_classes(x, known.train.labels, x_val, known.val.labels)(x_test)
+        highest = [scores[:, list(map(known.classes.index, those))].max(1) for those in joined.values()]
+        own, without = [place[c] for c in joined], [c for c in place if c not in joined]
+        for how, found in (("probe", np.stack(highest, 1)), ("zero-shot", texts[:, own])):
             columns[f"from {source}, {how}"] = {"joined": joined, "left out": without} | score_classes(
                 list(joined), found, labels[:, own], patients)
         print(f"{source} -> {name}: " + "; ".join(f"{c} = {', '.join(those)}" for c, those in joined.items())
@@ -788,7 +778,7 @@ def retrieve(run, name, ask):
     """Which report belongs to this ECG, and which ECG to this report? Of more than 1,000 records also in
     pools of 1,000, mean of ten draws."""
     store, read = data.find_store(name, run.config, ask.data), data.Findings()
-    rows, tags = rows_with_reports(store, run, ask, "two")
+    rows, tags = rows_with_reports(store, run, ask, 2)
     reports = [models.join(tags[row]) for row in rows]
     distinct, first, texts = np.unique(reports, return_index=True, return_inverse=True)
     findings = np.array([" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first])
@@ -913,8 +903,7 @@ def look(run, record, texts, ask):
     rows, weight = {t: {"similarity": score} for t, score in zip(texts, scores)}, []
     try:
         store = data.open_store(run.config.data, run.config.rate)
-        known = np.flatnonzero(store.records["split"] == "train")
-        known = np.sort(np.random.default_rng(0).permutation(known)[:1000])
+        known = np.sort(np.random.default_rng(0).permutation(store.rows("train"))[:1000])
         others = score_records(run, store, known, [[t] for t in texts], asking(scales=ask.scales))
         for row, score, column in zip(rows.values(), scores, others.T):
             row["higher than"] = f"{100 * (column < score).mean():.0f} % of {len(known)} training records"
@@ -925,32 +914,10 @@ def look(run, record, texts, ask):
         weight = models.attention_over_time(run.method, signal, text)
     except models.ModelError as error:
         print(error)
-    plot_look(ecg, run.config.rate, title, rows, weight, path)
+    said = [", higher than ".join([f"{t}: {r.pop('similarity'):.3f}", *r.values()]) for t, r in rows.items()]
+    peaks = [p for p in segment_beats(signal, run.config.rate)[0][0].tolist() if p >= 0]
+    data.plot_seen(ecg, run.config.rate, textwrap.shorten(title, 150), dict(zip(said, weight)), peaks, path)
     print(f"drawn in {path}")
-
-
-def plot_look(ecg, rate, title, rows, weight, path):
-    """The record on ECG paper; below, a strip for each text, as dark as the text is seen there, with a
-    triangle under every beat that carries more than one and a half times its share."""
-    from matplotlib.figure import Figure
-    seconds, width, paper = ecg.shape[1] / rate, (ecg.shape[1] / rate + 0.8) / 1.016, 13 / 2.54    # inches
-    below = 0.6 + 0.5 * len(weight)
-    figure = Figure(figsize=(width + 0.4, paper + below))
-    place = lambda bottom, height: np.divide([0.2, bottom, width, height], [*figure.get_size_inches()] * 2)
-    axes = figure.add_axes(place(below - 0.35, paper))
-    data.draw_ecg(axes, ecg, rate, textwrap.shorten(title, 150))
-    peaks = [p for p in segment_beats(torch.from_numpy(ecg)[None], rate)[0][0].tolist() if p >= 0]
-    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), ecg.shape[1]]
-    for i, ((text, facts), w) in enumerate(zip(rows.items(), weight)):
-        strip = figure.add_axes(place(below - 0.8 - 0.5 * i, 0.2))
-        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, seconds, 0, 1), vmin=0)
-        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * len(w) > 1.5]
-        strip.plot(strong, [-0.35] * len(strong), "^", color="#c03030", ms=5, clip_on=False)
-        quantile = f", higher than {facts['higher than']}" if "higher than" in facts else ""
-        strip.text(0, 1.25, f"{text}: {facts['similarity']:.3f}{quantile}", fontsize=8, parse_math=False)
-        strip.set(xlim=axes.get_xlim(), ylim=(0, 1), xticks=[], yticks=[])
-        strip.spines[:].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 # ---- tables, pictures, results.json ------------------------------------------------------------------------
@@ -1013,7 +980,7 @@ def plot(title, panels, path):
             axes.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C0", lw=1.5, zorder=2)
             axes.plot(values, [y] * len(values), "o", color=color, mec="white", ms=5.5, zorder=3)
         axes.set_yticks(range(len(labels)), [textwrap.fill(label, 40) for label in labels], fontsize=8)
-        axes.set(ylim=(len(labels) - 0.4, -0.6))
+        axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_title(panel, fontsize=9)
         axes.grid(axis="x", color="0.92")
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -1140,19 +1107,18 @@ def export(run, folder):
     shutil.copytree(Path(run) / "tokenizer", folder / "tokenizer")
     for path in [Path(run) / "model.safetensors", *Path(run).glob("*.py")]:
         shutil.copy(path, folder)
-    about = {"leads": data.LEADS, "rate": config.rate, "seconds": data.SECONDS, "unit": "mV",
-             "normalise": config.normalise, "label_sets": {
-                 name: {c: row["prompts"] for c, row in data.label_set(name).items()}
-                 for name in data.LABEL_SETS if name not in data.OCCURRING}}
+    signal = dict(leads=data.LEADS, rate=config.rate, seconds=10, unit="mV", normalise=config.normalise)
+    sets = {name: {c: row["prompts"] for c, row in data.label_set(name).items()}
+            for name in data.LABEL_SETS if name not in data.OCCURRING}
     made_by = {k: v for k, v in read_config(run)[1].items() if k not in models.own_files(config)}
-    settings = models.settings_of(config) | dict(data="", init="", text_model="", name="", llm="")
-    settings = {k: v for k, v in settings.items() if k in models.settings_of(config)}
-    settings |= {"made_by": made_by, "about": about}
+    here = "data", "init", "text_model", "name", "llm"
+    settings = {k: "" if k in here else v for k, v in models.settings_of(config).items()}
+    settings |= {"made_by": made_by, "about": signal | {"label_sets": sets}}
     data.write_text(folder / "config.json", json.dumps(settings, indent=1))
-    size = sum(p.numel() for p in method.parameters()) / 1e6
     data.write_text(folder / "README.md", CARD.format(
         name=folder.name, method=settings["method"], leads=", ".join(data.LEADS), rate=config.rate,
-        parameters=size, version=models.VERSION, table="\n".join(measured(known_results(run)))))
+        parameters=sum(p.numel() for p in method.parameters()) / 1e6, version=models.VERSION,
+        table="\n".join(measured(known_results(run)))))
 
 
 def measured(known):
@@ -1160,10 +1126,9 @@ def measured(known):
     for task, title, found in [(task, *each) for task, entries in known.items() for each in entries.items()]:
         if isinstance(found, dict) and "results" in found and not found["options"]["checkpoint"]:
             shown = entry(title.split()[0], found["options"] | {"data": ()})
-            for (row, column), m in flat(found["results"]).items():
-                if (figure := figure_text(over_runs([m]))) != "-":
-                    how = ", ".join(filter(None, (task, row, column)))
-                    yield f"| {how} | {shown} | {m.get('what', 'AUROC')} {figure} | {m.get('records', '-')} |"
+            for place, m in flat(found["results"]).items():
+                figure, how = figure_text(over_runs([m])), ", ".join(filter(None, (task, *place)))
+                yield f"| {how} | {shown} | {m.get('what', 'AUROC')} {figure} | {m.get('records', '-')} |"
 
 
 # ---- many runs ---------------------------------------------------------------------------------------------
@@ -1173,9 +1138,9 @@ NO_MATTER = "name", "seed", "threads", "workers", "save_every", "compile", "wand
 
 
 def group_runs(configs):
-    """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order of appearance.
-    A title is the method and what sets the group apart from the method's others; each field's most common
-    value goes without saying (among equally common ones the first). A field that a config lacks is None."""
+    """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order. A title is
+    the method and what sets the group apart from its others; each field's most common value goes without
+    saying (among equally common ones the first). A field that a config lacks is None."""
     fields = [f for f in dict.fromkeys(f for config in configs for f in config) if f not in NO_MATTER]
     groups, titled = {}, {}
     for place, config in enumerate(configs):
@@ -1208,8 +1173,8 @@ def figure_text(s):
 def markdown(groups, mean="macro"):
     """{title: {"runs", "macro": {column: figure}, ...}} -> a table."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group[mean]))
-    rows = [["method", "runs", *(n.removeprefix("ptbxl_") for n in names), "records/s", "parameters"]]
-    rows.append(["---"] * len(rows[0]))
+    rows = [["method", "runs", *(n.removeprefix("ptbxl_") for n in names), "records/s", "parameters"],
+            ["---"] * (len(names) + 4)]
     for title, group in groups.items():
         speed, size = group["records_per_second"], group["parameters"]
         rows.append([title, str(len(group["runs"])), *(figure_text(group[mean].get(name)) for name in names),
@@ -1230,9 +1195,8 @@ def summarise(found, folders, configs):
 
 def compare(folders, wanted, **options):
     """Do tasks on finished runs, put repetitions together (group_runs), print one table, write
-    comparison.json and comparison.png beside the first run. Plain files among `folders` are passed over, so
-    that runs/* will do. Errors: DataError for a folder that is no finished run, and where the records that
-    two runs were asked about differ in number."""
+    comparison.json and comparison.png beside the first run. Plain files among `folders` (runs/*) are passed
+    over. Errors: DataError for a folder that is no finished run, or other records of one than of another."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
     configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     if not folders:
@@ -1289,19 +1253,20 @@ def sets_for(task, names):
         return names
     names = [name for given in names for name in data.GROUPS.get(given.rstrip(":"), (given,))]
     known = [*data.LABEL_SETS, *(("age", "sex") if task == "probe" else ())]
-    if unknown := [name for name in names if name not in known and not name.endswith(".json")]:
-        raise data.DataError(f"unknown label set {unknown[0]!r}; known are {', '.join(known)}, csv (the "
-                             "codes of your own data), or a file NAME.json")
+    for name in names:
+        if name not in known and not name.endswith(".json"):
+            raise data.DataError(f"unknown label set {name!r}; known are {', '.join(known)}, csv (the codes "
+                                 "of your own data), or a file NAME.json")
     return names or list(TRANSFER)
 
 
 def parse(argv):
     """Command line -> {argument: value} of what was given."""
-    sets = ("Label sets: ptbxl (the first four), csv (the codes of your own records), a file NAME.json of "
-            f"your own classes, {', '.join(data.LABEL_SETS)}.")
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
-                                     epilog=textwrap.fill(sets, 100),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        description=__doc__, epilog=textwrap.fill(
+            "Label sets: ptbxl (the first four), csv (the codes of your own records), a file NAME.json of "
+            f"your own classes, {', '.join(data.LABEL_SETS)}.", 100))
     add, several = parser.add_argument, lambda kind: lambda text: [kind(part) for part in text.split(",")]
     for task, function in TASKS.items():
         note = " ".join(function.__doc__.split("\n\n")[0].split()).replace("%", "%%")
