@@ -121,7 +121,7 @@ def read_file(path):
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
-            raise ValueError("it holds something else")
+            raise ValueError("it holds other things than tensors")
         return state, {}
     except Exception as error:  # pickle, zipfile, torch and safetensors fail in many ways on a damaged file
         fault = isinstance(error, OSError) and error.strerror or (
