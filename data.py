@@ -1364,7 +1364,9 @@ KNOWLEDGE = {  # the shape of prompts.json
     "label_sets": {name: (dict, list) if name in PTBXL_SETS else dict for name in LABEL_SETS
                    if name not in ("csn_published", *OCCURRING)},
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
-                  "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str}},
+                  "order": {str: [float]}, "turns": {str: [float]}, "always": {str: str},
+                  "chances": {str: {str: float}}, "leads": {str: [int]}, "measured": [list],
+                  "implied": {str: [str]}, "recorders": [[float]]},
     "lexicon": {"rewrite": [[str]], "terms": [[str]], "negations": [str], "sites": {str: str},
                 "statements": {str: str}, "prefix": {str: str}, "suffix": {str: str}, "join": {str: str},
                 "drop": {str: str}}}
@@ -1812,6 +1814,30 @@ def report_tags(store, language="english"):
     return Tags.of(map(translate if language == "translated" else split_statements, store.records["report"]))
 
 
+def true_tags(store):
+    """Tags: all that is true of every record, where that is known (simulated ones): names of its findings,
+    then its waveform features. Of the others none."""
+    if isinstance(store, Stores):
+        return Tags.join([true_tags(one) for one in store.stores])
+    if store.sources() != ["simulated"]:
+        return Tags.of([()] * len(store))
+    findings, records = knowledge()["findings"], store.records
+    return Tags.of([*(findings[code]["name"] for code in codes), *features]
+                   for codes, features in zip(records["codes"], records["features"]))
+
+
+@lru_cache
+def meanings():
+    """{tag: name of the finding that it says, or itself where it is a waveform feature}. What is possible or
+    probable in a report is true or not all the same; a wording of two findings says neither for sure."""
+    findings, names = knowledge()["findings"], {}
+    for wording, key in wordings():
+        names.setdefault(wording, set()).add(findings[key]["name"])
+    names |= {feature: {feature} for finding in findings.values() for feature in finding["features"]}
+    return {doubt + wording: min(name) for wording, name in names.items() if len(name) == 1
+            for doubt in ("", "possible ", "probable ")}
+
+
 def there(spec):
     """Is the path of a data spec, or the file, there?"""
     return os.path.exists(os.path.expanduser(re.sub(rf"^({SPEC}):", "", spec.strip())))
@@ -1904,6 +1930,7 @@ class Findings:
 # tells them from another code: ANEUR, EL, NT_, TAB_, PRC(S).
 
 SIMULATED = 4096  # records, if no number is given
+EVENLY = 0.3      # share of the records of which one table is drawn evenly
 DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132],  # I, II, V1-V6
                   [-.515, .157, -.917], [.044, .164, -1.387], [.882, .098, -1.277],
                   [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])
@@ -1917,7 +1944,10 @@ Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; r
 # drawn: evenly between two bounds (rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB);
 # moves: code, lobe, share of the patient's own lobe that stays, what is added (mV) by a factor, its bounds;
 # turns: of R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of both;
-# always: waveform features that every record with the code shows; all others are measured
+# chances: tables of which a record gets one key each, by weight
+# measured: name, what, above, up to, in which leads, of them (all, any, two), and given what
+# implied: what follows from a finding; always: waveform features that every record with it shows
+# recorders: share, band in Hz (two columns), step in microvolts, share of the end that may be silent
 
 
 @lru_cache(1)
@@ -1926,65 +1956,68 @@ def simulated_block(seed, block, rate):
     return _block(np.random.default_rng((seed, block)), rate, SECONDS)
 
 
-def _block(rng, rate, seconds, strongest_noise=False):
+def _block(rng, rate, seconds, noise="usual"):
+    """noise: usual; strongest, see _noise; none: the heart alone."""
     samples, c = round(seconds * rate), _diagnoses(rng)
     p = _patient(rng, c)
     codes, features = _label(c, p, _measure(p))
     ecg, peaks = _fire_all(rng, c, p, _rhythm(rng, c, p, seconds), rate, samples)
-    ecg += _atrial_waves(rng, c, p, rate, samples) + _noise(rng, rate, samples, strongest_noise)
-    ecg = LIMBS @ (np.round(ecg * 200) / 200)  # steps of 5 microvolt
+    ecg += _atrial_waves(rng, c, p, rate, samples)
+    if noise != "none":
+        ecg += _noise(rng, rate, samples, noise == "strongest")
+        ecg, peaks = _record(rng, ecg, peaks, rate)
     reports = [_report(rng, *x) for x in zip(codes, features)]
-    return ecg.astype(np.float32), peaks, codes, features, reports, c["age"]
+    return LIMBS.astype(np.float32) @ ecg, peaks, codes, features, reports, c["age"]
 
 
 def _diagnoses(rng):
     """What each patient has: code -> (CHUNK,) bool, as far as it is drawn and not measured; and the age."""
-    n, c = CHUNK, {}
+    n, c, tables = CHUNK, {}, knowledge()["simulator"]["chances"]
+    # of each record, one table is drawn evenly, not by its weights: what is rare is shown, too
+    even = np.where(rng.random(n) < EVENLY, rng.integers(0, len(tables), n), -1)
 
     def draw(table, where):
-        """One of the table's keys a record, by weight; c[key] is true where it was drawn, within `where`."""
-        weight = np.array(list(table.values()), float)
-        got = rng.choice(list(table), n, p=weight / weight.sum())
-        c.update({k: (got == k) & where for k in table})
+        """One of a table's keys a record; c[key] is true where it was drawn, within `where`."""
+        keys, weight = list(tables[table]), np.array(list(tables[table].values()), float)
+        got = rng.choice(keys, n, p=weight / weight.sum())
+        got = np.where(even == list(tables).index(table), rng.choice(keys, n), got)
+        c.update({k: (got == k) & where for k in keys})
         return got
 
     chance = lambda share: rng.random(n) < share
-    sick = c["sick"] = chance(.67)
+    sick = c["sick"] = chance(.7)
     c["age"] = np.clip(rng.normal(np.where(sick, 64, 50), 15), 18, 92)
-    draw({"sinus": 48, "SBRAD": 4, "STACH": 7, "SARRH": 4, "AFIB": 12, "AFLT": 3, "SVTAC": 2.5, "PSVT": 2.5,
-          "SVARR": 3, "PACE": 4, "3AVB": 2.3, "2AVB": 2.8}, sick)
-    c["SARRH"], c["STACH"] = c["SARRH"] | (~sick & chance(.09)), c["STACH"] | (~sick & chance(.04))
-    c["sinus"] = c["sinus"] | ~sick | c["SBRAD"] | c["STACH"] | c["SARRH"]
+    draw("rhythm", sick)
+    c["SARRH"], c["STACH"] = c["SARRH"] | (~sick & chance(.07)), c["STACH"] | (~sick & chance(.04))
+    c["sinus"] = c["sinus"] | ~sick | c["SBRAD"] | c["STACH"] | c["SARRH"] | c["sinus pause"]
     free = sick & ~c["PACE"]
-    blocked = draw({"none": 54, "CLBBB": 6, "CRBBB": 8.5, "ILBBB": 2.5, "IRBBB": 9, "IVCD": 6, "LAFB": 9,
-                    "LPFB": 3, "WPW": 3}, free)
+    blocked = draw("conduction", free)
     c["LAFB"] |= c["CRBBB"] & chance(.35)
     c["WPW"] &= c["sinus"]
-    draw({"WPW left": 1, "WPW right": 1, "WPW septum": 2}, c["WPW"])  # where the accessory pathway lies
+    draw("pathway", c["WPW"])  # where the accessory pathway lies
     c["1AVB"] = sick & (c["sinus"] | c["SVARR"]) & ~c["WPW"] & chance(.14)
-    where = c["sinus"] & (sick | chance(.04))
-    early = draw({"none": 76, "PVC": 11, "BIGU": 2.7, "TRIGU": 2.7, "PAC": 7.6}, where)
+    early = draw("early", c["sinus"] & (sick | chance(.04)) & ~c["sinus pause"])
     runs, atrial = c["BIGU"] | c["TRIGU"], chance(.3)
     c["PVC"] |= (runs & ~atrial) | (c["AFIB"] & (early == "PVC"))
     c["PAC"] |= runs & atrial
     free &= ~c["CLBBB"] & ~c["WPW"] & ((blocked == "none") | chance(.65))  # many blocks come alone
-    main = draw({"none": 8, "mi": 52, "injury": 18, "ischemic": 21, "st-t": 24, "LVH": 17, "RVH": 4,
-                 "SEHYP": 3}, free)
+    main = draw("main", free)
     which = rng.random(n)  # inferior, anterior infarct or both
-    draw({"IMI": 56, "ILMI": 13, "IPMI": 13, "IPLMI": 10, "PMI": 10}, c["mi"] & (which < .58))
-    draw({"ASMI": 55, "AMI": 17, "ALMI": 15, "LMI": 13}, c["mi"] & (which > .43))
+    draw("inferior", c["mi"] & (which < .58))
+    draw("anterior", c["mi"] & (which > .43))
+    draw("stage", c["mi"])
     c["LAFB"] |= c["ASMI"] & (blocked == "none") & chance(.2)
-    draw({"INJAS": 22, "INJAL": 22, "INJLA": 20, "INJIN": 19, "INJIL": 19}, c["injury"])
-    draw({"ISCAS": 18, "ISCAN": 16, "ISCAL": 18, "ISCLA": 15, "ISCIN": 17, "ISCIL": 16}, c["ischemic"])
-    draw({"NDT": 40, "NST_": 22, "ischemia": 12, "DIG": 13, "LNGQT": 13}, c["st-t"])
+    draw("injury", c["injury"])
+    draw("ischemic", c["ischemic"])
+    draw("st-t", c["st-t"])
     c["DIG"] |= free & c["AFIB"] & (main == "none") & chance(.5)
     c["LVH"] |= (c["mi"] | c["ischemic"]) & chance(.08)
     c["strain"] = c["LVH"] & chance(.6)
-    c["ISC_"] = c["strain"] | c["ischemia"]
+    c["ISC_"] = c["strain"] | c["ischemia"] | c["diffuse"]
     c["LAO/LAE"] = c["sinus"] & sick & chance(np.where(c["LVH"], .2, .06))
     c["RAO/RAE"] = c["sinus"] & sick & chance(np.where(c["RVH"], .4, .03))
-    c["early repolarization"] = ~sick & chance(.035)
-    c["wenckebach"], c["low"] = chance(.45), sick & ~c["LVH"] & ~c["RVH"] & chance(.03)
+    c["early repolarization"] |= ~sick & chance(.05)
+    c["wenckebach"] = chance(.45)
     return c
 
 
@@ -1997,18 +2030,18 @@ def _turn(v, frontal, horizontal):
 
 
 def _patient(rng, c):
-    """Heart and chest of each patient: lobes v (n, 8, 3), their local part in V1..V6 w (n, 8, 6), P lobes p
-    (n, 2, 3), lead matrix (n, 8, 3), rate (1/min), intervals (s), places and widths of the QRS lobes in
-    shares of it (n, 5)."""
+    """Heart and chest of each patient: lobes v (n, 8, 3), their local part in V1..V6 w (n, 8, 6), P lobes in
+    the eight leads (n, 2, 8) mV, lead matrix (n, 8, 3), rate (1/min), intervals (s), places and widths of the
+    QRS lobes in shares of it (n, 5)."""
     n, norm, uni = CHUNK, rng.standard_normal, lambda a, b: rng.uniform(a, b, (CHUNK, 1))
     logn = lambda spread, *shape: np.exp(spread * norm((n, *shape)))
     age = (c["age"] - 50) / 15
-    p = {"rate": np.clip(rng.normal(np.where(c["sick"], 75, 71), np.where(c["sick"], 13, 10)), 51, 99),
+    p = {"rate": np.clip(rng.normal(np.where(c["sick"], 75, 70), np.where(c["sick"], 13, 11)), 50, 99),
          "qrs": np.clip(.092 + .008 * norm(n), .074, .110), "qtc": np.clip(.412 + .016 * norm(n), .365, .445),
          "pr": np.clip(.155 + .005 * age + .018 * norm(n), .118, .198), "p_gap": .034 + .003 * norm(n),
          "frac": np.tile((.22, .46, .6, .73, .85), (n, 1)) + .015 * norm((n, 5)),
          "wide": np.tile((.085, .095, .09, .095, .09), (n, 1)) * logn(.08, 5),
-         "p": np.array([[.05, .07, -.03], [.065, .05, .03]]) * logn(.3, 1, 1) + .008 * norm((n, 2, 3)),
+         "p": np.array([[.07, .07, -.03], [.09, .05, .03]]) * logn(.3, 1, 1) + .01 * norm((n, 2, 3)),
          "dual": c["PACE"] & (rng.random(n) < .5),  # P waves sensed or paced as well
          "spike": ((.3, -.9, .4) + .5 * norm((n, 3))) * rng.lognormal(-2, 1, (n, 1))}
     for k, table in knowledge()["simulator"]["drawn"].items():
@@ -2023,28 +2056,31 @@ def _patient(rng, c):
     tilt = np.where(c["LAFB"] | c["LPFB"], .4, 1) * tilt
     # septum keeps off the axis
     v[:, R:E], v[:, :R] = _turn(v[:, R:E], tilt, back), _turn(v[:, :R], -.3 * tilt, back)
-    v[:, T] = np.array((.30, .12, -.20)) * (logn(.35) * np.exp(-.1 * age))[:, None]
-    v[:, T:] = _turn(v[:, T:], 14 * norm(n), 20 * norm(n))
-    # T is tall in V2, beyond a dipole
-    w[:, T] = np.linalg.norm(v[:, T], axis=1)[:, None] * (0, .17, -.05, -.15, 0, 0)
-    v[:, J] = .14 * v[:, T] + (0, 0, -.03) + .012 * norm((n, 3))
+    v[:, T] = np.array((.37, .10, -.19)) * (logn(.33) * np.exp(-.1 * age))[:, None]
+    v[:, T:] = _turn(v[:, T:], 12 * norm(n), 18 * norm(n))
+    # beyond a dipole: T is tall in V2, ST in V1 and V2
+    w[:, T] = np.linalg.norm(v[:, T], axis=1)[:, None] * (0, .17, -.12, -.32, -.15, -.05)
+    v[:, J] = .12 * v[:, T] + (-.01, -.01, -.03) + .018 * norm((n, 3))
+    w[:, J] = (.02, .02, 0, -.03, -.02, -.01) + .012 * norm((n, 6))
     for k, lobe, stays, added, low, high in knowledge()["simulator"]["moves"]:
         lobe = LOBES.index(lobe)
         v[c[k], lobe] = (v[:, lobe] * stays + uni(low, high) * np.array(added))[c[k]]
     for k, (mean, spread, back, back_spread) in knowledge()["simulator"]["turns"].items():
         v[c[k], R:E] = _turn(v[:, R:E], mean + spread * norm(n), back + back_spread * norm(n))[c[k]]
     w[:, E, :2] += (c["CRBBB"][:, None] * uni(0, .5) + c["IRBBB"][:, None] * uni(0, .25)) * (1, .5)
-    w[:, J, 1:4] += c["early repolarization"][:, None] * uni(.1, .3) * (1, 1, .5)
+    w[:, J, 1:4] += c["early repolarization"][:, None] * uni(.05, .25) * (1, 1, .6)
     _damage(rng, c, p, v, w)
-    size = logn(.26) * np.exp(-.05 * age)
-    small = np.minimum(size, .42 / np.linalg.norm(v[:, :5], axis=2).max(1))
-    size = np.where(c["low"], small, size)[:, None, None]
+    size = (logn(.26) * np.exp(-.05 * age))[:, None, None]
     v[:, :5], w[:, :5] = v[:, :5] * size, w[:, :5] * size
+    # low voltage: in the frontal plane, at times in the chest as well
+    small = np.minimum(1, uni(.24, .36)[:, 0] / np.linalg.norm(v[:, :5, :2], axis=2).max(1))[:, None, None]
+    flat = np.where(uni(0, 1)[..., None] < .3, small, (1, 1, 0) * small + (0, 0, 1))
+    v[:, :5] *= np.where(c["low"][:, None, None], flat, 1)
     v[:, J] -= .16 * c["DIG"][:, None] * v[:, R] / np.linalg.norm(v[:, R], axis=1)[:, None]
     wide = c["CLBBB"] | c["PACE"]
     v[wide, J:] *= .2
     _oppose(p, v, np.where(wide, uni(1.6, 3.4)[:, 0], (c["ILBBB"] | c["WPW"] | c["IVCD"]) * uni(.6, 2)[:, 0]))
-    p["p"][:, 1] += c["LAO/LAE"][:, None] * uni(.6, 1.4) * (.06, .03, .10)
+    p["p"][:, 1] += c["LAO/LAE"][:, None] * uni(.6, 1.4) * (.05, .03, .07)
     p["p"][:, 0] += c["RAO/RAE"][:, None] * uni(.6, 1.4) * (.02, .17, -.08)
     # chest electrodes off by, in gaps
     shift = np.clip(.25 * norm((n, 1)) + .12 * norm((n, 6)), -.6, .6)[..., None]
@@ -2053,7 +2089,8 @@ def _patient(rng, c):
     leads[:, 2:] += abs(shift) * (np.where(shift > 0, chest[2:], chest[:-2]) - DOWER[2:])
     leads[:, 2:4, 2] += .26, -.12  # V1 sees less of the back and V2 more than on Dower's torso
     leads = leads * np.concatenate([logn(.06, 2), logn(.14, 6)], 1)[..., None] + .04 * norm((n, 8, 3))
-    return p | {"v": v, "w": w, "leads": leads}
+    far = leads * np.array([1, 1, 1, .6, .42, .36, .38, .48])[:, None]  # the atria lie behind the ventricles
+    return p | {"v": v, "w": w, "leads": leads, "p": p["p"] @ far.swapaxes(1, 2)}
 
 
 def _oppose(p, v, strength):
@@ -2066,7 +2103,7 @@ def _oppose(p, v, strength):
 def _damage(rng, c, p, v, w):
     """Infarction (Q, loss of R, ST and T by age), injury and ischemia of a wall. Changes v, w and p."""
     uni, table = lambda a, b: rng.uniform(a, b, (CHUNK, 1)), knowledge()["simulator"]
-    stage = rng.choice(3, (CHUNK, 1), p=(.78, .15, .07))  # old, subacute, acute
+    stage = (c["subacute"] + 2 * c["acute"])[:, None]
 
     def change(k, wall, *parts):
         for lobe, dipole, local in parts:
@@ -2077,7 +2114,7 @@ def _damage(rng, c, p, v, w):
         size, on = uni(.3, 1), c[k]
         lost = np.maximum(v[:, R] @ wall, .55)[:, None] * size * uni(.25, 1)
         st = np.choose(stage, (uni(-.05, .02), uni(-.02, .08), uni(.1, .3)))
-        t = np.choose(stage, (uni(-.22, 0), uni(-.42, -.15), uni(0, .35)))
+        t = np.choose(stage, (uni(-.14, .03), uni(-.36, -.12), uni(0, .35)))
         v[on, T] *= (.4, .6, .9)
         v[on, J] -= (uni(0, .07) * (.8, .3, 0))[on]
         p["frac"][on, Q], p["wide"][on, Q] = p["frac"][on, Q] + .05, 1.35 * p["wide"][on, Q]
@@ -2108,94 +2145,86 @@ def _amplitudes(v, w, leads):
 
 
 def _measure(p):
-    """The noise-free beat as a cardiologist measures it: (n, 12) in mV or s; axis (n,) in degrees."""
+    """The noise-free beat as a cardiologist measures it: (n, 12) in mV, or (n, 1) in s, degrees, 1/min."""
     step, d = .004, p["qrs"][:, None, None]
     t = np.arange(0, .6, step)
     center, width = (x[..., None] for x in _times(p, np.ones(CHUNK)))
-    lobes = np.exp(-.5 * ((t - center) / width) ** 2)
-    beat = LIMBS @ (_amplitudes(p["v"], p["w"], p["leads"]).swapaxes(1, 2) @ lobes)
+    lobes = np.exp(-.5 * ((t - center) / width).astype(np.float32) ** 2)
+    beat = (LIMBS @ _amplitudes(p["v"], p["w"], p["leads"]).swapaxes(1, 2)).astype(np.float32) @ lobes
     qrs, tt = np.where(t < d, beat, 0), np.where((t > d + .08) & (t < p["qtc"][:, None, None] + .02), beat, 0)
     before, area = np.where(t < qrs.argmax(2)[..., None] * step, qrs, 0), qrs.sum(2)  # before the R peak
-    return {"r": qrs.max(2), "s": -qrs.min(2), "q": -before.min(2), "q_wide": (before < -.04).sum(2) * step,
+    r, s, q = qrs.max(2), -qrs.min(2), -before.min(2)
+    axis = np.degrees(np.arctan2(area[:, 5] * 2 / np.sqrt(3), area[:, 0]))
+    return {"r": r, "s": s, "rs": r + s, "r over s": r / (r + s + 1e-6), "axis": axis[:, None],
+            "bad q": (q > .1) & (q > .33 * r) & ((before < -.04).sum(2) * step >= .028),
             "st": beat[np.arange(CHUNK), :, ((p["qrs"] + .05) / step).astype(int)],
             "t": np.where(tt.max(2) > -tt.min(2), tt.max(2), tt.min(2)),
-            "axis": np.degrees(np.arctan2(area[:, 5] * 2 / np.sqrt(3), area[:, 0]))}
+            **{name: p[name][:, None] for name in ("qrs", "pr", "qtc")}}
 
 
 def _label(c, p, m):
     """Codes (n dicts) and waveform features (n lists) from the drawn truth c, p and the measured beat m."""
-    r, s, st, t, axis = (m[k] for k in ("r", "s", "st", "t", "axis"))
-    rate, pr, qrs = p["rate"], p["pr"], p["qrs"]
-    narrow, sinus = ~(c["CLBBB"] | c["PACE"] | c["WPW"] | c["ILBBB"]), c["sinus"]
-    slow, fast, first = sinus & (rate < 60), sinus & (rate > 100), (pr > .2) & (sinus | c["SVARR"])
-    some = lambda hit, leads: hit[:, leads].sum(1) > 1
-    groups = {"i and avl": [0, 4], "ii, iii and avf": [1, 2, 5], "v1 to v3": [6, 7, 8],
-              "v1 to v4": [6, 7, 8, 9], "v2 to v4": [7, 8, 9], "v3 to v6": [8, 9, 10, 11],
-              "v4 to v6": [9, 10, 11], "v5 and v6": [10, 11]}
-    bad_q = (m["q"] > .1) & (m["q"] > .33 * r) & (m["q_wide"] >= .028) & narrow[:, None]
-    q = {g: some(bad_q, leads) for g, leads in groups.items() if g not in ("v1 to v4", "v4 to v6")}
-    q["ii, iii and avf"] &= bad_q[:, 1]  # a Q wave in III alone is normal
-    poor_r, plain = narrow & (r[:, 8] < .3) & (r[:, 8] < s[:, 8]), narrow & ~c["CRBBB"]
-    six = [0, 1, 8, 9, 10, 11]
-    low_limbs, low_chest = ((r + s)[:, :6] < .5).all(1), ((r + s)[:, 6:] < 1).all(1)
-    sokolow = s[:, 6] + np.maximum(r[:, 10], r[:, 11])
-    odd = {"QWAVE": np.any(list(q.values()), 0), "LVOLT": low_limbs | low_chest,
-           "INVT": narrow & some(t < -.1, six), "LOWT": narrow & (abs(t[:, [0, 1, 9, 10, 11]]) < .12).all(1),
-           "STD_": narrow & some(st < -.05, six + [4, 5])}
-    odd["ABQRS"] = odd["QWAVE"] | poor_r
-    code = {k: c[k] for k in knowledge()["label_sets"]["ptbxl_all"] if k in c} | odd | {
-        "SR": sinus & ~slow & ~fast & ~c["SARRH"], "SBRAD": slow, "STACH": fast, "1AVB": first, "LPR": first,
-        "VCLVH": plain & ~c["RVH"] & ((sokolow > 3.5) | (r[:, 4] > 1.1)),
-        "HVOLT": plain & ((r + s)[:, 6:] > 4).any(1),
-        "STE_": plain & ~c["mi"] & ((st[:, 7:9] > .2).any(1) | some(st > .1, [1, 5, 10, 11]))}
-    harmless = ("SR", "SARRH", "SBRAD", "STACH", "VCLVH", "HVOLT", "STE_")
-    ill = np.any([on for k, on in code.items() if k not in harmless], 0)
-    code["NORM"] = sinus & (rate > 45) & (rate < 110) & ~ill
-    even = ~(c["AFIB"] | c["SARRH"] | c["PVC"] | c["PAC"] | c["SVARR"])
-    f = {f"{wave} in {g}": (sign * x[:, groups[g]] > least).all(1) for wave, x, sign, least, where in (
-        ("inverted t waves", t, -1, .08, ("i and avl", "ii, iii and avf", "v1 to v4", "v4 to v6")),
-        ("st depression", st, -1, .05, ("i and avl", "ii, iii and avf", "v1 to v3", "v4 to v6")),
-        ("st elevation", st, 1, .1, ("i and avl", "ii, iii and avf", "v1 to v3", "v2 to v4"))) for g in where}
-    f |= {"pathological q waves in " + g: on for g, on in q.items()} | {
-        "left axis deviation": (axis < -30) & (axis > -90), "right axis deviation": axis > 95,
-        "positive qrs in i and avf": (axis > 0) & (axis < 90), "negative qrs in i": abs(axis) > 90,
-        "negative qrs in avf": axis < 0, "heart rate below 60": slow | c["3AVB"],
-        "heart rate above 100": fast | c["SVTAC"] | (c["AFIB"] & (rate > 100)),
-        "heart rate above 150": c["SVTAC"] & (rate > 150),
-        "heart rate between 60 and 100": sinus & ~slow & ~fast,
-        "regular rr intervals": (sinus | c["SVTAC"] | c["PACE"]) & even, "varying rr intervals": ~even,
-        "upright p wave in ii before every qrs": sinus & ~c["PVC"],
-        "pr interval shorter than 120 ms": sinus & (pr < .12),
-        "normal p waves": sinus & ~c["RAO/RAE"] & ~c["LAO/LAE"],
-        "pause after an early beat": sinus & c["PVC"],
-        "pr interval lengthening before a dropped beat": c["2AVB"] & c["wenckebach"],
-        "normal qrs duration": qrs < .1, "qrs between 100 and 120 ms": (qrs >= .1) & (qrs < .12),
-        "qrs longer than 120 ms": qrs >= .12, "tall r waves in v5 and v6": r[:, 10:].max(1) > 2.4,
-        "tall r waves in avl": r[:, 4] > 1.1,
-        "tall r waves in v1 and v2": (r[:, 6] > .6) & (r[:, 6] > s[:, 6]),
-        "deep s waves in v1 and v2": s[:, 6:8].max(1) > 1.8,
-        "deep s waves in v5 and v6": (s[:, 10] > .7) & (s[:, 10] > r[:, 10]),
-        "poor r wave progression": poor_r,
-        "normal r wave progression": ~poor_r & (r[:, 9] > s[:, 9]) & (r[:, 6] < s[:, 6]),
-        "early r wave transition in chest leads": r[:, 7] > s[:, 7],
-        "late r wave transition in chest leads": r[:, 10] < s[:, 10],
-        "corrected qt longer than 460 ms": p["qtc"] > .46, "corrected qt shorter than 360 ms": p["qtc"] < .36,
-        "isoelectric st segment": (abs(st) < .05).all(1), "upright t waves": (t[:, six] > .08).all(1),
-        "flat t waves": odd["LOWT"], "tall peaked t waves": t[:, 6:].max(1) > 1.2,
-        "qrs below 0.5 mv in limb leads": low_limbs, "qrs below 1 mv in chest leads": low_chest}
-    codes = [{k: 100.0 for k, on in code.items() if on[i]} for i in range(CHUNK)]
-    shows = knowledge()["simulator"]["always"]
-    always = [[x for k in codes[i] if k in shows for x in shows[k].split("; ")] for i in range(CHUNK)]
-    return codes, [list(dict.fromkeys(always[i] + [k for k, on in f.items() if on[i]])) for i in range(CHUNK)]
+    table, findings, sinus = knowledge()["simulator"], knowledge()["findings"], c["sinus"]
+    m["beats"] = np.where(c["AFLT"], 75, p["rate"])[:, None]  # of the ventricles
+    narrow = ~(c["CLBBB"] | c["PACE"] | c["WPW"] | c["ILBBB"])
+    plain = narrow & ~c["CRBBB"]
+    given = c | {"": True, "narrow": narrow, "plain": plain, "no infarct": plain & ~c["mi"],
+                 "conducted": sinus | c["SVARR"], "plain sinus": sinus & ~c["SARRH"] & ~c["sinus pause"],
+                 "r over s": m["r"][:, 6] > m["s"][:, 6], "r below s": narrow & (m["r"][:, 8] < m["s"][:, 8])}
+    count = {"all": lambda hit: hit.all(1), "any": lambda hit: hit.any(1), "two": lambda hit: hit.sum(1) > 1}
+    f = {k: on for k, on in c.items() if k != "age"}
+    for name, what, low, high, where, how, when in table["measured"]:
+        value = m[what][:, table["leads"][where]]
+        f[name] = count[how]((value > low) & (value <= high)) & given[when]
+    f["pathological q waves in ii, iii and avf"] &= m["bad q"][:, 1]  # a Q wave in III alone is normal
+    f["QWAVE"] = np.any([on for name, on in f.items() if name.startswith("pathological q")], 0)
+    sokolow = m["s"][:, 6] + np.maximum(m["r"][:, 10], m["r"][:, 11])
+    early = c["PVC"] | c["PAC"] | c["SVARR"]
+    even = ~(c["AFIB"] | c["SARRH"] | c["sinus pause"] | early)
+    f |= {"ABQRS": f["QWAVE"] | f["poor r wave progression"],
+          "VCLVH": plain & ~c["RVH"] & ((sokolow > 3.5) | f["tall r waves in avl"]),
+          "bifascicular block": c["CRBBB"] & (c["LAFB"] | c["LPFB"]),
+          "second degree av block type one": c["2AVB"] & c["wenckebach"],
+          "second degree av block type two": c["2AVB"] & ~c["wenckebach"],
+          "ventricular pacing": c["PACE"] & ~p["dual"], "av sequential pacing": c["PACE"] & p["dual"],
+          "biatrial enlargement": c["LAO/LAE"] & c["RAO/RAE"], "varying rr intervals": ~even,
+          "regular rr intervals": even & (sinus | c["SVTAC"] | c["PACE"] | c["junctional rhythm"]),
+          "upright p wave in ii before every qrs": sinus & ~c["PVC"],
+          "normal p waves": sinus & ~c["RAO/RAE"] & ~c["LAO/LAE"],
+          "negative qrs in i": abs(m["axis"][:, 0]) > 90, "pause after an early beat": sinus & c["PVC"],
+          "pr interval lengthening before a dropped beat": c["2AVB"] & c["wenckebach"],
+          "normal r wave progression": ~f["poor r wave progression"] & ~f["tall r wave in v1"]
+                                       & (m["r"][:, 9] > m["s"][:, 9])}
+    for name, more in table["implied"].items():
+        f |= {k: f[k] | f[name] if k in f else f[name] for k in more}
+    harmless = {"SR", "SARRH", "SBRAD", "STACH", "VCLVH", "HVOLT", "STE_", "st elevation", "arrhythmia",
+                "early repolarization", "bradycardia", "tachycardia", "tall t waves", "short pr interval",
+                "clockwise rotation", "counterclockwise rotation"}
+    ill = np.any([on for name, on in f.items() if name in findings and name not in harmless], 0)
+    f["NORM"] = sinus & (p["rate"] > 45) & (p["rate"] < 110) & ~ill
+    f["abnormal ecg"] = ~f["NORM"]
+    names, codes, features = np.array(list(f), object), [], []
+    for on in np.array(list(f.values())).T:
+        found = list(names[on])
+        codes.append({k: 100.0 for k in found if k in findings})
+        shown = [x for k in found if k in table["always"] for x in table["always"][k].split("; ")]
+        features.append(list(dict.fromkeys(shown + [k for k in found if k in features_of()])))
+    return codes, features
+
+
+@lru_cache(1)
+def features_of():
+    """Every waveform feature that a finding in prompts.json has."""
+    return frozenset(feature for entry in knowledge()["findings"].values() for feature in entry["features"])
 
 
 def _rhythm(rng, c, p, seconds):
     """When the heart fires: times of QRS and P (n, K) in s (nan: none), early beats, RR before; breathing."""
     n, norm, uni = CHUNK, rng.standard_normal, lambda a, b: rng.uniform(a, b, CHUNK)
     beats, base, sinus, ventricular = int((seconds + 3) * 3.8), 60 / p["rate"], c["sinus"], c["PVC"]
-    breath, phase = uni(.18, .32), uni(0, 2 * np.pi)
+    breath, phase = np.where(c["SARRH"], uni(.1, .25), uni(.18, .32)), uni(0, 2 * np.pi)
     depth = sinus * np.minimum(.03 * np.exp(-.02 * (c["age"] - 50) + .5 * norm(n)), .07)
-    depth = np.where(c["SARRH"], uni(.1, .26), depth)
+    depth = np.where(c["SARRH"], uni(.09, .22), depth)
     jitter = np.select([c["AFIB"], c["SVARR"], sinus], [uni(.13, .3), .09, .012], .003)
     ratio = rng.choice((2, 3, 4, 0), n, p=(.45, .12, .2, .23))  # flutter waves a QRS; 0: changing
     # PSVT: when, RR, at first?
@@ -2214,17 +2243,20 @@ def _rhythm(rng, c, p, seconds):
         rr = np.where(c["PSVT"] & ((t < change) == first), attack, rr)
         now = early & ~was & np.where(runs, since >= period - 1, (rng.random(n) < often) | ((t > due) & ~met))
         pause = was & ventricular & ~c["AFIB"]  # compensatory
-        gap = np.where(now & ~c["AFIB"], rr * uni(.52, .75), np.where(pause, 2 * rr - gap, rr))
-        t, since, was, met = t + gap, np.where(now, 0, since + 1), now, met | (now & (t > 0))
+        stop = c["sinus pause"] & ~met & (t + rr > due)
+        gap = np.where(now & ~c["AFIB"], rr * uni(.45, .75), np.where(pause, 2 * rr - gap, rr))
+        gap = np.where(stop, np.maximum(gap * uni(1.8, 2.6), 1.8), gap)
+        t, since, was = t + gap, np.where(now, 0, since + 1), now
+        met = met | ((now | stop) & (t > 0))
         dropped = c["2AVB"] & (k % cycle == cycle - 1)
         out.append((np.where(dropped, np.nan, t + p["pr"] + grow * (k % cycle) ** .6), t, now, gap))
     qrs, atria, now, rr = (np.stack(x, 1) for x in zip(*out))
-    atria[c["AFIB"] | c["AFLT"] | c["SVTAC"] | (c["PACE"] & ~p["dual"])] = np.nan
+    atria[c["AFIB"] | c["AFLT"] | c["SVTAC"] | c["junctional rhythm"] | (c["PACE"] & ~p["dual"])] = np.nan
     atria[(now & ventricular[:, None]) | (c["PSVT"][:, None] & (rr < .45))] = np.nan
     # the atria's own clock
     own = -1.5 + (60 / uni(68, 105))[:, None] * (rng.random((n, 1)) + np.arange(beats))
     return {"qrs": qrs, "p": np.where(c["3AVB"][:, None], own, atria), "early": now, "rr": rr,
-            "breath": lambda at: np.sin(2 * np.pi * breath * at + phase)[:, None, None]}
+            "breath": lambda at, i: np.sin(2 * np.pi * breath[i] * at + phase[i])[:, None, None]}
 
 
 def _ectopic(rng, p):
@@ -2241,104 +2273,148 @@ def _ectopic(rng, p):
 
 def _fire_all(rng, c, p, clock, rate, samples):
     """Fire the lobes by the clock: ecg (n, 8, N) mV of the independent leads; the samples of the R peaks."""
-    n, leads, early, usual = CHUNK, p["leads"].swapaxes(1, 2), clock["early"], np.nanmedian(clock["rr"], 1)
-    pad, blur = 2 * rate, .2 / rate  # room for waves that leave the strip; the anti-alias filter
-    out, peaks = np.zeros((n, samples + 2 * pad, 8)), [[] for _ in range(n)]
+    leads, early, places = p["leads"].swapaxes(1, 2), clock["early"], np.arange(clock["early"].shape[1])
+    pad, half, blur = 2 * rate, samples / rate / 2, .2 / rate  # waves leave the strip; the anti-alias filter
+    out, peaks = np.zeros((CHUNK, 8, samples + 2 * pad), np.float32), []
 
-    def fire(when, center, width, amplitude, before, length, qrs=np.zeros(n)):
-        """Add lobes (n, k) to the records with an event at `when` (n,) s, nan: none -> rows, starts, power
-        while the QRS lasts (qrs, s): after it a tall ST-T would pass for an R peak."""
-        half = samples / rate / 2
-        i = np.flatnonzero(np.nan_to_num(abs(when - half), nan=np.inf) < half + .8)
-        start = np.floor((when[i] - before) * rate).astype(int)
-        t = (start[:, None] + np.arange(round(length * rate))) / rate - when[i, None]
-        u = (t[:, None] - center[i, :, None]) / np.hypot(width[i, :, None], blur)
-        beat = np.exp(-.5 * u * u).swapaxes(1, 2) @ amplitude[i]  # (events, samples, 8)
-        out[i[:, None], start[:, None] + pad + np.arange(t.shape[1])] += beat
-        return i, start, np.where((t > 0) & (t < qrs[i, None]), (beat ** 2).sum(2), 0)
+    def waves(when, center, width, amplitude, first, last):
+        """Lobes (E, k, 8 leads) at `when` (E,) s, seen within [first, last) s of it: (E, 8, samples)."""
+        t = (np.floor(when * rate)[:, None] + np.arange(round(first * rate), round(last * rate))) / rate
+        u = (t[:, None] - (when[:, None] + center)[..., None]).astype(np.float32)
+        u *= (.5 ** .5 / np.hypot(width, blur)).astype(np.float32)[..., None]
+        return amplitude.swapaxes(1, 2).astype(np.float32) @ np.exp(-u * u)
 
-    hearts = [(h, _amplitudes(h["v"], h["w"], p["leads"])) for h in (p, _ectopic(rng, p))]
-    sway = .05 * rng.standard_normal((n, 1, 8))  # breathing moves the heart
-    p_center, p_width = np.stack([0 * usual, p["p_gap"]], 1) + .036, np.full((n, 2), .019)
-    strange = (p["p"] * (1, -.8, 1.2) + .03 * rng.standard_normal((n, 2, 3))) @ leads  # P from another place
-    spike = np.zeros((n, 1)), np.full((n, 1), .3 / rate), p["spike"][:, None] @ leads * .1 * rate ** .5
-    paced_atria = c["PACE"] & p["dual"] & (rng.random(n) < .6)
-    for k in range(early.shape[1]):
-        at, p_at, wide = clock["qrs"][:, k], clock["p"][:, k], early[:, k] & c["PVC"]
-        for (heart, amplitude), on in zip(hearts, (~wide, wide)):
-            amplitude = amplitude * (1 + sway * clock["breath"](at))
-            times = _times(heart, .7 * usual + .3 * clock["rr"][:, k])
-            i, start, power = fire(np.where(on, at, np.nan), *times, amplitude, .12, 1, heart["qrs"])
-            for record, peak in zip(i, start + power.argmax(1)):
-                peaks[record] += [peak] if 0 <= peak < samples else []
-        other = (early[:, k] | (c["SVARR"] & (k % 3 == 0)))[:, None, None]
-        fire(p_at, p_center, p_width, np.where(other, strange, p["p"] @ leads), .05, .35)
-        fire(np.where(c["PACE"], at, np.nan) - .006, *spike, .03, .06)
-        fire(np.where(paced_atria, p_at, np.nan) - .006, *spike, .03, .06)
-    return out[:, pad:-pad].swapaxes(1, 2), [np.sort(np.array(x, int)) for x in peaks]
+    def fire(i, when, first, wave):
+        """Add waves (E, 8, samples) to records i (E,), from `first` s of `when` (E,) s on."""
+        for record, at, one in zip(i, np.floor(when * rate).astype(int) + round(first * rate) + pad, wave):
+            out[record, :, at:at + one.shape[1]] += one
+
+    def events(when, on):
+        """Rows and places of events (n, K) that the strip can see, and their times."""
+        i, k = np.nonzero(on & (np.nan_to_num(abs(when - half), nan=np.inf) < half + .8))
+        return i, k, when[i, k]
+
+    wide, rr = early & c["PVC"][:, None], .7 * np.nanmedian(clock["rr"], 1, keepdims=True) + .3 * clock["rr"]
+    sway = .05 * rng.standard_normal((CHUNK, 1, 8))  # breathing moves the heart
+    for heart, on in ((p, ~wide), (_ectopic(rng, p), wide)):
+        i, k, at = events(clock["qrs"], on)
+        breath = 1 + sway[i] * clock["breath"](at, i)
+        amplitude = _amplitudes(heart["v"], heart["w"], p["leads"])[i] * breath
+        center, width = _times({key: heart[key][i] for key in ("qrs", "qtc", "frac", "wide")}, rr[i, k])
+        wave = waves(at, center[:, J:], width[:, J:], amplitude[:, J:], -.1, .9)
+        qrs = waves(at, center[:, :J], width[:, :J], amplitude[:, :J], -.1, .3)
+        wave[..., :qrs.shape[2]] += qrs
+        fire(i, at, -.1, wave)
+        peaks.append((i, np.floor(at * rate).astype(int) + round(-.1 * rate) + (qrs ** 2).sum(1).argmax(1)))
+    p_center, p_width = np.stack([0 * p["p_gap"], p["p_gap"]], 1) + .036, np.full((CHUNK, 2), .019)
+    strange = rng.normal((.04, -.06, .03), (.05, .04, .05), (CHUNK, 2, 3)) @ leads  # from another place
+    i, k, at = events(clock["p"], True)
+    other = early | (c["SVARR"][:, None] & (places % 3 == 0)) | c["atrial tachycardia"][:, None]
+    shape = np.where(other[i, k, None, None], strange[i], p["p"][i])
+    fire(i, at, -.05, waves(at, p_center[i], p_width[i], shape, -.05, .2))
+    spike = p["spike"][:, None] @ leads * .1 * rate ** .5
+    both = c["PACE"] & p["dual"] & (rng.random(CHUNK) < .6)
+    for when, on in ((clock["qrs"], c["PACE"]), (clock["p"], both)):
+        i, _, at = events(when, on[:, None])
+        fire(i, at, -.04, waves(at, np.full((len(i), 1), -.006), .3 / rate, spike[i], -.04, .03))
+    i, at = np.concatenate(peaks, 1)
+    return out[..., pad:-pad], [np.sort(at[(i == n) & (at >= 0) & (at < samples)]) for n in range(CHUNK)]
 
 
 def _atrial_waves(rng, c, p, rate, samples):
     """Fibrillation (4-8 Hz, waxing and waning) and flutter (sawtooth, negative in II): (n, 8, N) mV."""
-    n, t, uni = CHUNK, np.arange(samples) / rate, lambda a, b, k: rng.uniform(a, b, (CHUNK, k, 1))
+    t, out = np.arange(samples, dtype=np.float32) / rate, np.zeros((CHUNK, 8, samples), np.float32)
+    uni = lambda a, b, k: rng.uniform(a, b, (len(on), k, 1)).astype(np.float32)
+    on = np.flatnonzero(c["AFIB"] | (c["PACE"] & ~p["dual"] & (rng.random(CHUNK) < .6)))
     slow = lambda: np.sin(2 * np.pi * uni(.1, .7, 3) * t + uni(0, 6.3, 3))  # (n, 3, N)
     angle = 2 * np.pi * (uni(4.2, 7.8, 1) + uni(-.8, .8, 3)) * t + 1.2 * slow() + uni(0, 6.3, 3)
-    way = ((-.15, .35, -.6) + .3 * rng.standard_normal((n, 3, 3))) * rng.lognormal(-3.3, .6, (n, 1, 1))
-    on = c["AFIB"] | (c["PACE"] & ~p["dual"] & (rng.random(n) < .6))
-    wave = (1 + .6 * slow()) * (np.sin(angle) + .3 * np.sin(2 * angle))
-    waves = (on[:, None, None] * way).swapaxes(1, 2) @ wave
-    angle = 2 * np.pi * (p["rate"] / 60)[:, None, None] * t + uni(0, 6.3, 1)
-    saw = sum(np.sin(h * angle + .5 * h) / h ** 1.3 for h in (1, 2, 3))  # (n, 1, N)
-    way = ((.02, -1, -.3) + .25 * rng.standard_normal((n, 3)))[..., None] * uni(.05, .17, 1)
-    return p["leads"] @ (waves + c["AFLT"][:, None, None] * way * saw)
+    way = (-.15, .35, -.6) + .3 * rng.standard_normal((len(on), 3, 3))
+    way = p["leads"][on] @ (way * rng.lognormal(-3.3, .6, (len(on), 1, 1))).swapaxes(1, 2)
+    out[on] = way.astype(np.float32) @ ((1 + .6 * slow()) * (np.sin(angle) + .3 * np.sin(2 * angle)))
+    on = np.flatnonzero(c["AFLT"])
+    angle = (2 * np.pi * p["rate"][on] / 60).astype(np.float32)[:, None, None] * t + uni(0, 6.3, 1)
+    saw = sum(np.sin(h * angle + np.float32(.5 * h)) / np.float32(h ** 1.3) for h in (1, 2, 3))  # (n, 1, N)
+    way = ((.02, -1, -.3) + .25 * rng.standard_normal((len(on), 3)))[..., None] * uni(.05, .17, 1)
+    out[on] += (p["leads"][on] @ way).astype(np.float32) * saw
+    return out
 
 
 def _noise(rng, rate, samples, strongest=False):
     """Disturbances of the electrodes RA, LA, LL, V1..V6, seen in I, II, V1..V6: (n, 8, N) mV.
 
     strongest: every record has all of them, two standard deviations (of the logarithm) above the median."""
-    n, t, f = CHUNK, np.arange(samples) / rate, np.fft.rfftfreq(samples, 1 / rate)
-    uni = lambda a, b: rng.uniform(a, b, (n, 1, 1))
+    n, t = CHUNK, np.arange(samples, dtype=np.float32) / rate
+    uni = lambda a, b: rng.uniform(a, b, (n, 1, 1)).astype(np.float32)
     usual = lambda spread: np.exp(2 * spread) if strongest else rng.lognormal(0, spread, (n, 1, 1))
-    strength = lambda median, spread: median * usual(spread) * rng.lognormal(0, .4, (n, 9, 1))
+    strength = lambda median, spread: (median * usual(spread) * rng.lognormal(0, .4, (n, 9, 1))).astype("f4")
 
-    def colored(shape, count=9):
-        """Noise (n, count, N) of unit deviation with the amplitude spectrum `shape` (F,)."""
-        x = np.fft.irfft(shape * (rng.standard_normal((n, count, f.size, 2)) @ (1, 1j)), samples)
-        return x / x.std(-1, keepdims=True)
+    def colored(shape):
+        """Noise (n, 9, N) of unit deviation with the amplitude spectrum shape(f): parts of one strip."""
+        f = np.fft.rfftfreq(64 * samples, 1 / rate)
+        strip = np.fft.irfft(shape(f) * rng.standard_normal((f.size, 2)).view(complex)[:, 0])
+        strip = (strip / strip.std()).astype(np.float32)
+        starts = rng.integers(0, strip.size - samples, n * 9)
+        return np.stack([strip[i:i + samples] for i in starts]).reshape(n, 9, samples)
 
     swell = 1 + .5 * np.sin(2 * np.pi * uni(.05, .5) * t + uni(0, 6.3))
-    x = strength(.02, .9) * colored(np.where((f > .04) & (f < 2), 1 / np.maximum(f, .04), 0))  # breath, skin
-    x += strength(.009, .7) * swell * colored(np.minimum(f / 8, 1) / (1 + (f / 38) ** 4))  # muscle
+    breath = colored(lambda f: np.where((f > .04) & (f < 2), 1 / np.maximum(f, .04), 0))  # and skin
+    muscle = colored(lambda f: np.minimum(f / 8, 1) / (1 + (f / 38) ** 4))
+    x = strength(.02, .9) * breath + strength(.009, .7) * swell * muscle
     mains = rng.choice((50, 60), (n, 1, 1))  # above Nyquist: taken away by the recorder's filter
-    hum = strength(.004, 1) * (uni(0, 1) < (1 if strongest else .4)) * (mains < .49 * rate)
-    x += hum * np.sin(2 * np.pi * mains * t + uni(0, 6.3))
+    hum = strength(.004, 1) * ((uni(0, 1) < (1 if strongest else .4)) & (mains < .49 * rate))
+    on = np.flatnonzero(hum.any(1))
+    x[on] += hum[on] * np.sin(np.float32(2 * np.pi) * mains[on] * t + uni(0, 6.3)[on])
     # one electrode: a step, a burst, or bad throughout
-    at, kind = uni(0, samples / rate), uni(0, .125 if strongest else 1)
-    step = np.exp(-np.maximum(t - at, 0) / uni(.2, 2)) * (t > at) * uni(.7 if strongest else -.7, .7)
-    burst = np.exp(-.5 * ((t - at) / uni(.2, 1)) ** 2) * .1 * rng.standard_normal((n, 1, samples))
-    bad = .25 * colored(1 / (1 + f / 3), 1)
-    fault = np.select([kind < .06, kind < .1, kind < .125], [step, burst, bad], 0)
-    x += np.eye(9)[rng.integers(0, 9, n)][..., None] * fault
-    electrodes = np.eye(8, 9, 1)
+    kind, which = rng.random(n) * (.125 if strongest else 1), rng.integers(0, 9, n)
+    for i in np.flatnonzero(kind < .125):
+        since = t - rng.uniform(0, samples / rate)
+        if kind[i] < .06:
+            fault = np.exp(-np.maximum(since, 0) / rng.uniform(.2, 2)) * (since > 0) * (
+                rng.uniform(.7 if strongest else -.7, .7))
+        elif kind[i] < .1:
+            fault = np.exp(-.5 * (since / rng.uniform(.2, 1)) ** 2) * .1 * rng.standard_normal(samples)
+        else:
+            fault = .25 * breath[rng.integers(n), which[i] - 1]
+        x[i, which[i]] += fault
+    electrodes = np.eye(8, 9, 1, np.float32)
     electrodes[:2, :3], electrodes[2:, :3] = [[-1, 1, 0], [-1, 0, 1]], -1 / 3
     return electrodes @ x
 
 
+def _record(rng, ecg, peaks, rate):
+    """What recorders make of it: ecg (n, 8, N) mV within a band, in steps, at times with a silent end."""
+    table, samples = np.array(knowledge()["simulator"]["recorders"]), ecg.shape[2]
+    which = rng.choice(len(table), CHUNK, p=table[:, 0] / table[:, 0].sum())
+    f = np.fft.rfftfreq(samples, 1 / rate)
+    for kind, (_, low, high, step, silent) in enumerate(table):
+        on = np.flatnonzero(which == kind)
+        if low > .05 or high < 150:
+            gain = (1 + (low / np.maximum(f, 1e-3)) ** 4) ** -.5 * (1 + (f / high) ** 8) ** -.5
+            ecg[on] = np.fft.irfft(np.fft.rfft(ecg[on]) * gain.astype(np.float32), samples)
+        ecg[on] = np.round(ecg[on] * (1000 / step)) * np.float32(step / 1000)
+        for i in on if silent else ():
+            end = round(samples * (1 - rng.uniform(0, silent)))
+            ecg[i, :, end:], peaks[i] = 0, peaks[i][peaks[i] < end]
+    return ecg, peaks
+
+
 def _report(rng, codes, features):
-    """Statements of a report: rhythm first, wording varied; form codes left out at times, features often."""
+    """Statements of a report: rhythm first, wording varied; form codes left out at times, what follows from
+    others and features often."""
     findings = knowledge()["findings"]
-    rhythm = [k for k in codes if findings[k]["rhythm"]]
-    rest = [k for k in codes if k not in rhythm
-            and rng.random() < (.9 if findings[k]["diagnostic"] or k in ("PVC", "PAC") else .7)]
+    spoken = lambda k: (.9 if findings[k].get("diagnostic") or k in ("PVC", "PAC") else
+                        .7 if "form" in findings[k] else .2)
+    rhythm = [k for k in codes if findings[k].get("rhythm")]
+    rest = [k for k in codes if not findings[k].get("rhythm") and rng.random() < spoken(k)]
     rng.shuffle(rest)
     said = []
     for k in rhythm + rest:
-        word = str(rng.choice([findings[k]["name"]] * 6 + findings[k]["also"][:6]))
-        doubt = rng.random() < .07 and findings[k]["diagnostic"] and k != "NORM"
-        said.append(str(rng.choice(["possible ", "probable "])) + word if doubt else word)
+        words = [findings[k]["name"]] * 6 + findings[k]["also"][:6]
+        word = words[rng.integers(len(words))]
+        doubt = findings[k].get("diagnostic") and k != "NORM" and rng.random() < .07
+        said.append(("possible ", "probable ")[rng.integers(2)] + word if doubt else word)
     shown = rng.permutation(features)[:rng.integers(1, 5)] if rng.random() < .4 else []
-    return said + [str(x) for x in shown]
+    return (said or [findings[next(iter(codes))]["name"]]) + [str(x) for x in shown]
 
 
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
@@ -2351,7 +2427,8 @@ MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, n
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block,
                         _diagnoses, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
-                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _report, DOWER, LIMBS),
+                        _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report, DOWER, LIMBS,
+                        EVENLY),
           **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
           "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
 WORDS = {"ptbxl": ("findings", "lexicon"), "simulated": ("findings", "simulator"), "mimic": (), "csv": ()}

@@ -726,7 +726,7 @@ def transfer(run, name, ask):
             joined = {c: those for c, those in data.join_classes(source, name).items() if c in place}
             one = known.store.path == question.store.path  # what is tested may have been learned from
             if one or not joined:
-                raise data.DataError("they are of the same records" if one else "they have no class in common")
+                raise data.DataError("they are the same records" if one else "they have no class in common")
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue

@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     tags: list         # B lists of tags: the record's whole report
     ids: list          # B record names, for messages
     peaks: torch.Tensor  # (B, K) int32 R peaks in samples of ecg, -1 behind the last
+    exact: list = ()  # B bools: tags are all that is true of the record; (): of none
     said: Optional[list] = None  # the texts to be encoded, where they are not one a record
     everyone: Optional[tuple] = None  # chosen and tags of all processes (FG-CLEP)
 
@@ -71,7 +72,7 @@ class Batch(NamedTuple):
         starts, said = range(0, len(self.ids), size), self.said
         share = -(-len(said) // len(starts)) if said is not None else 0
         for n, i in enumerate(starts):
-            records = (part[i:i + size] for part in self[:5])
+            records = (part[i:i + size] for part in self[:6])
             yield Batch(*records, said if said is None else said[n * share:(n + 1) * share], self.everyone)
 
 
@@ -841,8 +842,9 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
 
-    def know(self, tags):
-        """tags: all that batches can have, in the same order in every process."""
+    def know(self, tags, meaning):
+        """tags: all that batches can have, in the same order in every process. meaning: {tag: what it
+        says, in other words}, of some of them."""
 
     def plan(self, batch):
         return batch
@@ -1377,23 +1379,26 @@ class FGCLEP(ETP):
     fine on reports enriched by waveform features that the coarse model finds plausible.
     align: rhythm, the whole record (v1); tag, besides, every tag's cross-attention over tokens (v2; lead-time
     patches with --encoder leadvit_*); word, besides, each word with its best token (FILIP)."""
-    settings = ("max_pool", "align", "fn_mode", "similarity", "prior", "llm", "keep_share", "keep_threshold",
-                "fine_epochs", "text_pooling")
+    settings = ("max_pool", "align", "fn_mode", "similarity", "targets", "prior", "llm", "keep_share",
+                "keep_threshold", "fine_epochs", "text_pooling")
     stages = ("coarse", "fine")
     ALIGN = {"rhythm": ("rhythm",), "tag": ("rhythm", "beat"), "word": ("rhythm", "token")}
 
     @classmethod
     def check(cls, config):
         super().check(config)
-        if config.text_unit == "tags" and (config.similarity != "tags" or config.fn_mode == "none"):
+        if config.text_unit == "tags" and not config.compares_tags:
             raise ModelError("--similarity half or cos and --fn-mode none pair each record with one text: "
                              "add --text-unit report")
+        if config.targets == "truth" and not config.compares_tags:
+            raise ModelError("--targets truth says of which records a tag is true, and --similarity half or "
+                             "cos and --fn-mode none do not ask: leave one of them out")
         if config.llm and not config.fine_epochs:
             raise ModelError("--llm proposes features for the fine stage: add --fine-epochs")
 
     def __init__(self, config, text):
         super().__init__(config, text)
-        self.scales, self.number = self.ALIGN[config.align], {}  # number: see know
+        self.scales, self.number, self.meaning = self.ALIGN[config.align], {}, {}  # see know
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
         if config.align != "rhythm":
             self.project_tokens = nn.Linear(self.ecg.dim, config.dim)
@@ -1419,15 +1424,15 @@ class FGCLEP(ETP):
         words, count = first_rows(F.normalize(self.project_text(states), dim=2), real)
         return TextViews(words, None, F.normalize(self.project_text(pooled), dim=1), count)
 
-    def know(self, tags):
-        self.number = {tag: i for i, tag in enumerate(tags)}
+    def know(self, tags, meaning):
+        self.number, self.meaning = {tag: i for i, tag in enumerate(tags)}, meaning
 
     def plan(self, batch):
-        """Unit tags: every distinct tag of the batch is a text, and each process encodes its share."""
+        """Unit tags: every distinct tag that is said in the batch is a text; processes share them."""
         tags, chosen = gather_lists(batch.tags, self.number), gather_lists(batch.chosen, self.number)
         if self.config.text_unit != "tags":
             return batch._replace(everyone=(chosen, tags))
-        texts = list(dict.fromkeys(tag for row in tags for tag in row))
+        texts = list(dict.fromkeys(tag for row in chosen for tag in row))
         return batch._replace(said=share_out(texts), everyone=([[text] for text in texts], tags))
 
     def represent(self, batch):
@@ -1445,7 +1450,7 @@ class FGCLEP(ETP):
             gather(vectors.get(name)) for name in ("text", "words", "word_count")))
         text = TextViews(words, report[:, None], report, count)
         ecg = EcgViews(vectors.get("tokens"), vectors.get("tokens"), vectors["ecg"])
-        target = self.targets(report, chosen, batch.tags, tags)  # (b, C)
+        target = self.targets(report, chosen, batch, tags)  # (b, C)
         # with a prior the cosine need not say how frequent a text is, only of which records it is true
         frequency = mean_over_processes(target.mean(0))
         prior = torch.logit(frequency, eps=0.5 / len(tags)) if self.config.prior else 0
@@ -1460,27 +1465,30 @@ class FGCLEP(ETP):
         return terms
 
     @torch.no_grad()
-    def targets(self, t, chosen, tags, everyone):
+    def targets(self, t, chosen, batch, everyone):
         """Soft targets S (b, C): how far text l is true of record k, of this process. similarity tags: share
-        of the text that the record's report contains; half: (1 + cos(t_k, t_l)) / 2, as published: unrelated
-        texts get 1/2; cos: max(cos, 0). fn_mode none: the identity. t (C, dim), chosen: of the texts; tags:
-        the records', everyone: those of all processes."""
-        own = slice(rank() * len(tags), (rank() + 1) * len(tags))
+        of the text that the record's report contains, or its truth; half: (1 + cos(t_k, t_l)) / 2, as
+        published: unrelated texts get 1/2; cos: max(cos, 0). fn_mode none: the identity. t (C, dim), chosen:
+        of the texts; batch: the records, everyone: tags of those of all processes."""
+        own = slice(rank() * len(batch.tags), (rank() + 1) * len(batch.tags))
         if self.config.fn_mode == "none":
             return torch.eye(len(t), device=t.device)[own]
         if self.config.similarity == "tags":
-            return tag_containment(chosen, tags, everyone, t.device)
+            return tag_containment(chosen, batch.tags, everyone, t.device, batch.exact, self.meaning)
         cosines = cosine(t[own], t)
         return (1 + cosines) / 2 if self.config.similarity == "half" else cosines.clamp(min=0)
 
 
-def tag_containment(chosen, tags, everyone=None, device="cpu"):
+def tag_containment(chosen, tags, everyone=None, device="cpu", exact=(), meaning={}):
     """S[k, l] = mean over tags a of text l of max over tags b of record k of w(words of a in b) / w(of a),
     (B, C): 1 where record k says all of text l. chosen: C lists of tags, tags: B lists.
 
     w sums over words log(N / records that use the word) + 0.05, of the N records of everyone (default: tags):
     "sinus rhythm" says little of "sinus tachycardia", but "lateral ischemia" nearly all of "probable lateral
-    ischemia"."""
+    ischemia".
+
+    exact: B bools. Of such a record the tags are all that is true: an a that has a meaning ({tag: name}) is
+    worth 1 where a b means the same, and else 0."""
     everyone = tags if everyone is None else everyone
     number = {tag: i for i, tag in enumerate(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))}
     used = Counter(word for row in everyone for word in set().union(*map(words_of, row)))
@@ -1490,10 +1498,23 @@ def tag_containment(chosen, tags, everyone=None, device="cpu"):
     cover = (words * weight) @ words.T / (words @ weight)[:, None]        # (a, b): share of a in b
     longest = max(map(len, tags))
     rows = [[number[tag] for tag in row + row[:1] * (longest - len(row))] for row in tags]  # filled up
-    rows = torch.tensor(rows)
-    best = cover.T[rows.to(device)].amax(1)                               # (B, a)
+    rows = torch.tensor(rows, device=device)
+    best = best_of(cover, rows)                                           # (B, a)
+    if any(exact):
+        names = list(dict.fromkeys(meaning.get(tag, tag) for tag in number))
+        name = torch.tensor([names.index(meaning.get(tag, tag)) for tag in number], device=device)
+        same = (name[:, None] == name).to(cover.dtype)                    # (a, b)
+        known = torch.tensor([tag in meaning for tag in number], device=device)[:, None]
+        exact = torch.tensor(exact, device=device)
+        best[exact] = best_of(torch.where(known, same, cover), rows[exact])
     in_text = members([[number[tag] for tag in row] for row in chosen], len(number), device)          # (C, U)
     return best @ in_text.T / in_text.sum(1)                              # (B, C)
+
+
+def best_of(cover, rows):
+    """cover (a, b), rows (B, N) of numbers b -> (B, a), the largest of a record's; B x N x a never exists."""
+    table = cover.T.contiguous()
+    return functools.reduce(torch.maximum, (table[column] for column in rows.T))
 
 
 @functools.lru_cache(2**20)
@@ -1670,6 +1691,7 @@ class Config:
     align: Literal["rhythm", "tag", "word"] = "rhythm"  # v1; tag: v2, over patches; word: over tokens
     fn_mode: Literal["soft_bce", "l1", "none"] = "soft_bce"  # of false negatives; none: hard targets
     similarity: Literal["tags", "half", "cos"] = "tags"  # soft targets: model.FGCLEP.targets
+    targets: Literal["reports", "truth"] = "truth"  # where it is known (simulated), not what a report says
     prior: bool = True  # logits start from each text's frequency in the batch: model.FGCLEP.loss
     llm: str = ""  # causal language model (name or folder) to propose features; default: prompts.json
     keep_share: Weight = 1.5  # of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
@@ -1682,6 +1704,7 @@ class Config:
     weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.make_optimiser
     warmup: Share = 0.1  # share of a stage's updates with rising rate; without it towers collapse
     clip: Annotated[float, 1e-12, math.inf] = 1.0  # largest gradient norm
+    ema: Annotated[float, 0, 0.999999] = 0.0  # decay of averaged weights, which are then validated and saved
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
     recompute: bool = False  # keep no activations within the towers' blocks: compute them again going back
     compile: bool = False  # torch.compile the ECG encoder
@@ -1690,6 +1713,11 @@ class Config:
     keep: Literal["last", "best"] = "last"  # weights of the last update, or of the lowest validation loss
     workers: Annotated[int, -1, 1024] = -1  # processes that read batches; -1: with a GPU up to 4, else none
     save_every: CountOr0 = 0  # updates between checkpoints; 0: those of five minutes
+
+    @property
+    def compares_tags(self):
+        """Do soft targets come from tags?"""
+        return self.similarity == "tags" and self.fn_mode != "none"
 
 
 TYPES = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -1750,6 +1778,8 @@ def configure(method=Config.method, preset=Config.preset, **given):
             raise ModelError(f"{flag(name)} is a setting of {', '.join(whose)}, not of {method}: leave it "
                              "out")
     config = Config(**small | (paper if preset == "paper" else {}) | given, method=method, preset=preset)
+    if "targets" not in given and not config.compares_tags:
+        config.targets = "reports"
     for name in TYPES:
         check_setting(name, getattr(config, name))
     if encoder_class(config.encoder) in (ViT1d, LeadViT) and config.patch > SECONDS * config.rate:
@@ -1795,11 +1825,12 @@ METHODS = {
         rate=500, normalise="record", encoder="w2v_base", dim=256, caption_queries=128, decoder_layers=6,
         text_model="fuyingw/heart_bert", text_trainable_layers=6, text_max_length=127, text_unit="report",
         batch_size=256, epochs=100, lr=2e-4, weight_decay=0.2, beta2=0.95, lead_drop=0.5, shift=0.0)),
-    "fgclep": (FGCLEP, dict(text_unit="tags", max_pool=True, epochs=14, fine_epochs=4), dict(
+    "fgclep": (FGCLEP, dict(text_unit="tags", targets="truth", max_pool=True, epochs=14, fine_epochs=4), dict(
         normalise="lead", encoder="resnet50", width=1.0, dim=512, text_trainable_layers=3, lr=2e-5,
         text_model="emilyalsentzer/Bio_ClinicalBERT", text_pooling="pooler", text_max_length=256, prior=False,
-        text_unit="report", similarity="half", max_pool=False, keep_share=1e9, keep_threshold=0.95,
-        batch_size=800, epochs=10, fine_epochs=3, weight_decay=1e-4, lead_drop=0.0, shift=0.0)),
+        text_unit="report", similarity="half", targets="reports", max_pool=False, keep_share=1e9,
+        keep_threshold=0.95, batch_size=800, epochs=10, fine_epochs=3, weight_decay=1e-4, lead_drop=0.0,
+        shift=0.0)),
     "cardiolm": (CardioLM, dict(word_mask=0.15, batch_size=32, lr=1e-3, weight_decay=0.01, epochs=8), dict(
         text_model="ncbi/MedCPT-Query-Encoder", text_max_length=512, epochs=1, lr=5e-5, warmup=0.06)),
 }

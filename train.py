@@ -102,8 +102,10 @@ class Corpus:
 
 
 def open_source(config):
-    """(data.Store, data.Stores or Corpus; data.Tags of its records; numbers of the training records that
-    have any): what a run learns from. Tags are the statements of a report. Errors: DataError."""
+    """(data.Store, data.Stores or Corpus; data.Tags of its records; data.Tags of what is true of them, none
+    where that is not known or not asked for; numbers of the training records that have any of the first):
+    what a run learns from. Tags are the statements of a report. Errors: DataError."""
+    truth = None
     if config.method == "cardiolm":
         store = Corpus(config.data, config.report_language)
         tags = data.Tags.of([text] for text in store.texts)
@@ -111,8 +113,10 @@ def open_source(config):
         store = data.open_all(config.data, config.rate)
         store.verify()
         tags = data.report_tags(store, config.report_language)
+        if "targets" in models.recipe(config.method)[0].settings and config.targets == "truth":
+            truth = data.true_tags(store)
     rows = store.rows("train")
-    return store, tags, rows[np.diff(tags.offsets)[rows] > 0]
+    return store, tags, truth or data.Tags.of([()] * len(tags)), rows[np.diff(tags.offsets)[rows] > 0]
 
 
 class Drawn(NamedTuple):
@@ -124,10 +128,20 @@ class Drawn(NamedTuple):
 
 class Records(torch.utils.data.Dataset):
     """(stage, epoch, rows) -> Drawn. What is random about a record follows from (seed, stage, epoch, row)
-    alone: any number of processes, and a resumed run, see the same."""
+    alone: any number of processes, and a resumed run, see the same. tags, truth: of open_source."""
 
-    def __init__(self, store, tags, config):
-        self.store, self.tags, self.config = store, tags, config
+    def __init__(self, store, tags, truth, config):
+        self.store, self.tags, self.truth, self.config = store, tags, truth, config
+
+    def whole(self, row):
+        """What a record's report says, and behind it what else is true."""
+        said = self.tags[row]
+        return said + [tag for tag in self.truth[row] if tag not in said]
+
+    def said(self, row):
+        """The tags that its texts are made of: those of its report, or all."""
+        if os.environ.get("SAIDONLY"): return self.tags[row]
+        return self.whole(row) if self.config.text_unit == "tags" else self.tags[row]
 
     def __getitem__(self, key):
         stage, epoch, rows = key
@@ -136,13 +150,14 @@ class Records(torch.utils.data.Dataset):
         limit = int(self.config.shift * self.config.rate)
         for i, row in enumerate(rows):
             rng = np.random.default_rng((self.config.seed, stage, epoch, row))
-            chosen.append(sample_tags(self.tags[row], self.config.text_unit, rng))
+            chosen.append(sample_tags(self.said(row), self.config.text_unit, rng))
             if self.config.lead_drop:
                 dropped[i] = rng.random(ecg.shape[1]) < self.config.lead_drop
             if limit:
                 steps[i] = rng.integers(-limit, limit + 1)
-        batch = models.Batch(ecg, chosen, [self.tags[row] for row in rows], list(rows),
-                             torch.from_numpy(self.store.peaks(rows)))
+        batch = models.Batch(ecg, chosen, [self.whole(row) for row in rows], list(rows),
+                             torch.from_numpy(self.store.peaks(rows)),
+                             [len(self.truth.numbers_of(row)) > 0 for row in rows])
         return Drawn(batch, torch.from_numpy(dropped), torch.from_numpy(steps))
 
 
@@ -154,11 +169,11 @@ def sample_tags(tags, unit, rng):
     return [tags[i] for i in rng.permutation(len(tags))[:count]]
 
 
-def step_texts(tags, rows, unit):
-    """The texts that steps can be made of; none where they are too many to be listed."""
+def step_texts(records, rows, unit):
+    """The texts that steps can be made of; none where they are too many to be listed. records: Records."""
     if unit == "report":
-        return [models.join(tags[row]) for row in rows]
-    return [] if unit == "subset" else [tag for row in rows for tag in tags[row]]
+        return [models.join(records.tags[row]) for row in rows]
+    return [] if unit == "subset" else [tag for row in rows for tag in records.said(row)]
 
 
 def augment(drawn, device):
@@ -214,11 +229,24 @@ class Stage(NamedTuple):
         return (update - self.first) * config.accumulate // self.batches
 
 
-def plan_stages(config, store, rows):
-    """Stages of a run, for most methods one. Errors: DataError where one has no update."""
+def unknown_rows(truth, rows):
+    """Those whose truth is not known."""
+    return rows[np.diff(truth.offsets)[rows] == 0]
+
+
+def plan_stages(config, store, truth, rows):
+    """Stages of a run, for most methods one: where all truth is known, the fine one has nothing to recover,
+    and its epochs are the coarse one's. Errors: DataError where one has no update."""
     records, stages, end = len(data.epoch_rows(store, np.random.default_rng(0), rows)), [], 0
-    for name in models.recipe(config.method)[0].stages:
-        if epochs := config.fine_epochs if name == "fine" else config.epochs:
+    plan = {name: config.fine_epochs if name == "fine" else config.epochs
+            for name in models.recipe(config.method)[0].stages}
+    if "fine" in plan and len(rows) > len(unknown_rows(truth, rows)) == 0:
+        plan = {"coarse": sum(plan.values())}
+        if config.llm:
+            raise data.DataError("--llm: all that is true of these records is known, nothing is to be "
+                                 "recovered: leave it out, or add --targets reports")
+    for name, epochs in plan.items():
+        if epochs:
             batches = records // config.batch_size
             first, end = end, end + epochs * batches // config.accumulate
             stages.append(Stage(name, epochs, first, end, batches))
@@ -379,6 +407,45 @@ def make_optimiser(method, config):
     return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=groups[0]["params"][0].is_cuda)
 
 
+class Average:
+    """Moving average (--ema) of what a method learns, and of its buffers; with decay 0 of nothing. A frozen
+    tower is not copied (swa_utils.AveragedModel would). state (in checkpoints): {name: tensor} and the number
+    of updates in it: the first is taken whole, and the decay rises with the number to its value."""
+
+    def __init__(self, method, decay):
+        learned = {name: p.detach() for name, p in method.named_parameters() if p.requires_grad}  # tied: once
+        self.decay, self.live = decay, learned | dict(method.named_buffers()) if decay else {}
+        self.state = {"mean": {name: x.clone() for name, x in self.live.items()}, "updates": 0}
+
+    def update(self):
+        count, mean = self.state["updates"], self.state["mean"]
+        decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
+        self.state["updates"] += 1
+        for name, x in self.live.items():  # a whole number counts, and has no mean
+            mean[name].lerp_(x, 1 - decay) if x.is_floating_point() else mean[name].copy_(x)
+
+    def load(self, state):
+        """Errors: KeyError, RuntimeError where it is of another method."""
+        for name in self.live.keys() | state["mean"].keys():
+            self.state["mean"][name].copy_(state["mean"][name])
+        self.state["updates"] = state["updates"]
+
+    @contextlib.contextmanager
+    def used(self):
+        """Within, the average is in the method, and what it had is kept here."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self):
+        for name, x in self.live.items():
+            kept = x.clone()
+            x.copy_(self.state["mean"][name])
+            self.state["mean"][name].copy_(kept)
+
+
 def rate_at(update, updates, config):
     """Learning rate of one update of a stage: linear warm-up, then cosine to zero."""
     warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
@@ -491,10 +558,10 @@ def save_weights(method, run, name="model.safetensors"):
     data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
 
 
-def save_checkpoint(run, method, optimiser, update, watch):
+def save_checkpoint(run, method, optimiser, average, update, watch):
     """checkpoint.pt, with checksums of the other files that a resumed run reads."""
     state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
-             "processes": models.world(), "watch": watch.state if watch else {},
+             "average": average.state, "processes": models.world(), "watch": watch.state if watch else {},
              "files": data.checksums(run, ("tokenizer/*", "*.py", "recovered.jsonl", "negatives.pt"))}
     data.write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
 
@@ -511,17 +578,19 @@ def read_checkpoint(run, save_every):
             raise data.DataError(f"{path}: {fault}")
         return None
     state, _ = evaluation.read_file(path)
-    if state.keys() != {"model", "optimiser", "update", "processes", "watch", "files"}:
+    if state.keys() != {"model", "optimiser", "average", "update", "processes", "watch", "files"}:
         raise data.DataError(f"{path}: not a checkpoint of this version of the program; train anew")
     data.compare_checksums(run, state["files"])
     return state
 
 
-def restore(state, run, method, optimiser):
-    """Fill method and optimiser from a checkpoint -> updates done. Errors: DataError if it is of another."""
+def restore(state, run, method, optimiser, average):
+    """Fill method, optimiser and average from a checkpoint -> updates done. Errors: DataError if it is of
+    another."""
     try:
         method.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
+        average.load(state["average"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         fault = f"not of {run / 'config.json'} ({models.first_line(error)})"
         raise data.DataError(f"{run / 'checkpoint.pt'}: {fault}; train anew") from error
@@ -660,14 +729,17 @@ def enrich(store, tags, rows, config, run):
         enriched[line["row"]].append(line["feature"])
     if rank() == 0:
         print(f"recovered features: {len(lines)} candidates, {len(kept)} kept")
-    if rank() == 0 and any(store.records["features"]) and not config.llm:  # which has words of its own
-        missing = {row: set(store.records["features"].iloc[row]) - set(tags[row]) for row in rows}
-        for name, part in (("all candidates", lines), ("kept by the filter", kept)):
+    if rank() == 0 and not config.llm:  # which has words of its own
+        missing = {row: set(features) - set(tags[row])
+                   for row, features in zip(rows, store.records["features"].iloc[rows]) if features}
+        for name, part in (("all candidates", lines), ("kept by the filter", kept)) if missing else ():
+            part = [line for line in part if line["row"] in missing]
             hits = sum(line["feature"] in missing[line["row"]] for line in part)
             precision, recall = hits / max(1, len(part)), hits / max(1, sum(map(len, missing.values())))
             quality[name] = {"features": len(part), "precision": precision, "recall": recall}
             print(f"  {name:<20} {len(part):7d} features   precision {precision:.3f}   recall {recall:.3f}")
-        data.write_text(run / "recovery.json", json.dumps(quality, indent=1))
+        if quality:
+            data.write_text(run / "recovery.json", json.dumps(quality, indent=1))
     return data.Tags.of(enriched)
 
 
@@ -914,7 +986,7 @@ class Beside(NamedTuple):
     validation: object = None  # Validation
 
 
-def train_stage(stage, done, method, optimiser, batches, names, config, run, device, beside):
+def train_stage(stage, done, method, optimiser, average, batches, names, config, run, device, beside):
     """Do the updates of a stage, of which the run has done some -> updates done. names: data.Store.ids."""
     log, watch, validation = beside
     batches, ledger, look, told = iter(batches), Ledger(log, method.train(), names), None, done + 20
@@ -934,6 +1006,7 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
             if found is None:
                 break
             done = update + 1
+            average.update()
             ledger.add({"update": done, "stage": stage.name, "lr": rate}, *found)
             save = bool(config.save_every) and done % config.save_every == 0
             epochs = [stage.epoch(n, config) // max(1, config.eval_every) for n in (done, done - 1)]
@@ -946,27 +1019,28 @@ def train_stage(stage, done, method, optimiser, batches, names, config, run, dev
             if watch:
                 watch.note(lines, warm)
             if validation and validate:
-                look = validation.look(method)
-                save |= config.keep == "best" and keep_best(run, method, stage, done, look["loss"])
+                with average.used():
+                    look = validation.look(method)
+                    save |= config.keep == "best" and keep_best(run, method, stage, done, look["loss"])
                 add_line(log, {"update": done, "stage": stage.name, "validation": look})
             shown = {**lines[-1]["terms"], **({"val": look["loss"], "R@5": look["R@5"]} if look else {})}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
             if told <= done < stage.end:
-                bar.write(cost(method, lines[-1]["seconds"], stage.end - done, device))
+                bar.write(cost(method, average, lines[-1]["seconds"], stage.end - done, device))
                 told = math.inf
             if watch and done % 50 == 0 and (warning := watch.look()):
                 add_line(log, {"update": done, "warning": warning})
                 bar.write(f"update {done}: {warning}")
             late = not config.save_every and time.monotonic() - saved > SAVE_SECONDS
             if done < stage.end and (save or late):
-                save_checkpoint(run, method, optimiser, done, watch)
+                save_checkpoint(run, method, optimiser, average, done, watch)
                 saved = time.monotonic()
             ledger.since = time.perf_counter()
         lines = ledger.settle()
         if watch:
             watch.note(lines, warm)
         if rank() == 0:
-            save_checkpoint(run, method, optimiser, done, watch)
+            save_checkpoint(run, method, optimiser, average, done, watch)
         if rank() == 0 and done < stage.end:
             bar.write(f"stopped and saved at update {done}; continue with: python train.py --resume {run}")
     return done
@@ -982,26 +1056,27 @@ def keep_best(run, method, stage, update, loss):
     return lowest
 
 
-def cost(method, seconds, left, device):
+def cost(method, average, seconds, left, device):
     """Sentence on what the rest of a stage will take."""
     size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
-    adam = 2 * size(p for p in method.parameters() if p.requires_grad)
+    beside = size(average.live.values()) + 2 * size(p for p in method.parameters() if p.requires_grad)  # Adam
     cuda = device.type == "cuda"
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if cuda else ""
     arrival = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
     return (f"{seconds:.3g} s an update, {left} to go: until {arrival:%a %H:%M}; a checkpoint is "
-            f"{(size(method.state_dict().values()) + adam) / 1e9:.2f} GB{memory}")
+            f"{(size(method.state_dict().values()) + beside) / 1e9:.2f} GB{memory}")
 
 
 def train(config, run, source, device):
     """Train, or continue a run, to its end. Returns whether it came there: no, if it was stopped."""
-    store, tags, rows = source
-    reports, stages = lambda: [models.join(tags[row]) for row in rows], plan_stages(config, store, rows)
+    store, tags, truth, rows = source
+    records, stages = Records(store, tags, truth, config), plan_stages(config, store, truth, rows)
+    reports, unknown = lambda: [models.join(records.whole(row)) for row in rows], unknown_rows(truth, rows)
     checkpoint, proposals = read_checkpoint(run, config.save_every), None
     if config.wandb and rank() == 0:
         start_wandb(config, run)
     if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
-        proposals = ask_llm(run, config.llm, [tags[row] for row in rows], device)
+        proposals = ask_llm(run, config.llm, [tags[row] for row in unknown], device)
     text = make_text(config, run, reports, device, checkpoint is None)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
@@ -1012,13 +1087,17 @@ def train(config, run, source, device):
     for tensor in method.state_dict().values() if models.world() > 1 else ():
         dist.broadcast(tensor, 0)
     optimiser, cuda = make_optimiser(method, config), device.type == "cuda"
-    update = restore(checkpoint, run, method, optimiser) if checkpoint else 0
+    average = Average(method, config.ema)
+    update = restore(checkpoint, run, method, optimiser, average) if checkpoint else 0
     log = watch = validation = None
     if rank() == 0:
         count = sum(p.numel() for p in method.parameters())
         sets = ", ".join(f"{n} of {spec}" for spec, n in by_set(store, rows).items())
         print(f"{config.method}: training records: {sets}; {stages[-1].end} updates, "
               f"{count / 1e6:.2f} M parameters, run {run}")
+        if config.fine_epochs and stages[-1].name != "fine":
+            print("all that is true of these records is known, nothing is to be recovered: the coarse stage "
+                  f"takes the {config.fine_epochs} epochs of the fine one")
         log = write_lines(run / "log.jsonl", [line for line in read_log(run) if line["update"] <= update])
     if config.compile:
         method.compile_encoder()
@@ -1030,15 +1109,18 @@ def train(config, run, source, device):
             continue
         if stage.name == "fine":
             if rank() == 0 and update == stage.first:  # a run that is resumed within the stage reads them
-                recover_features(method, store, tags, rows, proposals, config, run, device)
+                with average.used():
+                    recover_features(method, store, tags, unknown, proposals, config, run, device)
             from_first()
-            tags = enrich(store, tags, rows, config, run)
+            records = Records(store, enrich(store, tags, unknown, config, run), truth, config)
         if getattr(method, "text", None) and method.text.frozen and "text_pooling" in method.settings:
             with autocast(config, device):
-                method.text.keep(step_texts(tags, rows, config.text_unit),
+                method.text.keep(step_texts(records, rows, config.text_unit),
                                  lambda parts: tqdm(parts, "texts", leave=False))
-        method.know(tags.table)
-        records, read = Records(store, tags, config), (update - stage.first) * config.accumulate
+        decided = set(truth.table)  # what no record shows is a name that nobody has decided about
+        method.know(list(dict.fromkeys(records.tags.table + truth.table)),
+                    {tag: name for tag, name in data.meanings().items() if name in decided})
+        read = (update - stage.first) * config.accumulate
         batches = torch.utils.data.DataLoader(
             records, sampler=Keys(store, rows, config, number, stage.epochs, read), batch_size=None,
             num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_interrupts)
@@ -1054,12 +1136,13 @@ def train(config, run, source, device):
             if config.keep == "best" and not validation:
                 raise data.DataError("--keep best: there is nothing to choose by; it needs validation "
                                      "records, and --eval-every over 0")
-        update = train_stage(stage, update, method, optimiser, batches, store.ids, config, run, device,
-                             Beside(log, watch, validation))
+        update = train_stage(stage, update, method, optimiser, average, batches, store.ids, config, run,
+                             device, Beside(log, watch, validation))
         if update < stage.end:
             return False
     if rank() == 0:
-        finish(config, run, store, rows, method, device)
+        with average.used():
+            finish(config, run, store, rows, method, device)
     return True
 
 
@@ -1142,11 +1225,11 @@ def main(argv=None):
         config.init = os.path.abspath(config.init)
     for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
-    source = store, tags, rows = open_source(config)
+    source = store, tags, truth, rows = open_source(config)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
                "csrc": csrc.build_info().get("sources", "reference"),
                **{name: os.path.abspath(path) for name, path in models.own_files(config).items()}}
-    plan_stages(config, store, rows)
+    plan_stages(config, store, truth, rows)
     first, wanted = rank() == 0, {}
     if first and not language:  # at the end a table of the data's own kind
         if sets := data.sets_of(store):

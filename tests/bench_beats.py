@@ -55,7 +55,7 @@ def mitdb(folder, leads=(0, 1)):
 
 def simulated(rate, blocks=2, seed=21):
     """Simulated records, every one with every noise at its strongest."""
-    parts = [data._block(np.random.default_rng((seed, b)), rate, 10, strongest_noise=True) for b in range(blocks)]
+    parts = [data._block(np.random.default_rng((seed, b)), rate, 10, noise="strongest") for b in range(blocks)]
     return [Recording(ecg, rate, np.array(peaks), (0, 10 * rate - 1)) for part in parts for ecg, peaks in zip(*part[:2])]
 
 

@@ -5,7 +5,7 @@ it again to go on.
     python tests/bench_ptbxl.py ../shared/data/ptbxl --tasks zeroshot,probe
     python tests/bench_ptbxl.py ../shared/data/ptbxl --ablation   parts of FG-CLEP x seeds
     python tests/bench_ptbxl.py ../shared/data/ptbxl --methods melp,melp-rpeak,melp-cardiolm
-    python tests/bench_ptbxl.py ../shared/data/ptbxl --methods fgclep,fgclep-simulated,fgclep-mixed,fgclep-init
+    python tests/bench_ptbxl.py ../shared/data/ptbxl --methods fgclep,fgclep-simulated,fgclep-reports,fgclep-mixed,fgclep-init
 """
 import argparse
 import subprocess
@@ -37,6 +37,7 @@ VARIANTS = {"cmelt-far": ["--method", "cmelt", "--negatives", "far"],  # N3S
             "melp-rpeak": ["--method", "melp", "--beats", "rpeak"],
             "melp-cardiolm": ["--method", "melp", "--text-model", f"runs/{LANGUAGE_MODEL}"],
             "fgclep-simulated": ["--method", "fgclep", "--data", "simulated:4096"],
+            "fgclep-reports": ["--method", "fgclep", "--data", "simulated:4096", "--targets", "reports"],
             "fgclep-mixed": ["--method", "fgclep", "--data", "{data},simulated:4096"],
             "fgclep-init": ["--method", "fgclep", "--init", "runs/bench-fgclep-simulated-{seed}"]}
 

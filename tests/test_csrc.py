@@ -61,7 +61,7 @@ def strips():
     """Simulated records: (8, 12, N) mV for each of RATES, some with what a recording should not have."""
     out = {}
     for fs in RATES:
-        ecg = data._block(np.random.default_rng(fs), fs, 10, strongest_noise=True)[0][:8].copy()
+        ecg = data._block(np.random.default_rng(fs), fs, 10, noise="strongest")[0][:8].copy()
         ecg[1, 3, fs:3 * fs] = np.nan
         ecg[2, :, 4 * fs:4 * fs + 3] = np.nan
         ecg[3, 5], ecg[3, 6] = np.nan, 0

@@ -195,7 +195,7 @@ def finished_run():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECG_CACHE", str(folder / "cache"))
         patch.chdir(folder)
-        train.main("--data simulated:64 --width 0.125 --dim 8 --mlm-steps 2 --batch-size 16 --epochs 1 --fine-epochs 1 "
+        train.main("--data simulated:64 --width 0.125 --dim 8 --mlm-steps 2 --batch-size 16 --epochs 1 --fine-epochs 1 --targets reports "
                    "--threads 1 --name run".split())
     assert os.getcwd() == before
     return folder / "runs" / "run"
@@ -217,7 +217,7 @@ def resumed(folder, file):
     config, run, _ = train.parse(["--resume", str(folder / "run")])
     state = train.read_checkpoint(run, config.save_every)
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
-    update = train.restore(state, run, method, train.make_optimiser(method, config))
+    update = train.restore(state, run, method, train.make_optimiser(method, config), train.Average(method, config.ema))
     log = [line for line in train.read_log(run) if line["update"] <= update]
     recovered = train.read_lines(run / "recovered.jsonl", {"row": int, "feature": str, "kept": bool})
     return evaluation.crc_of_tensors(method.state_dict()), recovered, log

@@ -211,7 +211,7 @@ def test_a_run_with_a_language_model(tiny_llm, store, tmp_path, monkeypatch, cap
     monkeypatch.setattr(train, "generate", generate)
     monkeypatch.setattr(train, "LLM_TOKENS", 16)
     monkeypatch.chdir(tmp_path)
-    train.main(["--llm", str(tiny_llm), "--name", "run", "--data", f"store:{store.path}", "--width", "0.125", "--dim", "16",
+    train.main(["--llm", str(tiny_llm), "--targets", "reports", "--name", "run", "--data", f"store:{store.path}", "--width", "0.125", "--dim", "16",
                 "--mlm-steps", "3", "--batch-size", "16", "--epochs", "1", "--fine-epochs", "1", "--threads", "1"])
     out = capsys.readouterr().out
     assert "distinct sets of tags, 2 distinct features" in out and "recovered features" in out and "precision" not in out

@@ -41,6 +41,40 @@ def test_tag_containment():
     assert rare[0, 0] < 0.1 and rare[-1, 0] == 1              # a common word in common says little
 
 
+INFARCTIONS = {  # tag -> what it says
+    "mi": "myocardial infarction", "myocardial infarction": "myocardial infarction", "sinus rhythm": "sinus rhythm",
+    "inferior infarct": "inferior myocardial infarction", "possible inferior infarct": "inferior myocardial infarction",
+    "inferior myocardial infarction": "inferior myocardial infarction", "probable inferior mi": "inferior myocardial infarction",
+    **{feature: feature for feature in ("st elevation in v1 to v3", "st depression in v1 to v3", "st elevation")}}
+
+
+def test_exact_targets_by_hand():
+    """Of a record whose truth is known: other wordings and fewer words are true, what has words in common only is not."""
+    truth = ["possible inferior infarct", "st elevation in v1 to v3"]
+    texts = ["inferior infarct", "inferior myocardial infarction", "probable inferior mi", "mi", "st elevation", "st elevation in v1 to v3",
+             "st depression in v1 to v3", "sinus rhythm", "old inferior infarct"]
+    others, chosen = [["sinus rhythm", "old inferior infarct"]] * 3, [[text] for text in texts]
+    s = models.tag_containment(chosen, [truth, *others], exact=[True] + [False] * 3, meaning=INFARCTIONS)
+    assert s[0, :8].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    weight = lambda n: np.log(4 / n) + 0.05  # the last text has no known meaning: its share in the record's words
+    assert s[0, 8].item() == pytest.approx(2 * weight(4) / (2 * weight(4) + weight(3)))
+    whole = models.tag_containment([["mi", "sinus rhythm", "st elevation", "st elevation in v1 to v3"]], [truth], None, "cpu", [True], INFARCTIONS)
+    assert whole.tolist() == [[0.75]]                         # three of the four are true
+    reports = models.tag_containment(chosen, [truth, *others])
+    assert torch.equal(s[1:], reports[1:]) and 0 < reports[0, 6] < 1  # the others are as they were, to the last bit
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_of_a_mixed_batch_are_what_each_is_alone(seed):
+    g, words = np.random.default_rng(seed), list(INFARCTIONS) + ["old inferior infarct", "no st depression", "normal ecg"]
+    tags = [list(g.permutation(words)[:g.integers(1, 6)]) for _ in range(8)]
+    chosen, exact = [list(g.permutation(words)[:g.integers(1, 4)]) for _ in range(6)], (g.random(8) < 0.5).tolist()
+    s = models.tag_containment(chosen, tags, tags, "cpu", exact, INFARCTIONS)
+    for row, sure, own in zip(s, exact, tags):
+        alone = models.tag_containment(chosen, [own], tags, "cpu", [sure], INFARCTIONS)
+        assert torch.allclose(row, alone[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("name, tokens, dim", [("resnet18", 63, 256), ("resnet50", 63, 1024), ("vit_tiny", 100, 192)])
 @pytest.mark.parametrize("leads", [1, 12])
 def test_encoders_take_any_leads_and_length(name, tokens, dim, leads):
@@ -188,7 +222,7 @@ def toy_batch(size=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     tags = [t.rstrip(".").split(". ") for t in (TEXTS * 2)[:size]]
     return models.Batch(torch.randn(size, 12, 200, generator=g), tags, tags, [str(i) for i in range(size)],
-                        torch.tensor([[20, 90, 160, -1]] * size, dtype=torch.int32))
+                        torch.tensor([[20, 90, 160, -1]] * size, dtype=torch.int32), [i % 2 == 0 for i in range(size)])
 
 
 def toy_method(name, **options):
@@ -205,8 +239,26 @@ def toy_method(name, **options):
             module.dropout = 0.0
     if name == "cmelt":
         method.far = models.FarTexts(sorted(set(TEXTS_AS_TAGS)), torch.eye(len(set(TEXTS_AS_TAGS))))
-    method.know(sorted({tag for text in TEXTS_AS_TAGS for tag in text.split(". ")}))
+    tags = sorted({tag for text in TEXTS_AS_TAGS for tag in text.split(". ")})
+    method.know(tags, {tag: tag for tag in tags})
     return method
+
+
+def test_records_whose_truth_is_known_have_other_targets():
+    """Which the tests of chunks and processes need, to see that it is the right records'."""
+    for options in ({}, {"text_unit": "report"}):
+        losses = [toy_method("fgclep", **options)(toy_batch()._replace(exact=exact))["sigmoid"].item()
+                  for exact in (toy_batch().exact, [True] * 8, [False] * 8, ())]
+        assert losses[2] == losses[3] and len({round(loss, 5) for loss in losses}) == 3
+
+
+def test_targets_where_no_tags_are_compared():
+    assert small_config("fgclep").targets == small_config("fgclep", text_unit="report").targets == "truth"
+    assert models.configure("fgclep", "paper").targets == "reports"
+    for options in ({"similarity": "half"}, {"similarity": "cos"}, {"fn_mode": "none"}):
+        assert small_config("fgclep", text_unit="report", **options).targets == "reports"
+        with pytest.raises(models.ModelError, match="--targets truth says of which records a tag is true"):
+            small_config("fgclep", text_unit="report", targets="truth", **options)
 
 
 @pytest.mark.parametrize("name", ["etp", "merl", "melp"])
@@ -431,6 +483,7 @@ def test_settings_of_a_run_make_the_same_config(method, preset):
     ("etp", dict(name="a/b"), "no name of a folder"), ("etp", dict(text_unit="tags"), "--text-unit tags is fgclep's"),
     ("fgclep", dict(temperature=0.1), "--temperature is a setting of etp, merl, not of fgclep"),
     ("etp", dict(fine_epochs=2), "--fine-epochs is a setting of fgclep"), ("melp", dict(text_pooling="cls"), "not of melp"),
+    ("merl", dict(targets="truth"), "--targets is a setting of fgclep"),
     ("fgclep", dict(llm="x", fine_epochs=0), "add --fine-epochs"), ("clip", {}, "unknown method"),
     ("etp", dict(preset="large"), "--preset is 'large'; it must be one of small, paper")])
 def test_a_setting_without_sense_is_refused(method, given, words):

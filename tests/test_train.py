@@ -61,7 +61,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method,
     """Stopped by SIGTERM (saves) or kill -9 (from the last checkpoint), then continued: FG-CLEP through both stages, C-MELT, which
     draws masks and negatives at random, and ETP, whose frozen text tower was trained just before."""
     args = ["--data", f"store:{tiny_store}", "--method", method, "--save-every", "4", *TINY]
-    args += {"fgclep": ["--fine-epochs", "2"], "cmelt": ["--negatives", "far"], "etp": ["--epochs", "8"]}[method]
+    args += {"fgclep": ["--fine-epochs", "2", "--targets", "reports"], "cmelt": ["--negatives", "far"], "etp": ["--epochs", "8"]}[method]
     whole = run_train(tmp_path, "--name", "whole", *args)
     assert whole.wait() == 0, whole.communicate()[0]
     part = run_train(tmp_path, "--name", "part", *args)
@@ -218,7 +218,7 @@ def test_a_gradient_that_is_not_finite_stops(tiny_store, tmp_path, monkeypatch):
 def finished(tiny_store, tmp_path_factory):
     """A whole FG-CLEP run, and beside it, in "fine", the same stopped in its fine stage."""
     folder = tmp_path_factory.mktemp("finished")
-    args = ["--data", f"store:{tiny_store}", "--fine-epochs", "2", "--save-every", "9", *TINY]
+    args = ["--data", f"store:{tiny_store}", "--targets", "reports", "--fine-epochs", "2", "--save-every", "9", *TINY]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*args, "--name", "whole"])
@@ -398,6 +398,74 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert train.rate_at(0, 100, small_config("etp", lr=1.0, warmup=0.0)) == 1.0
 
 
+class Learner(torch.nn.Module):
+    """A weight that learns and has two names, one that does not, a running mean and a count."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.frozen = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
+        self.tied = self.weight
+        self.register_buffer("running", torch.zeros(1))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def test_averaged_weights_by_hand():
+    method = Learner()
+    average = train.Average(method, 0.2)
+    for value in (1.0, 2.0, 4.0):
+        with torch.no_grad():
+            method.weight.fill_(value)
+            method.running.fill_(10 * value)
+            method.count += 1
+        average.update()
+    second = 1 * 2 / 11 + 2 * 9 / 11         # (1 + 1) / (10 + 1) is less than 0.2
+    third = second * 0.2 + 4 * 0.8           # (1 + 2) / (10 + 2) is more
+    mean = average.state["mean"]
+    assert mean["weight"].tolist() == pytest.approx([third, third]) and mean["running"].item() == pytest.approx(10 * third)
+    assert mean["count"] == 3 and mean.keys() == {"weight", "running", "count"} and average.state["updates"] == 3
+    with pytest.raises(KeyError):
+        train.Average(Learner(), 0.0).load(average.state)
+    with pytest.raises(KeyboardInterrupt), average.used():
+        assert method.weight[0].item() == pytest.approx(third) and method.frozen.tolist() == [1, 1]
+        raise KeyboardInterrupt
+    assert method.weight.tolist() == [4, 4] and mean["weight"][0].item() == pytest.approx(third)
+    other = train.Average(Learner(), 0.2)
+    other.load(average.state)
+    assert all(torch.equal(x, mean[name]) for name, x in other.state["mean"].items()) and other.state["updates"] == 3
+
+
+def test_without_a_decay_nothing_is_averaged():
+    average = train.Average(Learner(), 0.0)
+    average.update()
+    with average.used():
+        assert average.state["mean"] == {}
+
+
+def test_a_run_is_its_averaged_weights_and_resumes(tiny_store, tmp_path, monkeypatch):
+    """Validated and saved is the average, and the checkpoint keeps what training goes on with."""
+    monkeypatch.chdir(tmp_path)
+    seen, look = [], train.Validation.look
+    monkeypatch.setattr(train.Validation, "look", lambda self, method: seen.append(
+        {k: v.clone() for k, v in method.state_dict().items()}) or look(self, method))
+    args = ["--method", "etp", "--data", "simulated:200", *TINY, "--epochs", "2", "--ema", "0.9", "--save-every", "5"]
+    train.main([*args, "--name", "whole"])
+    saved, checkpoint = load_file("runs/whole/model.safetensors"), torch.load("runs/whole/checkpoint.pt")
+    assert all(torch.equal(saved[k], x) for k, x in seen[-1].items())
+    assert all(torch.equal(saved[k], x) for k, x in checkpoint["average"]["mean"].items() if k in saved)
+    assert not torch.equal(saved["project_ecg.weight"], checkpoint["model"]["project_ecg.weight"])
+    assert not any(k.startswith("text.lm") and k.endswith("weight") for k in checkpoint["average"]["mean"])  # which is frozen
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(train.Stop, "anywhere", lambda self: asked.append(0) or len(asked) > 7)
+        train.main([*args, "--name", "part"])
+    train.main(["--resume", "runs/part"])
+    again = load_file("runs/part/model.safetensors")
+    assert all(torch.equal(saved[k], again[k]) for k in saved)
+    train.main([*args[:-4], "--save-every", "5", "--name", "plain"])  # training itself is the same
+    plain = load_file("runs/plain/model.safetensors")
+    assert all(torch.equal(plain[k], x) for k, x in checkpoint["model"].items())
+
+
 def test_weight_decay_is_on_matrices_only():
     """Of every tensor with more than one dimension it is written here whether it is a matrix."""
     plain = {"merl": ["pool.positions", "pool.cls"], "merl vit_tiny": ["ecg.positions"],
@@ -470,7 +538,7 @@ def test_augmentation_moves_and_drops():
 def test_what_is_random_about_a_record_is_its_own(tiny_store):
     """Not that of its batch, nor of the number of batches before."""
     store, config = data.open_data(f"store:{tiny_store}"), small_config("etp", lead_drop=0.5, shift=1.0)
-    records = train.Records(store, data.report_tags(store), config)
+    records = train.Records(store, data.report_tags(store), data.true_tags(store), config)
     one, other = records[0, 1, [4, 7, 9]], records[0, 1, [9, 4]]
     assert one.steps.unique().numel() == 3 and one.steps.abs().max() <= 100 and 0 < one.dropped.float().mean() < 1
     assert other.steps.tolist() == [one.steps[2], one.steps[0]] and torch.equal(other.dropped, one.dropped[[2, 0]])
@@ -490,6 +558,71 @@ def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, c
         "all candidates": {"features": 4, "precision": 0.5, "recall": 2 / 3},
         "kept by the filter": {"features": 3, "precision": 2 / 3, "recall": 2 / 3}}
     assert "4 candidates, 3 kept" in capsys.readouterr().out
+
+
+def test_recovery_of_records_without_features_has_no_precision(tmp_path, capsys):
+    """Of the two that candidates were made for, only the second has features to be compared with."""
+    lines = [{"row": row, "id": str(row), "feature": "a", "cosine": 0.5, "kept": True} for row in (0, 1)]
+    (tmp_path / "recovered.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store, tags = SimpleNamespace(records=pd.DataFrame({"features": [[], ["a", "b"], ["a"]]})), data.Tags.of([["x"], ["y"], ["z"]])
+    train.enrich(store, tags, [0, 1], small_config("fgclep"), tmp_path)
+    found = json.loads((tmp_path / "recovery.json").read_text())
+    assert found["kept by the filter"] == {"features": 1, "precision": 1.0, "recall": 0.5}
+    (tmp_path / "recovery.json").unlink()
+    (tmp_path / "recovered.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    capsys.readouterr()
+    train.enrich(store, tags, [0], small_config("fgclep"), tmp_path)
+    assert "precision" not in capsys.readouterr().out and not (tmp_path / "recovery.json").exists()
+
+
+def test_a_simulated_record_has_its_whole_truth(tiny_store):
+    store = data.open_data(f"store:{tiny_store}")
+    reports, truth, rows = data.report_tags(store), data.true_tags(store), [4, 7, 9]
+    for unit in ("tags", "report"):
+        batch = train.Records(store, reports, truth, small_config("fgclep", text_unit=unit))[0, 0, rows].batch
+        for row, chosen, tags in zip(rows, batch.chosen, batch.tags):
+            assert tags[:len(reports[row])] == reports[row] and set(tags) == {*reports[row], *truth[row]} and len(tags) == len(set(tags))
+            assert chosen == (tags if unit == "tags" else reports[row])
+        assert batch.exact == [True] * 3 and [len(part.exact) for part in batch.parts(2)] == [2, 1]
+    plain = train.Records(store, reports, data.Tags.of([()] * len(store)), small_config("fgclep"))[0, 0, rows].batch
+    assert plain.tags == plain.chosen == [reports[row] for row in rows] and plain.exact == [False] * 3
+
+
+TRUTH = ["--fine-epochs", "1", "--save-every", "3", *TINY, "--epochs", "1"]
+
+
+def test_a_run_of_simulated_records_has_nothing_to_recover(tiny_store, tmp_path, monkeypatch, capsys):
+    """The coarse stage takes the fine stage's epochs; stopped, it resumes to the same weights."""
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", f"store:{tiny_store}", *TRUTH]
+    train.main([*args, "--name", "whole"])
+    assert "nothing is to be recovered: the coarse stage takes the 1 epochs of the fine one" in capsys.readouterr().out
+    stages = [line["stage"] for line in lines_of(tmp_path / "runs/whole", "terms")]
+    assert stages == ["coarse"] * (2 * (len(data.open_data(f"store:{tiny_store}").rows("train")) // 16))
+    assert not (tmp_path / "runs/whole/recovered.jsonl").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(train.Stop, "anywhere", lambda self: asked.append(0) or len(asked) > 5)
+        train.main([*args, "--name", "part"])
+    train.main(["--resume", "runs/part"])
+    a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(data.DataError, match="--llm: all that is true of these records is known"):
+        train.main([*args, "--llm", "x"])
+
+
+def test_a_mixed_run_recovers_for_real_records_only(tmp_path, monkeypatch, capsys):
+    from test_data import beats, table, write
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    for i in range(24):
+        write(tmp_path / f"r{i}", beats(seed=i))
+    table(tmp_path / "list.csv", [dict(record=f"r{i}", report="left ventricular hypertrophy" if i % 2 else "atrial fibrillation",
+                                       split="val" if i > 17 else "train") for i in range(24)])
+    train.main(["--data", "csv:list.csv,simulated:64", *TRUTH, "--name", "mixed"])
+    lines = [json.loads(line) for line in (tmp_path / "runs/mixed/recovered.jsonl").open()]
+    assert {line["row"] for line in lines} == set(range(18)) and "precision" not in capsys.readouterr().out
+    assert {line["stage"] for line in lines_of(tmp_path / "runs/mixed", "terms")} == {"coarse", "fine"}
 
 
 def test_the_command_line_explains_itself(tmp_path, capsys):
