@@ -280,7 +280,7 @@ def signals(store, rows, ask):
     if ask.noise is not None and ask.control != "zero":
         for x, row in zip(ecg, rows):
             x += noise_like(x, store.rate, ask.noise, np.random.default_rng((0, row)))
-    kept = range(12) if ask.leads is None else [data.lead_index(lead) for lead in ask.leads]
+    kept = range(12) if not ask.leads else [data.lead_index(lead) for lead in ask.leads]
     ecg[:, [i for i in range(12) if i not in kept or ask.control == "zero"]] = 0
     if ask.derive_leads:  # Einthoven, Goldberger
         one, two = ecg[:, 0], ecg[:, 1]
@@ -453,7 +453,7 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
     those with fewer than ENOUGH positives and the untrained. Intervals: of a class with ENOUGH positives; of
     a mean over the resamples in which all its classes have both kinds (none where they are under a tenth)."""
     patients = np.arange(len(scores)) if patients is None else patients
-    weights, classes, samples = resamples(patients), {}, {}
+    weights, classes, samples, means = resamples(patients), {}, {}, {}
     for name, score, positive in zip(names, scores.T, positives.T):
         count = int(positive.sum())
         classes[name] = {"positives": count}
@@ -463,7 +463,6 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
                               "interval": interval(samples[name]) if count >= ENOUGH else None,
                               "auprc": float(average_precision_score(positive, score)),
                               "f1": best_f1(score, positive)}
-    means = {}
     for title, least, without in (("macro", 1, ()), ("macro_enough", ENOUGH, untrained)):
         used = [n for n in samples if classes[n]["positives"] >= least and n not in without]
         if used:
@@ -724,9 +723,10 @@ def transfer(run, name, ask):
         try:
             known = ask_set(source, run.config, ask, learn=True, test=False)
             joined = {c: those for c, those in data.join_classes(source, name).items() if c in place}
-            one = known.store.path == question.store.path  # what is tested may have been learned from
-            if one or not joined:
-                raise data.DataError("they are the same records" if one else "they have no class in common")
+            if known.store.path == question.store.path:  # what is tested may have been learned from
+                raise data.DataError("they are of the same records")
+            if not joined:
+                raise data.DataError("they have no class in common")
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
