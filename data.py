@@ -160,6 +160,26 @@ def write_text(path, text):
     write_atomic(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def checksums(folder, patterns):
+    """{path in the folder: crc32} of the files that match; read once as long as they do not change."""
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): crc_at(str(path), path.stat().st_mtime_ns) for path in paths}
+
+
+@lru_cache(64)
+def crc_at(path, changed):
+    return crc_of(path)
+
+
+def compare_checksums(folder, known):
+    """Errors: DataError where a file is not the one whose checksum is known."""
+    found = checksums(folder, known)
+    for name in [name for name in known if found.get(name) != known[name]]:
+        fault = "damaged" if name in found else "missing"
+        raise DataError(f"{Path(folder) / name}: {fault}, and the rest was made with it; restore it, or "
+                             "train anew")
+
+
 @contextlib.contextmanager
 def locked(path, wait=True):
     """Hold the lock file `path` -> True; False if not wait and another process holds it. It is free when this
@@ -456,6 +476,33 @@ def load_record(path, rate, crop="first", read=read_record):
              "leads flat or mostly invalid": int((present & ~usable).sum()),
              "checksum in the header is wrong": int(not record.checksum_ok)}
     return ecg, usable, {text: amount for text, amount in notes.items() if amount}
+
+
+def load_signals(signals, fs, leads, rate):
+    """A WFDB record's path, or an array (L, N) in mV at fs Hz with the names of its L leads; or a list of
+    such, or an array (B, L, N) -> (B, 12, N) float32 mV as a store keeps them. Errors: DataError."""
+    several = isinstance(signals, (list, tuple)) or np.ndim(signals) == 3
+    found = [load_record(one, rate) if isinstance(one, (str, os.PathLike)) else
+             load_record("the array", rate, read=of_array(one, fs, leads))
+             for one in (signals if several else [signals])]
+    return np.stack([ecg for ecg, *_ in found]) / np.float32(1000)
+
+
+def of_array(signal, fs, leads):
+    """An array as load_record reads it. Errors: DataError."""
+    x, (low, high) = np.asarray(signal, np.float32), RATES
+    unknown, largest = [str(lead) for lead in leads if lead_index(lead) is None], abs(x).max(initial=0)
+    for wrong, fault in (
+            (not fs or not low <= fs <= high, f"fs is {fs}: it must be the rate, {low} to {high} Hz"),
+            (x.ndim != 2 or len(x) != len(leads), f"it must be ({len(leads)}, samples), a row for each of "
+             f"{', '.join(map(str, leads))}"),
+            (unknown, f"unknown leads {', '.join(unknown)}; known are {', '.join(LEADS)}"),
+            (fs and x.shape[-1] < MIN_SECONDS * fs, f"too short: it must have {MIN_SECONDS:g} s"),
+            (not np.isfinite(x).all(), "it holds NaN or infinity: interpolate, or cut it off"),
+            (not 0.05 < largest < 32, f"its largest value is {largest:g}: it must be in mV")):
+        if wrong:
+            raise DataError(f"array {x.shape}: {fault}")
+    return lambda path, part: Record(x[:, slice(*part(x.shape[1], fs))], list(leads), fs, True)
 
 
 # ---- the store ---------------------------------------------------------------------------------------------
@@ -1450,6 +1497,25 @@ def label_set(name, records=None):
     return {key: {"name": words[key][0], "prompts": words[key], "findings": [key]} for key in keys}
 
 
+def class_prompts(name, classes, style, records=None):
+    """One list of texts a class. style: descriptive (prompts.json), plain (class names), or a JSON file
+    {code: text or [texts]}, such as the published ones. Errors: DataError, also where that lacks a class."""
+    if style in ("plain", "descriptive"):
+        table = label_set(name, records)
+        return [[table[c]["name"].lower()] if style == "plain" else table[c]["prompts"] for c in classes]
+    advice = "--prompts is descriptive, plain, or a JSON file {code: text or [texts]}"
+    given = read_json(style, {str: (str, list, dict)}, advice)
+    given = given[name] if isinstance(given.get(name), dict) else given
+    found = {c: given.get(c, given.get(c.rstrip("_"))) for c in classes}  # some drop the _
+    if missing := [c for c, texts in found.items() if texts is None]:
+        raise DataError(f"{style} has no prompt for {', '.join(missing)} of {name}")
+    for c, texts in found.items():
+        texts = found[c] = [texts] if isinstance(texts, str) else texts
+        if type(texts) is not list or not texts or not all(type(t) is str and WORD.search(t) for t in texts):
+            raise DataError(f"{style}: the prompt of {c} must be a text or a list of texts, with words")
+    return [[t.lower() for t in texts] for texts in found.values()]
+
+
 def sourced(records):
     """(source, codes) of each record."""
     return zip(records.get("source", [None] * len(records)), records["codes"])
@@ -1493,6 +1559,59 @@ def join_classes(source_set, target_set):
     joined = {t: [s for s in source if t in there.get(s, ()) or s in back.get(t, ()) or
                   set(source[s]["findings"]) & set(target[t]["findings"])] for t in target}
     return {t: found for t, found in joined.items() if found}
+
+
+# ---- which store answers a label set -----------------------------------------------------------------------
+
+GROUPS = {"ptbxl": ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm"), "csv": ("own",)}
+
+
+@lru_cache(8)
+def open_store(spec, rate):
+    return open_all(spec, rate)
+
+
+def source_of(store):
+    return store.sources()[0]
+
+
+def find_store(name, config, specs=()):
+    """The store that answers a label set: of several data specs the one of the set's source, a single one
+    whatever it holds; else those of the run's own data that are of that source, together; else, for PTB-XL,
+    what is in $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is
+    none."""
+    source, rate = name.split("_")[0], config.rate
+    anything = source in ("own", "age", "sex") or name.endswith(".json")
+    kinds = ("csv", "wfdb") if anything else (source,)
+    kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
+    given = [split_share(spec)[0] for text in specs or [config.data] for spec in split_specs(text)]
+    whole = len(given) == 1 and (specs or anything)
+    fitting = given if whole else [spec for spec in given if kind(spec) in kinds]
+    if len(fitting) == 1 or fitting and not specs:  # a run learns from several, and they are asked together
+        return open_store(",".join(f'"{spec}"' for spec in fitting) if len(fitting) > 1 else fitting[0], rate)
+    if specs or given and anything:
+        raise DataError(f"{'more than one' if fitting else 'none'} of {', '.join(given)} is of {name}; "
+                             "name its data with --data")
+    place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
+    if source != "simulated" and source != "ptbxl" and not anything:
+        raise DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
+    if source != "simulated" and not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
+        raise DataError(f"PTB-XL is not in {place}: download it (3 GB, free, CC BY 4.0) from "
+                             "https://physionet.org/content/ptb-xl/ and say where it is: --data ptbxl:PATH")
+    return open_store("simulated" if source == "simulated" else f"ptbxl:{place}", rate)
+
+
+def sets_of(store, split="test"):
+    """Label sets that a store's records of a split can answer: those named as their source, or the codes that
+    occur; none where no record has a label."""
+    if store.sources() == ["mimic"]:  # a million records without labels need not be read
+        return []
+    records, found = store.records[store.records["split"] == split], {}
+    for source, part in records.groupby("source", sort=False):
+        named = [name for name in LABEL_SETS if name in (source, source + "_test")] or ["own"]
+        for name in GROUPS["ptbxl"] if source == "ptbxl" else named:
+            found[name] = found.get(name) or label_matrix(part, name)[2].any()
+    return [name for name in found if found[name]]
 
 
 # ---- report text -------------------------------------------------------------------------------------------
@@ -2335,6 +2454,28 @@ def draw_ecg(axes, ecg, rate, title=""):
     axes.set(xlim=(-0.6, seconds + 0.2), ylim=(-2, 11), aspect=10 / 25, axisbelow=True)
     axes.text(0, -1.85, "25 mm/s   10 mm/mV", fontsize=7)
     axes.set_title(title, fontsize=9, parse_math=False)  # a $ is no formula
+
+
+def plot_seen(ecg, rate, title, seen, peaks, path):
+    """A record (12, N) on ECG paper; below, a strip for each text of seen, {text: weights (N,)}, as dark as
+    it is seen there, with a triangle under every beat that has more than one and a half times its share."""
+    from matplotlib.figure import Figure
+    seconds, below = ecg.shape[1] / rate, 0.6 + 0.5 * len(seen)
+    width, paper = (seconds + 0.8) * 25 / 25.4, 13 * 10 / 25.4  # inches
+    figure = Figure(figsize=(width + 0.4, paper + below))
+    place = lambda bottom, height: np.divide([0.2, bottom, width, height], [*figure.get_size_inches()] * 2)
+    axes = figure.add_axes(place(below - 0.35, paper))
+    draw_ecg(axes, ecg, rate, title)
+    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), ecg.shape[1]]
+    for i, (text, w) in enumerate(seen.items()):
+        strip = figure.add_axes(place(below - 0.8 - 0.5 * i, 0.2))
+        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, seconds, 0, 1), vmin=0)
+        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * len(w) > 1.5]
+        strip.plot(strong, [-0.35] * len(strong), "^", color="#c03030", ms=5, clip_on=False)
+        strip.text(0, 1.25, text, fontsize=8, parse_math=False)
+        strip.set(xlim=axes.get_xlim(), ylim=(0, 1), xticks=[], yticks=[])
+        strip.spines[:].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def plot(store, ids, path):

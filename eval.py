@@ -5,25 +5,24 @@
     --transfer         both from one set to another          --generate         reports written (melp)
     --finetune SET...  encoder trained with labels, too      --embed SET...     just the vectors (npz)
     --compare RUN...   any of these over runs, one table     --look RECORD TEXT...  where a text is seen
+    --export DIR       the run as a model to publish
 
 Tables are printed, and written with pictures into the run: results.json has an entry for each task, set and
 options. Test rows are the official test split (PTB-XL: fold 10) unless --folds or --split says otherwise;
 nothing is ever chosen on them. A task is one function, and a line in TASKS.
 """
 import argparse
-import contextlib
 import copy
-import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 import zipfile
 import zlib
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -34,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from joblib import Parallel, delayed
 from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -44,14 +42,12 @@ from tqdm import tqdm
 
 import data
 import model as models
-from csrc import beat_of_token, segment_beats
+from csrc import segment_beats
 
-GROUPS = {"ptbxl": ("ptbxl_super", "ptbxl_sub", "ptbxl_form", "ptbxl_rhythm"), "csv": ("own",)}
+
 TRANSFER = ("ptbxl_super", "cpsc2018", "csn")
 RESAMPLES = 1000  # of the bootstrap, and of the permutations
 ENOUGH = 10       # positives a class needs for an interval and for the second mean (fewer: a lottery)
-FACTS = {"records_per_second": float, "parameters": float, "warnings": [str]}  # what is read of training.json
-NO_MATTER = ("name", "seed", "threads", "workers", "save_every", "compile")  # in which repetitions may differ
 DEFAULTS = dict(data=(), prompts="descriptive", scales=None, folds=None, split="test", leads=None,
                 derive_leads=False, noise=None, control=None, ratios=(0.01, 0.1, 1.0), shots=None,
                 protocol="grid", epochs=10, beams=1, checkpoint=None, text_model="", device="cpu")
@@ -66,11 +62,10 @@ def asking(**options):
 
 def newest_run(folder="runs"):
     """The finished run of `folder` that was written last. Errors: DataError where there is none."""
-    runs = sorted(Path(folder).glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise data.DataError(f"no finished run in {folder}/: train one first (python train.py), or name one "
-                             "with --run")
-    return runs[-1].parent
+    runs = Path(folder).glob("*/model.safetensors")
+    if newest := max(runs, key=lambda path: path.stat().st_mtime, default=None):
+        return newest.parent
+    raise data.DataError(f"no finished run in {folder}/: train one (python train.py), or name it: --run")
 
 
 def read_config(run):
@@ -80,7 +75,9 @@ def read_config(run):
     if not path.exists():
         raise data.DataError(f"{run}: not a run folder (no config.json)")
     found = data.read_json(path, {"method": str, "preset": str, str: (str, int, float, bool, dict)})
-    made_by = found.pop("made_by", {})
+    made_by, _ = found.pop("made_by", {}), found.pop("about", {})
+    found |= {name: str(path.with_name(os.path.basename(found[name]))) for name in ("method", "encoder")
+              if models.is_file(found.get(name, ""))}
     try:
         config = models.configure(**found)
         if lacking := sorted(models.settings_of(config).keys() - found.keys()):
@@ -89,118 +86,75 @@ def read_config(run):
     except (models.ModelError, data.DataError) as error:
         raise data.DataError(f"{path}: not of this version of the program, {models.VERSION}, or changed by "
                              f"hand ({error}); use the version that made it, or train anew") from error
+    for name, path in models.own_files(config).items():
+        original = made_by.get(name, "")
+        if os.path.isfile(original) and data.crc_of(original) != data.crc_of(path):
+            print(f"{path} is used, of which the run was made; {original} has changed since")
     return config, made_by
-
-
-def checksums(folder, patterns):
-    """{path in the folder: crc32} of the files that match."""
-    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
-    return {path.relative_to(folder).as_posix(): checksum(path, path.stat().st_mtime_ns) for path in paths}
-
-
-@lru_cache(64)
-def checksum(path, changed):
-    """crc32 of a file, read once as long as it does not change."""
-    return data.crc_of(str(path))
-
-
-def compare_checksums(folder, known):
-    """Errors: DataError where a file is not the one whose checksum is known."""
-    for name, crc in known.items():
-        path = Path(folder) / name
-        if checksums(folder, [name]).get(name) != crc:
-            fault = "damaged" if path.exists() else "missing"
-            raise data.DataError(f"{path}: {fault}, and the rest was made with it; restore it, or train anew")
-
-
-def save_weights(method, run, name="model.safetensors"):
-    """Weights file of a run, with checksums of its tensors and of the tokenizer."""
-    state = {k: v.cpu().clone(memory_format=torch.contiguous_format)  # tied tensors are written twice
-             for k, v in method.state_dict().items()}
-    facts = {"tensors": crc_of_tensors(state), "files": json.dumps(checksums(run, ["tokenizer/*"]))}
-    data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
 
 
 def crc_of_tensors(state):
     """A checksum of named tensors, as text."""
     crc = 0
-    for name in sorted(state):
-        bytes_of = state[name].cpu().contiguous().flatten().view(torch.uint8).numpy()
-        crc = zlib.crc32(bytes_of, zlib.crc32(name.encode(), crc))
+    for name, x in sorted(state.items()):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(x.cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
 
 
-@contextlib.contextmanager
-def reading(path):
-    """Whatever keeps a file of weights from being read is a DataError that says what to do."""
+def read_file(path):
+    """(what torch.save or safetensors wrote, a dictionary, and its metadata); nothing but tensors and plain
+    values is unpickled, and checksums hold. Errors: DataError that says what to do."""
     try:
-        yield
+        with data.open_file(path) as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise OSError(0, data.LFS[2:])
+            if Path(path).suffix == ".safetensors":
+                with safe_open(path, "pt") as found:
+                    state, facts = {k: found.get_tensor(k) for k in found.keys()}, found.metadata() or {}
+                if facts.get("tensors", crc := crc_of_tensors(state)) != crc:
+                    raise ValueError("the weights have another checksum")
+                return state, facts
+            with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} has another checksum")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("it holds other things than tensors")
+        return state, {}
     except Exception as error:  # pickle, zipfile, torch and safetensors fail in many ways on a damaged file
-        head = b""
-        with contextlib.suppress(OSError), data.open_file(path) as file:
-            head = file.read(40)
-        fault = ("damaged, cut off, or no tensors that can be loaded safely "
-                 f"({type(error).__name__}: {models.first_line(error)[:150]}); restore it, or train anew")
-        if head.startswith(b"version https://git-lfs"):
-            fault = "a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-        elif isinstance(error, OSError) and error.strerror:
-            fault = error.strerror
+        fault = isinstance(error, OSError) and error.strerror or (
+            "damaged, cut off, or no tensors that can be loaded safely "
+            f"({type(error).__name__}: {models.first_line(error)[:150]}); restore it, or train anew")
         raise data.DataError(f"{path}: {fault}") from error
 
 
-def read_torch(path):
-    """What torch.save wrote; nothing but tensors and plain values is unpickled, and the file's checksums
-    hold. Errors: DataError."""
-    with reading(path), data.open_file(path) as file:
-        with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} has another checksum")
-        file.seek(0)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise data.DataError(f"{path}: holds other things than named tensors")
-    return state
-
-
 def read_tensors(path):
-    """(named tensors, metadata) in a file of torch or safetensors, or in a training checkpoint. Errors:
-    DataError."""
-    facts = {}
-    if Path(path).suffix == ".safetensors":
-        with reading(path):
-            data.open_file(path).close()
-            with safe_open(path, "pt") as file:
-                state, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-            if facts.get("tensors", crc := crc_of_tensors(state)) != crc:
-                raise ValueError("the weights have another checksum")
-    else:
-        state = read_torch(path)
+    """(named tensors, metadata) in a file of read_file, or in a training checkpoint. Errors: DataError."""
+    state, facts = read_file(path)
     for key in ("state_dict", "model", "model_state_dict"):  # what surrounds weights in a training checkpoint
-        if isinstance(state.get(key), dict):
-            state = state[key]
+        state = state[key] if isinstance(state.get(key), dict) else state
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise data.DataError(f"{path}: holds other things than named tensors")
-    wrapped = bool(state) and all(name.startswith("module.") for name in state)  # DistributedDataParallel's
-    return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}, facts
+    return state, facts
 
 
 def load_run(run, checkpoint=None, device="cpu", text_model=""):
-    """(method in eval mode, its config) of a run folder. checkpoint: other weights than its
-    model.safetensors, or NAME:FILE as the authors published them, for which the run does not matter
-    (open_published). Errors: DataError, ModelError."""
-    if found := publication(checkpoint):
+    """(method in eval mode, its config) of a run folder. checkpoint: other weights than its own, or NAME:FILE
+    as the authors published them (open_published), whatever the run. Errors: DataError, ModelError."""
+    if found := models.publication(checkpoint):
         return open_published(*found, text_model, device)
     run, (config, _) = Path(run), read_config(run)
     weights = Path(checkpoint or run / "model.safetensors")
-    if not weights.exists():
-        advice = f": the run did not finish; continue it with: python train.py --resume {run}"
-        raise data.DataError(f"{weights} is missing{'' if checkpoint else advice}")
     if config.method == "cardiolm":
         raise models.ModelError(f"{run} is a language model without an ECG encoder: give it to another run "
                                 f"with --text-model {run}")
+    if not (checkpoint or weights.exists()):
+        raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python "
+                             f"train.py --resume {run}")
     state, facts = read_tensors(weights)
-    if not checkpoint:
-        compare_checksums(run, json.loads(facts.get("files", "{}")))
+    data.compare_checksums(run, {} if checkpoint else json.loads(facts.get("files", "{}")))
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
     try:
         method.load_state_dict(state)
@@ -210,177 +164,42 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
     return method.to(device).eval(), config
 
 
-# ---- published checkpoints ---------------------------------------------------------------------------------
-# --ckpt merl:FILE, melp:FILE, dbeta:FILE. weights.json: names in the authors' state dictionaries -> ours; *
-# stands for anything, the same on both sides in order. A name with +0, +1, +2 is a part (query, key, value)
-# of a larger tensor of ours; "-" is what neither training nor zero-shot here has a use for. "optional": what
-# a file may lack. D-BETA's T5 sees no attention mask, but one text at a time has no padding: that is our
-# tower with its mask, in any batch.
-
-@lru_cache
-def published():
-    """weights.json: {kind: {"method", "optional", "names"}}."""
-    shape = {"method": str, "optional": [str], "names": {str: str}}
-    return data.read_json(Path(__file__).with_name("weights.json"), {str: shape})
-
-
-WRAPPER = re.compile(r"^((module|model)\.)*(ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)"
-                     r"|\w*decoder\.(?=resblocks|cross_attn|ln_final|text_proj))?")
-DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # of a language model, that a tower may lack
-
-
-def publication(checkpoint):
-    """"merl:FILE" -> ("merl", "FILE"), None for any other checkpoint."""
-    kind, colon, file = str(checkpoint or "").partition(":")
-    return (kind, file) if colon and kind in published() else None
-
-
-def rename(state, names):
-    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: ModelError, unknown names."""
-    rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours.split("*"))
-             for theirs, ours in names.items()]
-    parts, unknown = {}, []
-    for theirs, value in state.items():
-        bare = WRAPPER.sub("", theirs)
-        match, ours = next(((m, ours) for pattern, ours in rules if (m := pattern.fullmatch(bare))), (0, 0))
-        if not match:
-            unknown.append(theirs)
-        elif ours != ["-"]:
-            pieces = itertools.zip_longest(ours, match.groups(), fillvalue="")
-            name, _, part = "".join(itertools.chain(*pieces)).partition("+")
-            parts.setdefault(name, {})[part] = value
-    if unknown:
-        raise models.ModelError(f"{len(unknown)} unexpected names in the checkpoint: "
-                                f"{', '.join(unknown[:10])}")
-    return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)])
-            for name, found in parts.items() if "" in found or len(found) == 3}  # else it counts as missing
-
-
-def with_our_leads(state, kind):
-    """A state dictionary of ours, for leads in our order: MERL and MELP were trained with that of
-    MIMIC-IV-ECG, aVF before aVL."""
-    first = ("ecg.conv1.weight", "ecg.patch.weight", "ecg.stem.0.weight") if kind != "dbeta" else ()
-    return {name: value[:, [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11]] if name in first else value
-            for name, value in state.items()}
-
-
-def same_shape(x, y):
-    """But for axes of length 1, of which the authors have more."""
-    return [n for n in x.shape if n > 1] == [n for n in y.shape if n > 1]
-
-
-def load_published(method, state, kind):
-    """Fill a method with the authors' weights, kind a key of published(). Errors: ModelError that names what
-    is missing, unknown or misshapen."""
-    given = rename(state, published()[kind]["names"])
-    ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
-    unused = {k for k in given.keys() - ours.keys() if k.startswith(DROPPED)}
-    if unexpected := sorted(given.keys() - ours.keys() - unused):
-        raise models.ModelError(f"this {method.config.method} has no place for {', '.join(unexpected[:10])}")
-    optional = tuple(published()[kind]["optional"])
-    if missing := sorted(k for k in ours.keys() - given.keys() if not k.startswith(optional)):
-        raise models.ModelError(f"the checkpoint lacks {len(missing)} weights, such as "
-                                f"{', '.join(missing[:10])}")
-    if misshapen := sorted(k for k in given.keys() & ours.keys() if not same_shape(given[k], ours[k])):
-        raise models.ModelError("other sizes than this method's: " + ", ".join(
-            f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in misshapen[:5]))
-    method.load_state_dict({k: given[k].reshape(ours[k].shape) for k in given.keys() - unused}, strict=False)
-    return method
-
-
 def open_published(kind, file, text_model="", device="cpu"):
-    """(method in eval mode, its config) of an authors' checkpoint, with the paper's preset; text_model: where
-    the tokenizer and the shape of the text tower are, if not on the hub under the published name. Errors:
-    ModelError, DataError."""
-    if kind not in published():
-        raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(published())}")
+    """load_run, of an authors' checkpoint, with the paper's preset; text_model: where the tokenizer and the
+    shape of the text tower are, if not on the hub under the published name. Errors: ModelError, DataError."""
+    if kind not in models.published():
+        raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(models.published())}")
     state, _ = read_tensors(file)
     width = lambda ending, axis=0: next((v.shape[axis] for k, v in state.items() if k.endswith(ending)), 0)
-    config = models.configure(published()[kind]["method"], "paper", data="")  # it brings none
+    config = models.configure(models.published()[kind]["method"], "paper", data="")  # it brings none
     config.text_model = text_model or config.text_model
     if kind == "merl":
-        vits = {dim: name for name, (dim, _, _) in models.ViT1d.SIZES.items()}
+        vits = {dim: f"vit_{name}" for name, (dim, *_) in models.ViT1d.SIZES.items()}
         resnet = "resnet50" if width("downconv.weight", 1) == 2048 else "resnet18"
-        vit = width("to_patch_embedding.weight")
-        config.encoder = f"vit_{vits.get(vit, 'tiny')}" if vit else resnet
+        config.encoder = vits.get(width("to_patch_embedding.weight"), resnet)
     lm, tokenizer = models.load_text_model(config.text_model)
     if kind == "melp":
         config.beat_queries = width("attn_pool_contrast.query") or config.beat_queries
         tokenizer.add_special_tokens({"bos_token": "[BOS]"})  # in place of [CLS], which goes to the end
-        if len(tokenizer) > lm.config.vocab_size:
-            lm.resize_token_embeddings(len(tokenizer))
-    method = load_published(models.build_method(config, (lm, tokenizer)), state, kind)
-    method.load_state_dict(with_our_leads(method.state_dict(), kind))
+        lm.resize_token_embeddings(max(len(tokenizer), lm.config.vocab_size))
+    method = models.load_published(models.build_method(config, (lm, tokenizer)), state, kind)
+    method.load_state_dict(models.with_our_leads(method.state_dict(), kind))
     return method.to(device).eval(), config
 
 
-# ---- a run, records, signals, vectors ----------------------------------------------------------------------
+# ---- a run, records, signals, vectors; in notebooks: embed, score ------------------------------------------
 
 class Run(NamedTuple):
-    """A trained model. crc: a checksum of its weights."""
     folder: Path
     method: models.Method
     config: models.Config
     device: str
-    crc: str
+    crc: str  # of the weights
 
 
 def open_run(folder, ask):
     method, config = load_run(folder, ask.checkpoint, ask.device, ask.text_model)
     return Run(Path(folder), method, config, ask.device, crc_of_tensors(method.state_dict()))
-
-
-@lru_cache(8)
-def open_store(spec, rate):
-    return data.open_all(spec, rate)
-
-
-def source_of(store):
-    return store.sources()[0]
-
-
-def find_store(name, config, specs=()):
-    """The store that answers a label set: of several data specs the one of the set's source, a single one
-    whatever it holds; else those of the run's own data that are of that source, together; else, for PTB-XL,
-    what is in $PTBXL or data/ptbxl, and the default simulated records. Errors: DataError where there is
-    none."""
-    source, rate = name.split("_")[0], config.rate
-    anything = source in ("own", "age", "sex") or name.endswith(".json")
-    kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
-    kinds = ("csv", "wfdb") if anything else (source,)
-    given = [data.split_share(spec)[0] for text in specs or [config.data] for spec in data.split_specs(text)]
-    whole = len(given) == 1 and (specs or anything)
-    fitting = given if whole else [spec for spec in given if kind(spec) in kinds]
-    if len(fitting) > 1 and not specs:  # a run learns from several of one source, and they are asked together
-        return open_store(",".join(f'"{spec}"' for spec in fitting), rate)
-    if len(fitting) > 1 or not fitting and (specs or given and anything):
-        fault = "none" if not fitting else "more than one"
-        raise data.DataError(f"{fault} of {', '.join(given)} is of {name}; name its data with --data")
-    if fitting:
-        return open_store(fitting[0], rate)
-    if source == "simulated":
-        return open_store("simulated", rate)
-    if source != "ptbxl" and not anything:
-        raise data.DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
-    place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
-    if not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
-        raise data.DataError(f"PTB-XL is not in {place}: download it from "
-                             "https://physionet.org/content/ptb-xl/ (3 GB, free, CC BY 4.0) and say where it "
-                             "is with --data ptbxl:PATH")
-    return open_store(f"ptbxl:{place}", rate)
-
-
-def sets_of(store, split="test"):
-    """Label sets that a store's records of a split can answer: those named as their source, or the codes that
-    occur; none where no record has a label."""
-    if store.sources() == ["mimic"]:  # a million records without labels need not be read
-        return []
-    found, records = [], store.records[store.records["split"] == split]
-    for source, part in records.groupby("source", sort=False):
-        named = [name for name in data.LABEL_SETS if name in (source, source + "_test")]
-        names = GROUPS["ptbxl"] if source == "ptbxl" else named or ["own"]
-        found += [name for name in names if name not in found and data.label_matrix(part, name)[2].any()]
-    return found
 
 
 def test_rows(store, ask):
@@ -390,14 +209,25 @@ def test_rows(store, ask):
     if folds and not records["fold"].any():
         if len(ask.data) < 2:
             raise data.DataError(f"{store.path}: these records have no folds: leave out --folds")
-        print(f"{source_of(store)}: these records have no folds; their {ask.split} split is tested")
+        print(f"{data.source_of(store)}: these records have no folds; their {ask.split} split is tested")
         folds = None
-    chosen = records["fold"].isin(folds) if folds else (records["split"] == ask.split) | (ask.split == "all")
-    if not chosen.any():
+    rows = np.flatnonzero(records["fold"].isin(folds) if folds else records["split"].isin(
+        data.SPLITS if ask.split == "all" else [ask.split]))
+    if not len(rows):
         wanted = f"fold {', '.join(map(str, folds))}" if folds else f"the {ask.split} split"
         raise data.DataError(f"{store.path}: holds no record of {wanted}; name folds with --folds, another "
                              "--split, or other records with --data")
-    return np.flatnonzero(chosen)
+    return rows
+
+
+def rows_with_reports(store, run, ask, least=1):
+    """Those of test_rows that have a report, and data.Tags. Errors: DataError where there are too few."""
+    tags = data.report_tags(store, run.config.report_language)
+    rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
+    if len(rows) < least:
+        number = {1: "one", 2: "two"}[least]
+        raise data.DataError(f"{store.path}: fewer than {number} of the records asked for have a report")
+    return rows, tags
 
 
 class Labelled(NamedTuple):
@@ -419,24 +249,17 @@ class Question(NamedTuple):
     test: Labelled
 
 
-def labels_of(records, name):
-    """Class names (C), labels (R, C), keep (R,): data.label_matrix, and two sets that are no diagnoses."""
-    if name == "sex":
-        known = records["sex"].isin(["F", "M"]).to_numpy()
-        return ["female"], (records["sex"] == "F").to_numpy()[:, None], known
-    if name == "age":
-        years = pd.to_numeric(records["age"], errors="coerce").to_numpy(float)
-        return ["age"], years[:, None], np.isfinite(years)
-    return data.label_matrix(records, name)
-
-
 def ask_set(name, config, ask, learn=False, test=True):
-    """Question of a label set. Validation rows are the val split; where that is tested, an eighth of the
-    training patients by a hash. Errors: DataError, if test, where no record to test has a label; if learn,
-    where there is none to learn from."""
-    store = find_store(name, config, ask.data)
-    classes, labels, keep = labels_of(store.records, name)
-    patients, split = (store.records[column].to_numpy(object) for column in ("patient", "split"))
+    """Question of a label set, or of "sex" or "age". Validation rows are the val split; where that is tested,
+    an eighth of the training patients by a hash. Errors: DataError, if test, where no record to test has a
+    label; if learn, where there is none to learn from."""
+    store = data.find_store(name, config, ask.data)
+    patients, split, sex = (store.records[column].to_numpy(object) for column in ("patient", "split", "sex"))
+    years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
+    classes, labels, keep = {
+        "sex": lambda: (["female"], sex[:, None] == "F", np.isin(sex, ["F", "M"])),
+        "age": lambda: (["age"], years[:, None], np.isfinite(years))}.get(
+            name, lambda: data.label_matrix(store.records, name))()
     tested = np.isin(np.arange(len(store)), test_rows(store, ask)) if test else split == "test"
     if not (keep & ~tested & (split == "val")).any():
         held = [data.split_by(f"held {patient}", 7 / 8, 1 / 8) == "val" for patient in patients]
@@ -452,22 +275,16 @@ def ask_set(name, config, ask, learn=False, test=True):
 
 def signals(store, rows, ask):
     """ECGs of rows (B, 12, N) float32 mV: as stored, or with noise, fewer leads, or a control instead."""
-    if ask.control == "other":  # of each record another one, always the same
-        order = np.random.default_rng(0).permutation(len(store))
-        ecg = store.ecg(np.roll(order, 1)[np.argsort(order)][rows])
-    else:
-        ecg = store.ecg(rows)
-    if ask.control == "zero":
-        ecg[:] = 0
-    if ask.noise is not None:
+    order = np.random.default_rng(0).permutation(len(store)) if ask.control == "other" else None
+    ecg = store.ecg(rows if order is None else np.roll(order, 1)[np.argsort(order)][rows])  # always the same
+    if ask.noise is not None and ask.control != "zero":
         for x, row in zip(ecg, rows):
             x += noise_like(x, store.rate, ask.noise, np.random.default_rng((0, row)))
-    if ask.leads:
-        kept = [data.lead_index(lead) for lead in ask.leads]
-        ecg[:, [i for i in range(12) if i not in kept]] = 0
-        if ask.derive_leads:  # Einthoven, Goldberger
-            one, two = ecg[:, 0], ecg[:, 1]
-            ecg[:, 2:6] = np.stack([two - one, -(one + two) / 2, one - two / 2, two - one / 2], 1)
+    kept = range(12) if not ask.leads else [data.lead_index(lead) for lead in ask.leads]
+    ecg[:, [i for i in range(12) if i not in kept or ask.control == "zero"]] = 0
+    if ask.derive_leads:  # Einthoven, Goldberger
+        one, two = ecg[:, 0], ecg[:, 1]
+        ecg[:, 2:6] = np.stack([two - one, -(one + two) / 2, one - two / 2, two - one / 2], 1)
     return ecg
 
 
@@ -488,54 +305,50 @@ def pool(tokens):
 
 
 @torch.no_grad()
-def embed_records(method, store, rows, device, what="encoding ECGs", ask=asking(), batch=256):
-    """Vectors of rows of a store, float32: "rhythm" (R, dim), L2-normalised, in the space shared with text;
-    "features" (R, 2 D), mean and maximum of the encoder's tokens before any projection."""
-    out = {"rhythm": [], "features": []}
+def encode(method, ecg):
+    """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, in the space shared with
+    text; "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
+    tokens = method.encode_tokens(ecg)
+    found = {"rhythm": method.views(tokens, ecg).rhythm, "features": pool(tokens)}
+    return {name: x.float().cpu().numpy() for name, x in found.items()}
+
+
+def batches(store, rows, device, ask, what="encoding ECGs", batch=256):
+    """ECGs of rows, (B, 12, N) mV on the device, some at a time."""
     for start in tqdm(range(0, len(rows), batch), desc=what, leave=False):
-        ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(device)
-        tokens = method.encode_tokens(ecg)
-        out["rhythm"].append(method.views(tokens, ecg).rhythm.float().cpu())
-        out["features"].append(pool(tokens).float().cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in out.items()}
+        yield torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(device)
+
+
+def embed_records(method, store, rows, device, what="encoding ECGs", ask=asking()):
+    """encode, of rows of a store."""
+    parts = [encode(method, ecg) for ecg in batches(store, rows, device, ask, what)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def vectors(run, store, rows, ask):
     """embed_records of rows, encoded once: they stay in the run, embeddings/SOURCE.npz, with ids and splits,
     as long as weights, store and signals are these."""
     changed = {k: getattr(ask, k) for k in ("leads", "derive_leads", "noise", "control")}
-    path = run.folder / "embeddings" / f"{file_name(entry(source_of(store), changed))}.npz"
+    path = run.folder / "embeddings" / f"{file_name(entry(data.source_of(store), changed))}.npz"
     key, known = f"{run.crc} {store.meta['plan']} {changed}", {}
-    if path.exists():
-        try:
-            with np.load(path) as file:
-                known = dict(file) if str(file["key"]) == key else {}
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            print(f"{path}: not readable ({error}), encoded anew")
+    try:
+        with np.load(path) as file:
+            known = dict(file) if str(file["key"]) == key else {}
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        print(f"{path}: not readable ({error}), encoded anew")
     missing = np.setdiff1d(rows, known.get("rows", []))
     if len(missing):
         new = {"rows": missing} | embed_records(run.method, store, missing, run.device, ask=ask)
-        known = {k: np.concatenate([known[k], new[k]]) if known else new[k] for k in new}
-        order = np.argsort(known["rows"])
-        known = {k: values[order] for k, values in known.items()}
-        facts = store.records.iloc[known["rows"]]
-        known |= {"key": key, "ids": facts["id"].to_numpy(str), "split": facts["split"].to_numpy(str)}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        new = {k: np.concatenate([known[k], new[k]]) if known else new[k] for k in new}
+        order = np.argsort(new["rows"])
+        facts = store.records.iloc[new["rows"][order]]
+        known = {k: values[order] for k, values in new.items()} | {
+            "key": key, "ids": facts["id"].to_numpy(str), "split": facts["split"].to_numpy(str)}
         data.write_atomic(path, lambda new: save_arrays(new, known))
     place = np.searchsorted(known["rows"], rows)
     return {k: known[k][place] for k in ("rhythm", "features")}
-
-
-@torch.no_grad()
-def embed_texts(tower, texts, batch=256):
-    """Mean word of each text: list of R strings -> (R, D) on the CPU."""
-    was, out = tower.training, []
-    tower.eval()
-    for start in tqdm(range(0, len(texts), batch), desc="encoding texts", leave=False):
-        states, words, _ = tower.encode(texts[start:start + batch])
-        out.append(models.masked_mean(states, words).cpu())
-    tower.train(was)
-    return torch.cat(out)
 
 
 def save_arrays(path, arrays):
@@ -552,11 +365,8 @@ def score_records(run, store, rows, prompts, ask, batch=256):
     if scales == ["rhythm"]:  # the vectors say it all
         like = torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
     else:
-        parts = []
-        for start in tqdm(range(0, len(rows), batch), desc="encoding ECGs", leave=False):
-            ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(run.device)
-            parts.append(method.similarity(method.encode_ecg(ecg), text, scales).float().cpu())
-        like = torch.cat(parts)                                                    # (R, texts)
+        like = torch.cat([method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()
+                          for ecg in batches(store, rows, run.device, ask, batch=batch)])   # (R, texts)
     return class_means(like, prompts)
 
 
@@ -578,33 +388,21 @@ def embed_reports(method, texts):
     return torch.cat([method.encode_text(part.tolist()).report.float().cpu() for part in parts])
 
 
-def questions_of(store, rows, split):
-    """What the label sets that a split can answer ask of some of its rows: a list of (name, places in rows,
-    labels (R, C), prompts: C lists of texts)."""
-    found = []
-    for name in sets_of(store, split):
-        records = store.records.iloc[rows]
-        mine = np.flatnonzero((records["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
-        classes, labels, keep = data.label_matrix(records.iloc[mine], name)
-        if keep.any():
-            prompts = class_prompts(name, classes, "descriptive", records.iloc[mine])
-            found.append((name, mine[keep], labels[keep], prompts))
-    return found
+
+def embed(method, signals, fs=None, leads=data.LEADS):
+    """encode, of B signals (see data.load_signals), as --embed does. Errors: DataError."""
+    ecg = torch.from_numpy(data.load_signals(signals, fs, leads, method.config.rate))
+    return encode(method, ecg.to(next(method.parameters()).device))
 
 
 @torch.no_grad()
-def look_at(method, store, tags, rows, device, questions):
-    """How training goes, on validation records with reports: R@1 and R@5 of each ECG's report among the
-    distinct ones, and the macro AUROC of the label sets that they answer (questions_of), by the rhythm."""
-    ecg = torch.from_numpy(embed_records(method, store, rows, device, "validation")["rhythm"])
-    texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
-    rank = ranks((ecg @ embed_reports(method, texts).T).numpy(), own[:, None] == np.arange(len(texts)))
-    found = {"R@1": float((rank <= 1).mean()), "R@5": float((rank <= 5).mean()), "texts": len(texts),
-             "auroc": {}}
-    for name, places, labels, prompts in questions:
-        like = ecg[places] @ embed_reports(method, worded(prompts)).T
-        found["auroc"][name] = round(float(mean_auroc(class_means(like, prompts), labels)), 4)
-    return found
+def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
+    """Similarity of B signals (see data.load_signals) with C texts -> (B, C) float32: comparable over signals
+    only. scales: rhythm, beat, token or some of them; None: the method's own. Errors: DataError."""
+    ecg = torch.from_numpy(data.load_signals(signals, fs, leads, method.config.rate))
+    text = method.encode_text([text.lower().strip(" .") for text in texts])
+    views = method.encode_ecg(ecg.to(text.report.device))
+    return method.similarity(views, text, scales).float().cpu().numpy()
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -651,12 +449,11 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
     """Metrics of a label set. scores (R, C), positives (R, C) bool, patients (R,) -> dict with "macro",
     "macro_enough" and "classes". untrained: classes of which a classifier saw no positive.
 
-    A class without positives, or without negatives, is listed and left out of the means; the second mean
-    leaves out classes with fewer than ENOUGH positives and the untrained. Intervals: of a class with at least
-    ENOUGH positives; of a mean over the resamples in which every one of its classes has both kinds (none
-    where these are fewer than a tenth)."""
+    A class without positives, or negatives, is listed and left out of the means; the second mean leaves out
+    those with fewer than ENOUGH positives and the untrained. Intervals: of a class with ENOUGH positives; of
+    a mean over the resamples in which all its classes have both kinds (none where they are under a tenth)."""
     patients = np.arange(len(scores)) if patients is None else patients
-    weights, classes, samples = resamples(patients), {}, {}
+    weights, classes, samples, means = resamples(patients), {}, {}, {}
     for name, score, positive in zip(names, scores.T, positives.T):
         count = int(positive.sum())
         classes[name] = {"positives": count}
@@ -666,7 +463,6 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
                               "interval": interval(samples[name]) if count >= ENOUGH else None,
                               "auprc": float(average_precision_score(positive, score)),
                               "f1": best_f1(score, positive)}
-    means = {}
     for title, least, without in (("macro", 1, ()), ("macro_enough", ENOUGH, untrained)):
         used = [n for n in samples if classes[n]["positives"] >= least and n not in without]
         if used:
@@ -700,51 +496,30 @@ def permutation_p(ours, others, labels):
 # task(run, set, ask) -> {row: {column: metrics}}; row "" is the run itself. metrics: those of score_classes,
 # or a dictionary with "what", "value", "interval" and further facts.
 
-def class_prompts(name, classes, style, records=None):
-    """One list of texts a class. style: descriptive (prompts.json), plain (class names), or a JSON file
-    {code: text or [texts]}, such as the published ones; a class the file lacks is an error."""
-    if style in ("plain", "descriptive"):
-        table = data.label_set(name, records)
-        return [[table[c]["name"].lower()] if style == "plain" else table[c]["prompts"] for c in classes]
-    advice = "--prompts is descriptive, plain, or a JSON file {code: text or [texts]}"
-    given = data.read_json(style, {str: (str, list, dict)}, advice)
-    given = given[name] if isinstance(given.get(name), dict) else given
-    if missing := [c for c in classes if c not in given and c.rstrip("_") not in given]:
-        raise data.DataError(f"{style} has no prompt for {', '.join(missing)} of {name}")
-    texts = [given.get(c, given.get(c.rstrip("_"))) for c in classes]
-    texts = [[text] if isinstance(text, str) else text for text in texts]
-    for c, row in zip(classes, texts):
-        if not isinstance(row, list) or not row or not all(isinstance(t, str) and data.WORD.search(t)
-                                                           for t in row):
-            raise data.DataError(f"{style}: the prompt of {c} must be a text or a list of texts, with words")
-    return [[t.lower() for t in row] for row in texts]
-
 
 def text_scores(run, question, name, ask):
     """Zero-shot scores (R, C) of the records that are tested."""
-    prompts = class_prompts(name, question.classes, ask.prompts, question.store.records)
+    prompts = data.class_prompts(name, question.classes, ask.prompts, question.store.records)
     return score_records(run, question.store, question.test.rows, prompts, ask)
 
 
 def zeroshot(run, name, ask):
     """Classes told apart by the similarity of the ECG with their texts; no label is used."""
     question = ask_set(name, run.config, ask)
-    scores, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
-    everyone, source = {"": scores}, source_of(question.store)
-    if len(rows) < 100 and ask.split == "test" and not ask.folds and len(question.store) > len(rows):
-        print(f"\n{name}: {len(rows)} of {len(question.store)} {source} records are test records with a "
-              "label of the set; --split all asks about all: fair, if the run saw none of them")
+    store, (rows, labels, patients), source = question.store, question.test, data.source_of(question.store)
+    everyone = {"": text_scores(run, question, name, ask)}
+    if len(rows) < 100 and ask.split == "test" and not ask.folds and len(store) > len(rows):
+        print(f"\n{name}: {len(rows)} of {len(store)} {source} records are test records with a label of the "
+              "set; --split all asks about all: fair, if the run saw none of them")
     if source == "code" and name == "code_test":  # beside it doctors, students and the authors' network
-        marks = data.code_annotations(question.store.meta["settings"]["src"])
-        ids = question.store.records["id"].iloc[rows].astype(int)
-        everyone |= {who: m[ids].astype(float) for who, m in marks.items() if who != "gold_standard"}
+        marks, ids = data.code_annotations(store.meta["settings"]["src"]), store.records["id"].astype(int)
+        everyone |= {who: m[ids[rows]].astype(float) for who, m in marks.items() if who != "gold_standard"}
     return {who: {"zero-shot": {"source": source} | score_classes(question.classes, given, labels, patients)}
             for who, given in everyone.items()}
 
 
 GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "balanced")
         for c in (0.01, 0.1, 1, 10)]  # the protocol of ecg-fix (zackeberger/ecg-fix)
-FEW = (True, "balanced", 0.1)         # with a few labels there are none to choose a setting by
 
 
 def fit_classes(x, labels, setting):
@@ -753,14 +528,11 @@ def fit_classes(x, labels, setting):
     scale, balance, c = setting
     center, spread = (x.mean(0), x.std(0) + 1e-8) if scale else (0, 1)
     ready = lambda x: ((x - center) / spread).astype(np.float64)  # the solver needs the digits
-    scaled, heads = ready(x), []
-    for y in labels.T:
-        if y.any() and not y.all():
-            head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(scaled, y)
-            heads.append((head.coef_[0], head.intercept_[0]))
-        else:
-            heads.append((np.zeros(x.shape[1]), math.log((y.sum() + 1) / ((~y).sum() + 1))))
-    weights, biases = map(np.stack, zip(*heads))
+    x, weights = ready(x), np.zeros((labels.shape[1], x.shape[1]))
+    biases = np.log((labels.sum(0) + 1) / ((~labels).sum(0) + 1))
+    for i in np.flatnonzero(labels.any(0) & ~labels.all(0)):
+        head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(x, labels[:, i])
+        weights[i], biases[i] = head.coef_[0], head.intercept_[0]
     return lambda x: ready(x) @ weights.T + biases
 
 
@@ -785,8 +557,14 @@ def random_weights(run):
     return run._replace(method=method, folder=run.folder / "random", crc=f"random {c.seed}")
 
 
-def percent(ratio):
-    return f"{100 * ratio:g} %"
+REFERENCES = {}  # results that do not depend on what a run has learned
+
+
+def of_encoder(run, what, name, question, ask, make):
+    """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
+    own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
+    key = repr((what, name, question.store.meta["plan"], vars(ask), [getattr(run.config, s) for s in own]))
+    return REFERENCES[key] if key in REFERENCES else REFERENCES.setdefault(key, make())
 
 
 def probe(run, name, ask):
@@ -810,46 +588,27 @@ def probe(run, name, ask):
             known = x[drawn], question.train.labels[drawn], x_val, question.val.labels
             scores = (choose_classes(*known)(x_test) if ask.protocol == "grid" else
                       published_head(*known, x_test, question.test.labels, ask.protocol))
-            found[percent(ratio)] = supervised_metrics(question, drawn, scores)
+            found[f"{100 * ratio:g} %"] = supervised_metrics(question, drawn, scores)
         return found
 
-    asked = "random", name, question.store.meta["plan"], vars(ask)
-    return {"": learned(run), "random weights": of_encoder(run, asked, lambda: learned(random_weights(run))),
-            "trained with labels": labels_alone(run, name, question, ask)}
-
-
-def labels_alone(run, name, question, ask):
-    """The row "trained with labels" of a probe and of fine-tuning: the encoder from random weights."""
-    asked = "labels", name, question.store.meta["plan"], vars(ask)
-    return of_encoder(run, asked, lambda: {percent(ratio): with_labels(run, question, ratio, ask, True)
-                                           for ratio in ask.ratios})
-
-
-REFERENCES = {}  # results that do not depend on what a run has learned
-
-
-def of_encoder(run, asked, make):
-    """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
-    own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
-    key = repr((asked, [getattr(run.config, setting) for setting in own]))
-    if key not in REFERENCES:
-        REFERENCES[key] = make()
-    return REFERENCES[key]
+    random = of_encoder(run, "random", name, question, ask, lambda: learned(random_weights(run)))
+    return {"": learned(run), "random weights": random, **labels_alone(run, name, question, ask)}
 
 
 def supervised_metrics(question, drawn, scores):
+    """score_classes of the test rows, for what has learned from the training rows at these places."""
     seen = question.train.labels[drawn].any(0)
-    lacking = [c for c, some in zip(question.classes, seen) if not some]
     return {"training records": len(drawn)} | score_classes(
-        question.classes, scores, question.test.labels, question.test.patients, lacking)
+        question.classes, scores, question.test.labels, question.test.patients,
+        [c for c, some in zip(question.classes, seen) if not some])
 
 
 def age_probe(x, x_val, x_test, question):
     """Ridge regression of the age in years, its penalty chosen on validation rows."""
     scaler, (train, val, test) = StandardScaler().fit(x), (part.labels[:, 0] for part in question[2:])
-    fits = [Ridge(alpha).fit(scaler.transform(x), train) for alpha in 10.0 ** np.arange(-1, 6)]
-    best = min(fits, key=lambda fit: abs(fit.predict(scaler.transform(x_val)) - val).mean())
-    found = best.predict(scaler.transform(x_test))
+    x, x_val, x_test = map(scaler.transform, (x, x_val, x_test))
+    fits = [Ridge(alpha).fit(x, train) for alpha in 10.0 ** np.arange(-1, 6)]
+    found = min(fits, key=lambda fit: abs(fit.predict(x_val) - val).mean()).predict(x_test)
     return share(abs(found - test), question.test.patients, "error, years") | {
         "error of the median age": float(abs(np.median(train) - test).mean()),
         "correlation": float(np.corrcoef(found, test)[0, 1]), "records": len(test)}
@@ -862,12 +621,12 @@ def few_labels(x, _, x_test, question, ask):
         draws = [np.random.default_rng((draw, k)) for draw in range(10)]
         drawn = [np.unique(np.concatenate([rng.permutation(np.flatnonzero(y))[:k] for y in labels.T]))
                  for rng in draws]
-        found = [mean_auroc(fit_classes(x[some], labels[some], FEW)(x_test), question.test.labels)
-                 for some in drawn]
+        fits = [fit_classes(x[some], labels[some], (True, "balanced", 0.1)) for some in drawn]
+        found = [mean_auroc(fit(x_test), question.test.labels) for fit in fits]
         columns[f"{k} a class"] = {
             "what": "AUROC", "value": float(np.mean(found)), "interval": [min(found), max(found)],
             "deviation": float(np.std(found)), "records": len(x_test),
-            "training records": float(np.mean([len(some) for some in drawn]))}
+            "training records": float(np.mean(list(map(len, drawn))))}
     return columns
 
 
@@ -877,7 +636,7 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
     AUROC on validation rows, softmax over the classes."""
     torch.manual_seed(42)
     x, x_val, x_test = (torch.from_numpy(part[:, :part.shape[1] // 2]) for part in (x, x_val, x_test))
-    head, merl, best, waited = torch.nn.Linear(x.shape[1], labels.shape[1]), protocol == "merl", (-1, None), 0
+    head, merl, best, since = torch.nn.Linear(x.shape[1], labels.shape[1]), protocol == "merl", (-1, None), 0
     optimiser = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0 if merl else 1e-4)
     falling = torch.optim.lr_scheduler.MultiStepLR(optimiser, [40], 0.1) if merl else \
         torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 100, 1e-5)
@@ -891,12 +650,10 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
                 falling.step()
         falling.step()
         with torch.no_grad():
-            scores, shown = (head(part) if merl else head(part).softmax(1) for part in (x_test, x_val))
-        quality = mean_auroc(scores.numpy(), test) if merl else mean_auroc(shown.numpy(), val)
-        waited += 1
-        if quality > best[0]:
-            best, waited = (quality, scores.numpy()), 0
-        if waited == 5 and not merl:
+            scores, shown = (head(x).numpy() if merl else head(x).softmax(1).numpy() for x in (x_test, x_val))
+        quality = mean_auroc(scores, test) if merl else mean_auroc(shown, val)
+        best, since = ((quality, scores), 0) if quality > best[0] else (best, since + 1)
+        if since == 5 and not merl:
             break
     return best[1]
 
@@ -905,63 +662,67 @@ def with_labels(run, question, ratio, ask, fresh=False, batch=32):
     """Encoder and linear head trained with labels: AdamW, head 1e-3, encoder 1e-4, or 1e-3 from random
     weights; warm-up, cosine; leads dropped and records shifted as in the run's training. The epoch with the
     best AUROC on validation rows is tested. ask.epochs, or as many as 200 updates need."""
-    drawn, device = subset(question.train, ratio), run.device
-    method, c = random_weights(run).method if fresh else copy.deepcopy(run.method), run.config
+    drawn, device, c = subset(question.train, ratio), run.device, run.config
+    train, rates = question.train.at(drawn), [1e-3, 1e-3 if fresh else 1e-4]
+    method = random_weights(run).method if fresh else copy.deepcopy(run.method)
     torch.manual_seed(c.seed)
     head = torch.nn.Linear(2 * method.ecg.dim, len(question.classes)).to(device)
     per_epoch = math.ceil(len(drawn) / batch)
     epochs, limit = max(ask.epochs, math.ceil(200 / per_epoch)), int(c.shift * c.rate)
-    optimiser = torch.optim.AdamW([{"params": head.parameters(), "lr": 1e-3},
-                                   {"params": method.ecg.parameters(), "lr": 1e-3 if fresh else 1e-4}])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [1e-3, 1e-3 if fresh else 1e-4],
-                                                   epochs * per_epoch, pct_start=0.1, cycle_momentum=False)
-    best, odds = (-1, None), lambda ecg: head(pool(method.encode_tokens(ecg.to(device))))
+    both, best = torch.nn.ModuleList([head, method.ecg]), (-1, None)
+    optimiser = torch.optim.AdamW([{"params": part.parameters()} for part in both])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, epochs * per_epoch, pct_start=0.1,
+                                                   cycle_momentum=False)
+    odds = lambda ecg: head(pool(method.encode_tokens(ecg)))
 
     @torch.no_grad()
     def predict(rows):
         method.eval()
-        parts = np.array_split(rows, len(rows) // 256 + 1)
-        ecgs = (torch.from_numpy(signals(question.store, some, ask)) for some in parts)
-        return torch.cat([odds(ecg).cpu() for ecg in ecgs]).numpy()
+        return torch.cat([odds(ecg).cpu() for ecg in batches(question.store, rows, device, ask)]).numpy()
 
-    for epoch in tqdm(range(epochs), desc=f"training with labels, {percent(ratio)}", leave=False):
+    for epoch in tqdm(range(epochs), desc=f"training with labels, {ratio:g}", leave=False):
         method.train()
         for some in torch.randperm(len(drawn)).split(batch):
-            rows, step = drawn[some.numpy()], int(torch.randint(-limit, limit + 1, ()))
-            ecg = signals(question.store, question.train.rows[rows], ask)
+            part, step = train.at(some.numpy()), int(torch.randint(-limit, limit + 1, ()))
+            ecg = signals(question.store, part.rows, ask)
             data.shift(ecg, step)
             ecg = torch.from_numpy(ecg) * (torch.rand(len(ecg), 12, 1) >= c.lead_drop)
-            labels = torch.from_numpy(question.train.labels[rows]).float().to(device)
-            F.binary_cross_entropy_with_logits(odds(ecg), labels).backward()
+            labels = torch.from_numpy(part.labels).float().to(device)
+            F.binary_cross_entropy_with_logits(odds(ecg.to(device)), labels).backward()
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
         if (epoch + 1) % max(1, epochs // ask.epochs) == 0 or epoch == epochs - 1:
             quality = mean_auroc(predict(question.val.rows), question.val.labels)
             if quality > best[0]:
-                best = quality, copy.deepcopy((method.ecg.state_dict(), head.state_dict()))
-    method.ecg.load_state_dict(best[1][0])
-    head.load_state_dict(best[1][1])
+                best = quality, copy.deepcopy(both.state_dict())
+    both.load_state_dict(best[1])
     return supervised_metrics(question, drawn, predict(question.test.rows))
+
+
+def labels_alone(run, name, question, ask):
+    """The row "trained with labels" of a probe and of fine-tuning: the encoder from random weights."""
+    make = lambda: {f"{100 * r:g} %": with_labels(run, question, r, ask, True) for r in ask.ratios}
+    return {"trained with labels": of_encoder(run, "labels", name, question, ask, make)}
 
 
 def finetune(run, name, ask):
     """Encoder and classifier trained with labels, from the run's weights and from random ones."""
     question = ask_set(name, run.config, ask, learn=True)
-    return {"": {percent(ratio): with_labels(run, question, ratio, ask, False) for ratio in ask.ratios},
-            "trained with labels": labels_alone(run, name, question, ask)}
+    return {"": {f"{100 * r:g} %": with_labels(run, question, r, ask, False) for r in ask.ratios},
+            **labels_alone(run, name, question, ask)}
 
 
 def transfer(run, name, ask):
     """Zero-shot, and a probe learned on another set, over the classes that both have (data.join_classes): a
     class scores the highest of the source's classes that are joined to it."""
     question, columns = ask_set(name, run.config, ask), {}
-    texts, (rows, labels, patients) = text_scores(run, question, name, ask), question.test
+    texts, (_, labels, patients) = text_scores(run, question, name, ask), question.test
+    place = {c: i for i, c in enumerate(question.classes)}
     for source in (source for source in TRANSFER if source != name):
         try:
             known = ask_set(source, run.config, ask, learn=True, test=False)
-            joined = {c: those for c, those in data.join_classes(source, name).items()
-                      if c in question.classes}
+            joined = {c: those for c, those in data.join_classes(source, name).items() if c in place}
             if known.store.path == question.store.path:  # what is tested may have been learned from
                 raise data.DataError("they are of the same records")
             if not joined:
@@ -969,14 +730,12 @@ def transfer(run, name, ask):
         except data.DataError as error:
             print(f"{source} -> {name}: not done: {error}", file=sys.stderr)
             continue
-        x, x_val = (vectors(run, known.store, part.rows, ask)["features"] for part in known[2:4])
-        predict = choose_classes(x, known.train.labels, x_val, known.val.labels)
-        scores = predict(vectors(run, question.store, rows, ask)["features"])
-        own = [question.classes.index(c) for c in joined]
-        places = [[known.classes.index(c) for c in those] for those in joined.values()]
-        learned = np.stack([scores[:, those].max(1) for those in places], 1)
-        without = [c for c in question.classes if c not in joined]
-        for how, found in (("probe", learned), ("zero-shot", texts[:, own])):
+        x, x_val, x_test = (vectors(run, store, part.rows, ask)["features"] for store, part in (
+            (known.store, known.train), (known.store, known.val), (question.store, question.test)))
+        scores = choose_classes(x, known.train.labels, x_val, known.val.labels)(x_test)
+        highest = [scores[:, list(map(known.classes.index, those))].max(1) for those in joined.values()]
+        own, without = [place[c] for c in joined], [c for c in place if c not in joined]
+        for how, found in (("probe", np.stack(highest, 1)), ("zero-shot", texts[:, own])):
             columns[f"from {source}, {how}"] = {"joined": joined, "left out": without} | score_classes(
                 list(joined), found, labels[:, own], patients)
         print(f"{source} -> {name}: " + "; ".join(f"{c} = {', '.join(those)}" for c, those in joined.items())
@@ -996,7 +755,7 @@ def recall(like, right, patients):
     """R@k of queries among candidates, like and right (Q, K); chance: R@1 of a random order."""
     rank = ranks(like, right)
     return share((rank <= 1).astype(float), patients, "R@1") | {
-        "R@5": float((rank <= 5).mean()), "R@10": float((rank <= 10).mean()), "chance": float(right.mean()),
+        **{f"R@{k}": float((rank <= k).mean()) for k in (5, 10)}, "chance": float(right.mean()),
         "median rank": float(np.median(rank)), "queries": len(like), "candidates": like.shape[1]}
 
 
@@ -1018,18 +777,14 @@ def both_ways(ecg, text, texts, findings, patients):
 def retrieve(run, name, ask):
     """Which report belongs to this ECG, and which ECG to this report? Of more than 1,000 records also in
     pools of 1,000, mean of ten draws."""
-    store = find_store(name, run.config, ask.data)
-    tags = data.report_tags(store, run.config.report_language)
-    rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
-    if len(rows) < 2:
-        raise data.DataError(f"{store.path}: fewer than two of the records asked for have a report")
+    store, read = data.find_store(name, run.config, ask.data), data.Findings()
+    rows, tags = rows_with_reports(store, run, ask, 2)
     reports = [models.join(tags[row]) for row in rows]
     distinct, first, texts = np.unique(reports, return_index=True, return_inverse=True)
-    read = data.Findings()
-    findings = [" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first]
+    findings = np.array([" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first])
     text = embed_reports(run.method, distinct).numpy()
     ecg, patients = vectors(run, store, rows, ask)["rhythm"], store.records["patient"].to_numpy()[rows]
-    among = lambda some: both_ways(ecg[some], text, texts[some], np.array(findings), patients[some])
+    among = lambda some: both_ways(ecg[some], text, texts[some], findings, patients[some])
     columns = among(np.arange(len(rows)))
     if len(rows) > 1000:
         pools = [among(np.random.default_rng(draw).permutation(len(rows))[:1000]) for draw in range(10)]
@@ -1042,22 +797,22 @@ def retrieve(run, name, ask):
 def identify(run, name, ask):
     """Is a patient's second record nearest to the same patient's first? By the cosine of unprojected vectors,
     among patients with two records or more; nothing is trained."""
-    store = find_store(name, run.config, ask.data)
+    store = data.find_store(name, run.config, ask.data)
     rows, patients = test_rows(store, ask), store.records["patient"].to_numpy()
-    pairs = [rows[:2] for _, rows in pd.Series(rows).groupby(patients[rows]) if len(rows) > 1]
+    pairs = np.array([rows[:2] for _, rows in pd.Series(rows).groupby(patients[rows]) if len(rows) > 1])
     if len(pairs) < 2:
         raise data.DataError(f"{store.path}: fewer than two patients with two records among those asked for")
-    x = [vectors(run, store, part, ask)["features"] for part in np.array(pairs).T]
+    x = (vectors(run, store, part, ask)["features"] for part in pairs.T)
     first, second = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in x)
     right = np.eye(len(pairs), dtype=bool)
-    return {"": {"second record": recall(second @ first.T, right, patients[np.array(pairs)[:, 0]])}}
+    return {"": {"second record": recall(second @ first.T, right, patients[pairs[:, 0]])}}
 
 
-def embed(run, name, ask):
+def embed_set(run, name, ask):
     """Just the vectors of every record: a file in the run's embeddings/, and no table."""
-    store = find_store(name, run.config, ask.data)
+    store = data.find_store(name, run.config, ask.data)
     shapes = {k: values.shape for k, values in vectors(run, store, np.arange(len(store)), ask).items()}
-    print(f"{run.folder / 'embeddings'}: vectors of {source_of(store)}, with ids and split: {shapes}")
+    print(f"{run.folder / 'embeddings'}: vectors of {data.source_of(store)}, with ids and split: {shapes}")
     return {}
 
 
@@ -1085,9 +840,9 @@ def rouge_l(written, truth):
     for w, t in zip(written, truth):
         row = [0] * (len(t) + 1)
         for word in w:
-            above, row = row, row[:]
+            above, row = row, [0]
             for i, other in enumerate(t):
-                row[i + 1] = above[i] + 1 if word == other else max(above[i + 1], row[i])
+                row.append(above[i] + 1 if word == other else max(above[i + 1], row[i]))
         scores.append(2 * row[-1] / max(1, len(w) + len(t)))
     return float(np.mean(scores))
 
@@ -1097,14 +852,10 @@ def generate(run, name, ask, batch=64):
     data.Findings reads) and of statements, and word by word; beside them the commonest training report."""
     if not hasattr(run.method, "generate"):
         raise models.ModelError(f"a {run.config.method} run writes no reports; --method melp does")
-    store = find_store(name, run.config, ask.data)
-    tags, read = data.report_tags(store, run.config.report_language), data.Findings()
-    rows, texts = [row for row in test_rows(store, ask) if tags[row]], []
-    if not rows:
-        raise data.DataError(f"{store.path}: none of the records asked for has a report")
-    for start in tqdm(range(0, len(rows), batch), desc="writing", leave=False):
-        ecg = torch.from_numpy(signals(store, rows[start:start + batch], ask)).to(run.device)
-        texts += run.method.generate(ecg, ask.beams)
+    store, read = data.find_store(name, run.config, ask.data), data.Findings()
+    rows, tags = rows_with_reports(store, run, ask)
+    texts = [text for ecg in batches(store, rows, run.device, ask, "writing", batch)
+             for text in run.method.generate(ecg, ask.beams)]
     written = [[s.strip(" .") for s in text.split(". ") if s.strip(" .")] for text in texts]
     truth, ids = [tags[row] for row in rows], store.records["id"].iloc[rows]
     lines = [json.dumps({"id": str(i), "report": t, "written": w}) for i, t, w in zip(ids, truth, written)]
@@ -1121,86 +872,38 @@ def generate(run, name, ask, batch=64):
     return found
 
 
-@torch.no_grad()
-def report_language(method, texts, run, batch=64):
-    """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The
-    yardstick is to say the commonest word every time."""
-    if not texts:
-        print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from training")
-        return
-    method.eval()
-    counts, sums = Counter(), torch.zeros(3)
-    torch.manual_seed(0)  # training is over
-    for start in range(0, len(texts), batch):
-        part = texts[start:start + batch]
-        sums += torch.stack([x.float().cpu() for x in method.guess(part)])
-        pieces = method.tokenizer(part, add_special_tokens=False)["input_ids"]
-        counts.update(piece for row in pieces for piece in row)
-    loss, right = (sums[[0, 2]] / sums[1]).tolist()
-    commonest = max(counts.values()) / counts.total()
-    print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the "
-          f"commonest word: {100 * commonest:.1f} %), loss {loss:.3f}")
-    remember(run, "language", {"texts": len(texts), "loss": loss, "accuracy": right, "commonest": commonest})
-
-
 TASKS = {"zeroshot": zeroshot, "probe": probe, "transfer": transfer, "retrieve": retrieve,
-         "finetune": finetune, "identify": identify, "embed": embed, "generate": generate}
+         "finetune": finetune, "identify": identify, "embed": embed_set, "generate": generate}
 
 
 # ---- where a model looks -----------------------------------------------------------------------------------
-
-@torch.no_grad()
-def attention_over_time(method, ecg, text):
-    """Where each text is seen: ecg (1, 12, N) mV, TextViews of C texts -> (C, N), rows sum to 1: the softmax
-    over tokens of each word's similarity, mean over words; or over beats or patches, as the method weighs
-    them. Errors: ModelError where a method has no scale below the whole record."""
-    views, config, samples = method.encode_ecg(ecg), method.config, ecg.shape[2]
-    if "token" in method.scales:
-        words = [text.words[i, :n] for i, n in enumerate(text.word_count)]
-        like = [word @ views.tokens[0].T * method.learned_scale() for word in words]
-        weight = torch.stack([each.softmax(1).mean(0) for each in like])                       # (C, T)
-    elif "beat" in method.scales and getattr(config, "beats", "") != "query" or config.align == "tag":
-        beats = views.beats[0] if views.beat_count is None else views.beats[0, :views.beat_count[0]]
-        weight = (text.sentences[:, 0] @ beats.T * method.beat_options()["beat_temperatures"][0]).softmax(1)
-    else:
-        raise models.ModelError(f"this {config.method} run sees texts in the whole record only; fgclep "
-                                "--align word or tag, and melp --beats rpeak, see them at a place")
-    if config.method == "melp":  # beats, from midpoint to midpoint
-        place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
-    else:  # tokens of equal length; patches of all leads at one time together
-        windows = samples // config.patch if "leadvit" in config.encoder else weight.shape[1]
-        weight, place = weight.unflatten(1, (-1, windows)).sum(1), torch.arange(samples) * windows // samples
-    length = torch.bincount(place, minlength=weight.shape[1]).clamp(min=1)
-    return (weight.cpu() / length)[:, place].numpy()
-
 
 def open_record(record, rate):
     """(ECG (12, N) mV, title) of a WFDB record, or of SPEC:ID. Errors: DataError."""
     path, (spec, _, name) = record.removesuffix(".hea"), record.rpartition(":")
     if os.path.exists(path + ".hea"):
-        return data.load_record(path, rate)[0].astype(np.float32) / 1000, os.path.basename(path)
+        return data.load_signals(path, None, (), rate)[0], os.path.basename(path)
     if not spec:
         raise data.DataError(f"{record}: no WFDB record (there is no {path}.hea), and not SOURCE:PATH:ID")
-    store = open_store(spec, rate)
+    store = data.open_store(spec, rate)
     rows = np.flatnonzero(store.records["id"] == name)
     if not len(rows):
         raise data.DataError(f"{store.path}: holds no record {name!r}")
     said = "; ".join(store.records["statements"].iloc[rows[0]])
-    return store.ecg(rows[:1])[0], f"{source_of(store)} {name}: {said}"
+    return store.ecg(rows[:1])[0], f"{data.source_of(store)} {name}: {said}"
 
 
+@torch.no_grad()
 def look(run, record, texts, ask):
     """Scores of texts on one record, their quantile among the run's training records, and a picture."""
     ecg, title = open_record(record, run.config.rate)
     texts, path = [t.lower().strip(" .") for t in texts], run.folder / f"look_{file_name(record)}.png"
     text, signal = run.method.encode_text(texts), torch.from_numpy(ecg)[None].to(run.device)
-    with torch.no_grad():
-        scores = run.method.similarity(run.method.encode_ecg(signal), text, ask.scales)[0].tolist()
-    rows = {t: {"similarity": score} for t, score in zip(texts, scores)}
+    scores = run.method.similarity(run.method.encode_ecg(signal), text, ask.scales)[0].tolist()
+    rows, weight = {t: {"similarity": score} for t, score in zip(texts, scores)}, []
     try:
-        store = open_store(run.config.data, run.config.rate)
-        known = np.flatnonzero(store.records["split"] == "train")
-        known = np.sort(np.random.default_rng(0).permutation(known)[:1000])
+        store = data.open_store(run.config.data, run.config.rate)
+        known = np.sort(np.random.default_rng(0).permutation(store.rows("train"))[:1000])
         others = score_records(run, store, known, [[t] for t in texts], asking(scales=ask.scales))
         for row, score, column in zip(rows.values(), scores, others.T):
             row["higher than"] = f"{100 * (column < score).mean():.0f} % of {len(known)} training records"
@@ -1208,38 +911,13 @@ def look(run, record, texts, ask):
         print(f"no comparison with the training records: {error}")
     print_table(title, rows)
     try:
-        weight = attention_over_time(run.method, signal, text)
+        weight = models.attention_over_time(run.method, signal, text)
     except models.ModelError as error:
         print(error)
-        weight = []
-    plot_look(ecg, run.config.rate, title, rows, weight, path)
+    said = [", higher than ".join([f"{t}: {r.pop('similarity'):.3f}", *r.values()]) for t, r in rows.items()]
+    peaks = [p for p in segment_beats(signal, run.config.rate)[0][0].tolist() if p >= 0]
+    data.plot_seen(ecg, run.config.rate, textwrap.shorten(title, 150), dict(zip(said, weight)), peaks, path)
     print(f"drawn in {path}")
-
-
-def plot_look(ecg, rate, title, rows, weight, path):
-    """The record on ECG paper; below, a strip for each text, as dark as the text is seen there, with a
-    triangle under every beat that carries more than one and a half times its share."""
-    from matplotlib.figure import Figure
-    seconds, step = ecg.shape[1] / rate, 0.5
-    width, paper, below = (seconds + 0.8) * 25 / 25.4, 13 * 10 / 25.4, 0.6 + step * len(weight)  # inches
-    size = width + 0.4, paper + below
-    figure = Figure(figsize=size)
-    place = lambda bottom, height: (0.2 / size[0], bottom / size[1], width / size[0], height / size[1])
-    axes = figure.add_axes(place(below - 0.35, paper))
-    data.draw_ecg(axes, ecg, rate, textwrap.shorten(title, 150))
-    peaks = segment_beats(torch.from_numpy(ecg)[None], rate)[0][0]
-    peaks = peaks[peaks >= 0].tolist()
-    edges = [0, *((a + b) // 2 for a, b in zip(peaks, peaks[1:])), ecg.shape[1]]
-    for i, ((text, facts), w) in enumerate(zip(rows.items(), weight)):
-        strip = figure.add_axes(place(below - 0.8 - step * i, 0.2))
-        strip.imshow(w[None], aspect="auto", cmap="Greys", extent=(0, seconds, 0, 1), vmin=0)
-        strong = [p / rate for p, a, b in zip(peaks, edges, edges[1:]) if w[a:b].mean() * len(w) > 1.5]
-        strip.plot(strong, [-0.35] * len(strong), "^", color="#c03030", ms=5, clip_on=False)
-        quantile = f", higher than {facts['higher than']}" if "higher than" in facts else ""
-        strip.text(0, 1.25, f"{text}: {facts['similarity']:.3f}{quantile}", fontsize=8, parse_math=False)
-        strip.set(xlim=axes.get_xlim(), ylim=(0, 1), xticks=[], yticks=[])
-        strip.spines[:].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 # ---- tables, pictures, results.json ------------------------------------------------------------------------
@@ -1256,25 +934,21 @@ def summary(metrics):
         return {metrics.get("what") if k == "value" else k: v for k, v in metrics.items() if k != "what"}
     line = {"records": metrics["records"]}
     for mean, note in (("macro", ""), ("macro_enough", f", {ENOUGH} positives")):
-        value, ends = headline(metrics, mean)
-        line |= {f"AUROC{note}": value, f"95 %{note}": ends,
-                 f"classes{note}": metrics.get(mean, {}).get("classes")}
+        line |= dict(zip((f"AUROC{note}", f"95 %{note}"), headline(metrics, mean)))
+        line[f"classes{note}"] = metrics.get(mean, {}).get("classes")
     return line | {"AUPRC": metrics.get("macro", {}).get("auprc"), "untrained": len(metrics["untrained"])}
-
-
-COLUMNS = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC",
-           "f1": "best F1"}
-MEANS = {"macro": "macro, classes with positives", "macro_enough": f"macro, at least {ENOUGH} positives"}
 
 
 def class_rows(metrics):
     """A result as a table of classes, their means below."""
-    rows = metrics["classes"] | {f"{text} ({metrics[mean]['classes']})": {"positives": ""} | metrics[mean]
-                                 for mean, text in MEANS.items() if mean in metrics}
-    for name, r in rows.items():
-        if "auroc" not in r:
-            rows[name] = r | {"interval": "no negatives" if r["positives"] else "no positives"}
-    return {name: {title: r.get(k) for k, title in COLUMNS.items()} for name, r in rows.items()}
+    rows = dict(metrics["classes"])
+    for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives")):
+        if mean in metrics:
+            rows[f"macro, {text} ({metrics[mean]['classes']})"] = {"positives": ""} | metrics[mean]
+    without = lambda r: {"interval": "no negatives" if r["positives"] else "no positives"}
+    return {name: {"positives": r["positives"], "AUROC": r.get("auroc"), "95 % interval": r["interval"],
+                   "AUPRC": r.get("auprc"), "best F1": r.get("f1")}
+            for name, r in ((name, r if "auroc" in r else r | without(r)) for name, r in rows.items())}
 
 
 def print_table(title, rows):
@@ -1301,33 +975,16 @@ def plot(title, panels, path):
         axes.set_visible(False)
     for axes, (panel, rows) in zip(grid, panels.items()):
         for label, (values, ends) in rows.items():
-            y = labels.index(label)
+            y, color = labels.index(label), "C0" if ends else "0.5"
             axes.plot(ends or [], [y, y] if ends else [], color="0.8", lw=5, solid_capstyle="butt", zorder=1)
             axes.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C0", lw=1.5, zorder=2)
-            dots = dict(color="C0" if ends else "0.5", mec="white", ms=5.5, zorder=3)
-            axes.plot(values, [y] * len(values), "o", **dots)
+            axes.plot(values, [y] * len(values), "o", color=color, mec="white", ms=5.5, zorder=3)
         axes.set_yticks(range(len(labels)), [textwrap.fill(label, 40) for label in labels], fontsize=8)
-        axes.set(ylim=(len(labels) - 0.4, -0.6))
+        axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_title(panel, fontsize=9)
         axes.grid(axis="x", color="0.92")
         axes.spines[["top", "right", "left"]].set_visible(False)
     figure.suptitle(textwrap.fill(title, 90), fontsize=10)
-    figure.savefig(path, dpi=130)
-
-
-def plot_shots(title, columns, path):
-    """Macro AUROC over the number of positives a class: mean, range of ten draws, and the zero-shot line."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    few = {int(name.split()[0]): m for name, m in columns.items() if name != "zero-shot"}
-    axes.plot(list(few), [m["value"] for m in few.values()], "o-", label="probe")
-    axes.fill_between(list(few), *zip(*(m["interval"] for m in few.values())), alpha=0.2)
-    axes.axhline(columns["zero-shot"]["value"], color="C1", ls="--", label="zero-shot")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(few), list(map(str, few)))
-    axes.set(xlabel="positives a class", ylabel="macro AUROC", title=title)
-    axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -1352,34 +1009,34 @@ def file_name(text):
 def show(folder, task, name, rows, ask):
     """Print a result, draw it (TASK_SET.png), and put it into results.json: an entry for each task, set and
     options, none of which overwrites another."""
-    data_of_set = [spec for spec in ask.data if spec.partition(":")[0] == name.split("_")[0]]
     options = {k: v for k, v in vars(ask).items() if task in OPTIONS.get(k, TASKS)}
+    data_of_set = [spec for spec in ask.data if spec.partition(":")[0] == name.split("_")[0]]
     options["data"] = data_of_set or list(ask.data)
-    lines = {", ".join(filter(None, (row, column))): m for row, columns in rows.items()
-             for column, m in columns.items()}
     title = entry(name, options)
+    lines = {", ".join(filter(None, place)): m for place, m in flat(rows).items()}
     heads = {label: ([value], ends) for label, (value, ends) in zip(lines, map(headline, lines.values()))
              if value is not None}
     if task == "zeroshot":
-        metrics = rows[""]["zero-shot"]
         for label, m in lines.items():
-            print_table(f"{label} {name} of {m['source']} records: {m['records']} records",
-                        class_rows(m))
-        known = {c: r for c, r in metrics["classes"].items() if "auroc" in r}
+            print_table(f"{label} {name} of {m['source']} records: {m['records']} records", class_rows(m))
+        known = {c: r for c, r in rows[""]["zero-shot"]["classes"].items() if "auroc" in r}
         heads = {f"{c} ({known[c]['positives']})": ([known[c]["auroc"]], known[c]["interval"])
                  for c in sorted(known, key=lambda c: -known[c]["auroc"])}
     elif lines:
         how = {"merl": ", as MERL: the best TEST epoch", "melp": ", as MELP"}.get(ask.protocol, "")
         print_table(f"{task} {name}{how}", {label: summary(m) for label, m in lines.items()})
-    picture = Path(folder) / f"{task}_{file_name(title)}.png"
-    if task == "probe" and ask.shots:
-        plot_shots(title, rows[""], picture)
-    elif heads:
-        plot(f"{task} {title}", {next(iter(lines.values())).get("what", "AUROC"): heads}, picture)
+    if heads:
+        what = next(iter(lines.values())).get("what", "AUROC")
+        plot(f"{task} {title}", {what: heads}, Path(folder) / f"{task}_{file_name(title)}.png")
     plain = {row: {column: {k: v for k, v in m.items() if not isinstance(v, np.ndarray)}
                    for column, m in columns.items()} for row, columns in rows.items()}
     if rows:
         remember(folder, task, {title: {"options": options, "results": plain}})
+
+
+def flat(rows):
+    """{row: {column: metrics}} -> {(row, column): metrics}."""
+    return {(row, column): m for row, columns in rows.items() for column, m in columns.items()}
 
 
 def known_results(run):
@@ -1420,12 +1077,70 @@ def report(folder, wanted, **options):
     return results
 
 
+# ---- a run to be published ---------------------------------------------------------------------------------
+
+CARD = """---
+tags: [ecg, electrocardiogram, zero-shot-classification]
+---
+# {name}
+
+{method}, {parameters:.1f} M parameters: 12-lead ECGs ({leads}; {rate} Hz, 10 s, mV) and texts in one space.
+With ecg-language {version}:
+
+    from eval import load_run, score
+    method, config = load_run("{name}")
+    score(method, ["atrial fibrillation"], signal, fs=500, leads=["I", "II", "V2"])  # (3, N) in mV
+
+| task | set | figure [95 % interval] | records |
+|---|---|---|---|
+{table}
+"""
+
+
+def export(run, folder):
+    """Write a run as a folder to publish, which load_run opens anywhere: weights, tokenizer, own code;
+    config.json with what a signal must be and the label sets' prompts; README.md, a model card with its
+    results so far. Nothing in it names a path of this machine. Errors: DataError."""
+    (method, config), folder = load_run(run), Path(folder)
+    if folder.exists():
+        raise data.DataError(f"{folder} exists: choose another folder")
+    shutil.copytree(Path(run) / "tokenizer", folder / "tokenizer")
+    for path in [Path(run) / "model.safetensors", *Path(run).glob("*.py")]:
+        shutil.copy(path, folder)
+    signal = dict(leads=data.LEADS, rate=config.rate, seconds=10, unit="mV", normalise=config.normalise)
+    sets = {name: {c: row["prompts"] for c, row in data.label_set(name).items()}
+            for name in data.LABEL_SETS if name not in data.OCCURRING}
+    made_by = {k: v for k, v in read_config(run)[1].items() if k not in models.own_files(config)}
+    here = "data", "init", "text_model", "name", "llm"
+    settings = {k: "" if k in here else v for k, v in models.settings_of(config).items()}
+    settings |= {"made_by": made_by, "about": signal | {"label_sets": sets}}
+    data.write_text(folder / "config.json", json.dumps(settings, indent=1))
+    data.write_text(folder / "README.md", CARD.format(
+        name=folder.name, method=settings["method"], leads=", ".join(data.LEADS), rate=config.rate,
+        parameters=sum(p.numel() for p in method.parameters()) / 1e6, version=models.VERSION,
+        table="\n".join(measured(known_results(run)))))
+
+
+def measured(known):
+    """results.json -> the lines of a Markdown table, of what was measured with the run's own weights."""
+    for task, title, found in [(task, *each) for task, entries in known.items() for each in entries.items()]:
+        if isinstance(found, dict) and "results" in found and not found["options"]["checkpoint"]:
+            shown = entry(title.split()[0], found["options"] | {"data": ()})
+            for place, m in flat(found["results"]).items():
+                figure, how = figure_text(over_runs([m])), ", ".join(filter(None, (task, *place)))
+                yield f"| {how} | {shown} | {m.get('what', 'AUROC')} {figure} | {m.get('records', '-')} |"
+
+
 # ---- many runs ---------------------------------------------------------------------------------------------
 
+FACTS = {"records_per_second": float, "parameters": float, "warnings": [str]}  # what is read of training.json
+NO_MATTER = "name", "seed", "threads", "workers", "save_every", "compile", "wandb"  # repetitions may differ
+
+
 def group_runs(configs):
-    """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order of appearance.
-    A title is the method and what sets the group apart from the method's others; each field's most common
-    value goes without saying (among equally common ones the first). A field that a config lacks is None."""
+    """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order. A title is
+    the method and what sets the group apart from its others; each field's most common value goes without
+    saying (among equally common ones the first). A field that a config lacks is None."""
     fields = [f for f in dict.fromkeys(f for config in configs for f in config) if f not in NO_MATTER]
     groups, titled = {}, {}
     for place, config in enumerate(configs):
@@ -1458,8 +1173,8 @@ def figure_text(s):
 def markdown(groups, mean="macro"):
     """{title: {"runs", "macro": {column: figure}, ...}} -> a table."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group[mean]))
-    rows = [["method", "runs", *(n.removeprefix("ptbxl_") for n in names), "records/s", "parameters"]]
-    rows.append(["---"] * len(rows[0]))
+    rows = [["method", "runs", *(n.removeprefix("ptbxl_") for n in names), "records/s", "parameters"],
+            ["---"] * (len(names) + 4)]
     for title, group in groups.items():
         speed, size = group["records_per_second"], group["parameters"]
         rows.append([title, str(len(group["runs"])), *(figure_text(group[mean].get(name)) for name in names),
@@ -1471,42 +1186,41 @@ def summarise(found, folders, configs):
     """A group of runs: {column: metrics of each} -> figures over runs; speed and parameters are means."""
     paths = [Path(folder) / "training.json" for folder in folders]
     training = [data.read_json(path, FACTS) if path.exists() else None for path in paths]
-    costs = {k: [facts[k] for facts in training if facts] for k in ("records_per_second", "parameters")}
+    mean = lambda key: float(np.mean([facts[key] for facts in training if facts])) if any(training) else None
     return {"runs": list(map(str, folders)), "seeds": [config["seed"] for config in configs],
             "config": {k: v for k, v in configs[0].items() if k not in NO_MATTER}, "training": training,
-            **{mean: {c: over_runs(m, mean) for c, m in found.items()} for mean in ("macro", "macro_enough")},
-            **{k: float(np.mean(known)) if known else None for k, known in costs.items()}}
+            **{key: {c: over_runs(m, key) for c, m in found.items()} for key in ("macro", "macro_enough")},
+            **{key: mean(key) for key in ("records_per_second", "parameters")}}
 
 
 def compare(folders, wanted, **options):
     """Do tasks on finished runs, put repetitions together (group_runs), print one table, write
-    comparison.json and comparison.png beside the first run. Plain files among `folders` are passed over, so
-    that runs/* will do. Errors: DataError for a folder that is no finished run, and where the records that
-    two runs were asked about differ in number."""
+    comparison.json and comparison.png beside the first run. Plain files among `folders` (runs/*) are passed
+    over. Errors: DataError for a folder that is no finished run, or other records of one than of another."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
+    configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     if not folders:
         raise data.DataError("no run folder to compare")
-    configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     for folder in folders:  # before hours of evaluation
         if not (folder / "model.safetensors").exists():
             raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "
                                  f"{folder}, or leave it out")
     titles = {place: title for title, places in group_runs(configs).items() for place in places}
     places, columns, records = {}, {}, {}  # of each group
-    for place, folder in enumerate(tqdm(folders, desc="runs")):
-        for (task, name), rows in report(folder, wanted, **options).items():
-            for row, column in [(row, column) for row, found in rows.items() for column in found]:
-                m = rows[row][column]
-                title = f"{row} ({configs[place]['encoder']})" if row else titles[place]
-                label = name if task == "zeroshot" else f"{name} {task}, {column}"
-                found = columns.setdefault(title, {}).setdefault(label, [])
-                if not any(m is other for other in found):  # not what an earlier run has brought
-                    found.append(m)
-                    places.setdefault(title, {})[place] = None
-                number, other = records.setdefault(label, (m.get("records"), folder))
-                if number != m.get("records"):
-                    raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
-                                         f"{other}: name the same for all with --data")
+    for i, folder in enumerate(tqdm(folders, desc="runs")):
+        done = report(folder, wanted, **options)
+        every = [(*asked, *each) for asked, rows in done.items() for each in flat(rows).items()]
+        for task, name, (row, column), m in every:
+            title = f"{row} ({configs[i]['encoder']})" if row else titles[i]
+            label = name if task == "zeroshot" else f"{name} {task}, {column}"
+            found = columns.setdefault(title, {}).setdefault(label, [])
+            if not any(m is other for other in found):  # not what an earlier run has brought
+                found.append(m)
+                places.setdefault(title, {})[i] = None
+            number, other = records.setdefault(label, (m.get("records"), folder))
+            if number != m.get("records"):
+                raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
+                                     f"{other}: name the same for all with --data")
     groups = {title: summarise(columns[title], [folders[i] for i in those], [configs[i] for i in those])
               for title, those in places.items()}
     if not groups:  # --embed has no figures
@@ -1517,13 +1231,12 @@ def compare(folders, wanted, **options):
         if all(those) and groups[title]["macro"][label]:
             groups[title]["macro"][label]["p"] = permutation_p(*those, columns[title][label][0]["labels"])
     print("\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap "
-          f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}")
-    print(f"\nthe same over classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
+          f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}\n\nthe same over "
+          f"classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
     for run, facts in [pair for group in groups.values() for pair in zip(group["runs"], group["training"])]:
         if warnings := (facts or {}).get("warnings"):
             print(f"\nwarnings in training of {run}: {len(warnings)}, the last at {warnings[-1]}")
-    path = folders[0].parent / "comparison.json"
-    asked = {k: str(v) for k, v in options.items()}
+    path, asked = folders[0].parent / "comparison.json", {k: str(v) for k, v in options.items()}
     data.write_text(path, json.dumps({"options": asked, "groups": groups}, indent=1))
     panels = {label: {title: (group["macro"][label]["values"], group["macro"][label]["interval"])
                       for title, group in groups.items() if group["macro"].get(label)} for label in records}
@@ -1538,7 +1251,7 @@ def sets_for(task, names):
     """Label sets of a task: "ptbxl" is four where classes are asked about, and a data set elsewhere."""
     if task not in ("zeroshot", "probe", "finetune", "transfer"):
         return names
-    names = [name for given in names for name in GROUPS.get(given.rstrip(":"), (given,))]
+    names = [name for given in names for name in data.GROUPS.get(given.rstrip(":"), (given,))]
     known = [*data.LABEL_SETS, *(("age", "sex") if task == "probe" else ())]
     for name in names:
         if name not in known and not name.endswith(".json"):
@@ -1549,17 +1262,18 @@ def sets_for(task, names):
 
 def parse(argv):
     """Command line -> {argument: value} of what was given."""
-    sets = ("Label sets: ptbxl (the first four), csv (the codes of your own records), a file NAME.json of "
-            f"your own classes, {', '.join(data.LABEL_SETS)}.")
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
-                                     epilog=textwrap.fill(sets, 100),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        description=__doc__, epilog=textwrap.fill(
+            "Label sets: ptbxl (the first four), csv (the codes of your own records), a file NAME.json of "
+            f"your own classes, {', '.join(data.LABEL_SETS)}.", 100))
     add, several = parser.add_argument, lambda kind: lambda text: [kind(part) for part in text.split(",")]
     for task, function in TASKS.items():
         note = " ".join(function.__doc__.split("\n\n")[0].split()).replace("%", "%%")
         add(f"--{task}", nargs="*" if task in ("transfer", "generate") else "+", metavar="SET", help=note)
     add("--look", nargs="+", metavar=("RECORD", "TEXT"), help="where it is seen in a WFDB record, SPEC:ID")
     add("--run", help="run folder [the newest in runs/]")
+    add("--export", metavar="DIR", help="a folder to publish: weights, config, tokenizer, model card")
     add("--compare", nargs="+", metavar="RUN", help="finished run folders: one table over all")
     add("--ckpt", dest="checkpoint", help="a .safetensors file, with config and tokenizer from --run or from "
         "beside it; or merl:FILE, melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
@@ -1579,22 +1293,24 @@ def parse(argv):
     add("--epochs", type=int, help="of training with labels [10]")
     add("--beams", type=int, help="of --generate; 1: greedy")
     given = vars(parser.parse_args(argv))
-    leads = {lead: data.lead_index(lead) for lead in given.get("leads", ())}
-    numbers = (*given.get("shots", ()), given.get("epochs", 1), given.get("beams", 1))
+    ask, texts = asking(**{"leads": ()} | given), given.get("look", ("", "x"))[1:]
+    leads = {lead: data.lead_index(lead) for lead in ask.leads}
     for wrong, sentence in (
             (None in leads.values(), f"--leads {','.join(leads)}: leads are {', '.join(data.LEADS)}"),
-            ("derive_leads" in given and not {0, 1} <= set(leads.values()),
+            (ask.derive_leads and not {0, 1} <= set(leads.values()),
              "--derive-leads needs --leads with I and II"),
-            (any(not 0 < r <= 1 for r in given.get("ratios", ())), "--ratios are shares above 0, up to 1"),
-            (min(numbers) < 1, "--shots, --epochs and --beams are numbers from 1"),
-            (not math.isfinite(given.get("noise", 0)), "--noise is a ratio in dB"),
-            (not {"look", *TASKS} & given.keys(),
+            (any(not 0 < r <= 1 for r in ask.ratios), "--ratios are shares above 0, up to 1"),
+            (min(*(ask.shots or ()), ask.epochs, ask.beams) < 1,
+             "--shots, --epochs and --beams are numbers from 1"),
+            (not math.isfinite(ask.noise or 0), "--noise is a ratio in dB"),
+            (not {"look", "export", *TASKS} & given.keys(),
              "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
-            ("compare" in given and {"run", "checkpoint", "look"} & given.keys(),
-             "--compare names its own runs: drop --run, --ckpt and --look"),
+            ("compare" in given and {"run", "checkpoint", "look", "export"} & given.keys(),
+             "--compare names its own runs: drop --run, --ckpt, --look and --export"),
+            ("export" in given and "checkpoint" in given, "--export takes a run's own weights: drop --ckpt"),
             ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
-            (len(given.get("look", "ok")) < 2, "--look RECORD TEXT..."),
-            (not all(map(data.WORD.search, given.get("look", ())[1:])), "--look: a text needs words"),
+            (not texts, "--look RECORD TEXT..."),
+            (not all(map(data.WORD.search, texts)), "--look: a text needs words"),
             ("look" in given and {"leads", "noise", "control"} & given.keys(),
              "--look shows a record as it is: drop --leads, --noise and --control"),
             *((option in given and tasks and not given.keys() & tasks, f"{option} is of no use without --"
@@ -1612,22 +1328,22 @@ def main(argv=None):
     if "compare" in given:
         compare(given["compare"], wanted, **options)
         return
-    checkpoint = given.get("checkpoint")
-    if found := publication(checkpoint):  # its results go to a folder of their own beside the runs
+    ask = asking(**options)
+    if found := models.publication(ask.checkpoint):  # its results go to a folder of their own beside the runs
         run = Path("runs") / f"published-{found[0]}-{Path(found[1]).stem}"
         run.mkdir(parents=True, exist_ok=True)
     else:
-        run = given.get("run") or (Path(checkpoint).parent if checkpoint else newest_run())
+        run = given.get("run") or (Path(ask.checkpoint).parent if ask.checkpoint else newest_run())
     print(f"run {run}")
     if wanted.get("generate") == []:
         config = read_config(run)[0]
-        store = open_store(options["data"][0] if "data" in options else config.data, config.rate)
-        wanted["generate"] = [source_of(store)]
+        wanted["generate"] = [data.source_of(data.open_store(*ask.data[:1] or [config.data], config.rate))]
     if wanted:
         report(run, wanted, **options)
     if "look" in given:
-        ask = asking(**options)
         look(open_run(run, ask), given["look"][0], given["look"][1:], ask)
+    if "export" in given:
+        export(run, given["export"])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """ECG encoders, the text tower, losses, one class a method, and its settings: everything that is learned.
 
-To add a method, write a class (see Method) and put its defaults into METHODS at the end of this file.
+To add a method, write a class (see Method) in a file of your own, --method FILE.py:Class; or put it here, and
+its defaults into METHODS at the end of this file.
 """
 import contextlib
 import dataclasses
 import functools
+import importlib.util
+import json
 import math
 import os
 import re
 import string
+import sys
+import traceback
 from collections import Counter
 from typing import Annotated, Literal, NamedTuple, Optional, get_args
 
@@ -382,14 +387,81 @@ ENCODERS = {f"{prefix}{size}": (cls, size) for prefix, cls, sizes in (
     ("w2v_", ConvTransformer, ConvTransformer.SIZES)) for size in sizes}
 
 
+def encoder_class(name):
+    """Errors: ModelError."""
+    if not is_file(name) and name not in ENCODERS:
+        raise ModelError(f"unknown --encoder {name!r}: use {', '.join(ENCODERS)}, or FILE.py:Class")
+    return load_class(name, nn.Module) if is_file(name) else ENCODERS[name][0]
+
+
 def build_encoder(name, leads, samples, width=1.0, patch=50):
-    """ECG encoder by name, one of ENCODERS. Errors: ModelError."""
-    if name not in ENCODERS:
-        raise ModelError(f"unknown ECG encoder {name!r}: use {', '.join(ENCODERS)}")
-    cls, size = ENCODERS[name]
+    """ECG encoder by name: one of ENCODERS, or FILE.py:Class, an nn.Module that Class(leads, samples) makes:
+    normalised ECGs (B, leads, samples) -> (B, T, dim), of any T; dim is its attribute. Errors: ModelError."""
+    cls = encoder_class(name)
+    if is_file(name):
+        return build_own(cls, leads, samples)
+    size = ENCODERS[name][1]
     if cls is ResNet1d:
         return ResNet1d(size, leads, width)
     return ConvTransformer(size, leads) if cls is ConvTransformer else cls(size, leads, samples, patch)
+
+
+def build_own(cls, leads, samples):
+    """An encoder of one's own, tried on two ECGs. Errors: ModelError."""
+    try:
+        encoder = cls(leads, samples)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            shape = tuple(encoder.eval()(torch.randn(2, leads, samples)).shape)
+        wanted = (2, max(1, *shape[1:2]), encoder.dim)  # of however many tokens
+    except Exception as error:  # whatever somebody's code does
+        raise ModelError(f"--encoder {cls.__name__}({leads}, {samples}): {fault_in(error)}") from error
+    if shape != wanted:
+        raise ModelError(f"--encoder {cls.__name__} makes {shape} of ECGs (2, {leads}, {samples}); it must "
+                         f"be (2, tokens, {encoder.dim}): (B, T, its attribute dim)")
+    return encoder.train()
+
+
+# ---- FILE.py:Class, a method or an encoder of one's own ----------------------------------------------------
+
+def is_file(name):
+    return ".py:" in name
+
+
+def own_files(config):
+    """{setting: FILE} of what comes from a file."""
+    return {name: spec.rpartition(":")[0] for name in ("method", "encoder")
+            if is_file(spec := getattr(config, name))}
+
+
+def load_class(spec, kind):
+    """The subclass of kind that "FILE.py:Class" names; the file is run, again only if it has changed, and may
+    import model. Errors: ModelError."""
+    path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        raise ModelError(f"{spec}: there is no file {path}")
+    found = getattr(load_file(os.path.abspath(path), os.stat(path).st_mtime_ns), name, None)
+    if not isinstance(found, type) or not issubclass(found, kind):
+        raise ModelError(f"{path} has no class {name} made from {kind.__module__}.{kind.__name__}")
+    return found
+
+
+@functools.lru_cache
+def load_file(path, changed):
+    """The module in a Python file. Errors: ModelError."""
+    spec = importlib.util.spec_from_file_location(f"own {path} {changed}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever somebody's code does
+        raise ModelError(f"{path}: {fault_in(error)}") from error
+    return module
+
+
+def fault_in(error):
+    """Where and what, as one sentence."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f" ({os.path.basename(last.filename)}, line {last.lineno})"
+    return f"{type(error).__name__}: {first_line(error)}{where * (not isinstance(error, SyntaxError))}"
 
 
 # ---- text tower ------------------------------------------------------------------------------------------
@@ -762,6 +834,7 @@ class Objective(nn.Module):
     """What train.py trains: Batch -> {term: scalar}, in three steps, so that a batch can be encoded in parts
     (train.chunked): plan looks at the whole batch, represent at a part, compare at what all parts gave."""
     settings = ()        # of Config, that belong to it and maybe to some others: the rest refuse them
+    small, paper = {}, {}  # defaults, and --preset paper, of a class in a file; else see METHODS
     stages = ("train",)  # "fine", if there is one, has config.fine_epochs
     weights = {}         # of the loss terms, where not 1
 
@@ -853,13 +926,13 @@ class Method(Objective):
         self.samples = SECONDS * config.rate
         self.ecg = build_encoder(config.encoder, 12, self.samples, config.width, config.patch)
         self.text = self.tower(*text, config.text_trainable_layers, config.text_pooling,
-                               config.text_max_length, config.text_mask)
+                               config.text_max_length)
 
     @classmethod
     def check(cls, config):
         if config.compile and config.recompute:
             raise ModelError("--compile decides itself what to compute again: leave out --recompute")
-        if config.text_unit == "tags" and config.method != "fgclep":
+        if config.text_unit == "tags" and "fine" not in cls.stages:
             raise ModelError("--text-unit tags is fgclep's: the other methods pair each record with one text")
 
     def represent(self, batch):
@@ -1001,7 +1074,7 @@ class MELP(Method):
     """MELP (Wang et al. 2025): contrast of whole records (rhythm), GLoRIA's attention of sentences over beats
     (beat), and the report written from the ECG (token, as in CoCa). beats: learned queries, as published, or
     the mean over real R-R intervals (--beats rpeak)."""
-    settings = ("beats", "beat_queries", "beat_mean", "beat_weight", "caption_queries", "caption_weight",
+    settings = ("beats", "beat_queries", "as_published", "beat_weight", "caption_queries", "caption_weight",
                 "decoder_layers")
     tower, scales = CausalTower, ("rhythm", "beat")
 
@@ -1060,9 +1133,9 @@ class MELP(Method):
             ("beats", "beat_count"), ("sentences", "sentence_count"))]
         beats, sentences = sides
         all_beats, all_sentences = ({name: gather(x) for name, x in side.items()} for side in sides)
-        rows = token_beat_rhythm(**beats, **all_sentences, beat_mean=self.config.beat_mean)
-        columns = rows.T if world() == 1 else token_beat_rhythm(
-            **all_beats, **sentences, beat_mean=self.config.beat_mean).T
+        mean = not self.config.as_published
+        rows = token_beat_rhythm(**beats, **all_sentences, beat_mean=mean)
+        columns = rows.T if world() == 1 else token_beat_rhythm(**all_beats, **sentences, beat_mean=mean).T
         return {"contrast": info_nce(vectors["ecg"], vectors["text"], self.learned_scale()),
                 "beat": paired_cross_entropy(rows, columns)}
 
@@ -1149,9 +1222,9 @@ def caption_writer(melp):
 class CMELT(Method):
     """C-MELT, alias D-BETA (Pham et al. 2025): masked language and ECG modelling with fused towers (mlm,
     mem), ECG-text matching (etm), sigmoid loss on the towers' own vectors (ets), replaced texts as certain
-    negatives (N3S): far, as in the paper; lost, as in the public collator: called wrong, but the record's own
-    text reaches the model; none."""
-    settings = ("fusion_layers", "frame_drop", "lead_mask", "word_mask", "mem_target", "ets_sum", "negatives")
+    negatives (N3S): far, as in the paper (as_published: called wrong, but the record's own text reaches the
+    model), or none."""
+    settings = ("fusion_layers", "frame_drop", "lead_mask", "word_mask", "negatives", "as_published")
 
     @classmethod
     def check(cls, config):
@@ -1163,6 +1236,7 @@ class CMELT(Method):
     def __init__(self, config, text):
         super().__init__(config, text)
         d, heads, eps = config.dim, heads_for(config.dim, config.dim // 64), 1e-12  # BERT's eps: 1e-5 shows
+        self.text.mask = not config.as_published
         self.cls = nn.Parameter(0.02 * torch.randn(self.ecg.dim))
         self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
         self.pool_ecg, self.pool_text, self.pool_fused_ecg, self.pool_fused_text = (
@@ -1223,7 +1297,7 @@ class CMELT(Method):
         fused_text, fused_ecg, half = self.fuse(words, tokens["attention_mask"], states)
 
         masked = labels >= 0  # only these need the vocabulary
-        target = frames_of(ecg if self.config.mem_target == "record" else visible)  # (B, T, 16 * L)
+        target = frames_of(visible if self.config.as_published else ecg)  # (B, T, 16 * L)
         pair = torch.cat([self.pool_fused_text(fused_text[:, 0]), self.pool_fused_ecg(fused_ecg[:, 0])], 1)
         vectors = {"ecg": self.pool_ecg(states[:, 0]), "text": self.pool_text(words[:, 0])}
         return vectors | {"aligned": aligned}, {
@@ -1234,7 +1308,7 @@ class CMELT(Method):
     def compare(self, vectors, batch):
         ecg, text = vectors["ecg"], gather(vectors["text"])
         ets = sigmoid_loss(ecg, text, positive=gather(vectors["aligned"]), first=rank() * len(ecg))
-        return {"ets": ets * len(text) if self.config.ets_sum else ets}
+        return {"ets": ets if self.config.as_published else ets * len(text)}
 
     def with_negatives(self, batch):
         """The records' texts (B lists of tags), about half replaced by what a far text says and the record's
@@ -1244,7 +1318,7 @@ class CMELT(Method):
             number = min(len(chosen), round(0.5 * len(chosen) + torch.rand(()).item()))
             rows = torch.randperm(len(chosen))[:number]
             aligned[rows] = False
-        if self.config.negatives == "far":
+        if self.config.negatives == "far" and not self.config.as_published:
             for row, text in zip(rows.tolist(), self.far.draw([join(batch.tags[row]) for row in rows])):
                 tags = [tag for tag in text.split(". ") if tag not in batch.tags[row]]
                 aligned[row] = not tags
@@ -1354,7 +1428,7 @@ class FGCLEP(ETP):
         self.number, self.meaning = {tag: i for i, tag in enumerate(tags)}, meaning
 
     def plan(self, batch):
-        """Unit tags: every distinct tag that is said in the batch is a text; each process encodes its share."""
+        """Unit tags: every distinct tag that is said in the batch is a text; processes share them."""
         tags, chosen = gather_lists(batch.tags, self.number), gather_lists(batch.chosen, self.number)
         if self.config.text_unit != "tags":
             return batch._replace(everyone=(chosen, tags))
@@ -1457,6 +1531,107 @@ def members(rows, size, device):
     return out.to(device)
 
 
+# ---- where a method looks ----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def attention_over_time(method, ecg, text):
+    """Where each text is seen: ecg (1, 12, N) mV, TextViews of C texts -> (C, N), rows sum to 1: the softmax
+    over tokens of each word's similarity, mean over words; or over beats or patches, as the method weighs
+    them. Errors: ModelError where a method has no scale below the whole record."""
+    views, config, samples = method.encode_ecg(ecg), method.config, ecg.shape[2]
+    melp = isinstance(method, MELP)
+    if "token" in method.scales:
+        like = [text.words[i, :n] @ views.tokens[0].T for i, n in enumerate(text.word_count)]
+        weight = torch.stack([(each * method.learned_scale()).softmax(1).mean(0) for each in like])   # (C, T)
+    elif "beat" in method.scales and not (melp and config.beats == "query"):
+        beats = views.beats[0] if views.beat_count is None else views.beats[0, :views.beat_count[0]]
+        weight = (text.sentences[:, 0] @ beats.T * method.beat_options()["beat_temperatures"][0]).softmax(1)
+    else:
+        raise ModelError(f"this {config.method} run sees texts in the whole record only; fgclep "
+                                "--align word or tag, and melp --beats rpeak, see them at a place")
+    if melp:  # beats, from midpoint to midpoint
+        place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
+    else:  # tokens of equal length; patches of all leads at one time together
+        windows = samples // config.patch if isinstance(method.ecg, LeadViT) else weight.shape[1]
+        weight, place = weight.unflatten(1, (-1, windows)).sum(1), torch.arange(samples) * windows // samples
+    length = torch.bincount(place, minlength=weight.shape[1]).clamp(min=1)
+    return (weight.cpu() / length)[:, place].numpy()
+
+
+# ---- weights as their authors published them ---------------------------------------------------------------
+# weights.json: names in the authors' state dictionaries -> ours; * stands for anything, the same on both
+# sides in order. A name with +0, +1, +2 is a part (query, key, value) of a larger tensor of ours; "-" is what
+# neither training nor zero-shot here has a use for. "optional": what a file may lack. D-BETA's T5 sees no
+# attention mask, but one text at a time has no padding: that is our tower with its mask, in any batch.
+
+WRAPPER = re.compile(r"^((module|model)\.)*(ecg_encoder\.(?=ecg_encoder\.|attn_pool|ln_c|proj_contrast|bn\.)"
+                     r"|\w*decoder\.(?=resblocks|cross_attn|ln_final|text_proj))?")
+DROPPED = ("text.lm.pooler.", "text.lm.embeddings.position_ids")  # of a language model, that a tower may lack
+
+
+@functools.lru_cache
+def published():
+    """weights.json: {kind: {"method", "optional", "names"}}."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights.json")) as file:
+        return json.load(file)
+
+
+def publication(checkpoint):
+    """"merl:FILE" -> ("merl", "FILE"), None for any other checkpoint."""
+    kind, _, file = str(checkpoint or "").partition(":")
+    return (kind, file) if file and kind in published() else None
+
+
+def rename(state, names):
+    """The authors' state dictionary -> ours by names {theirs: ours}. Errors: ModelError, unknown names."""
+    rules = [(re.compile(re.escape(theirs).replace(r"\*", "(.*?)")), ours) for theirs, ours in names.items()]
+    parts, unknown = {}, []
+    for theirs, value in state.items():
+        bare = WRAPPER.sub("", theirs)
+        match, ours = next(((m, ours) for pattern, ours in rules if (m := pattern.fullmatch(bare))), (0, 0))
+        if not match:
+            unknown.append(theirs)
+        elif ours != "-":
+            for group in match.groups():
+                ours = ours.replace("*", group, 1)
+            name, _, part = ours.partition("+")
+            parts.setdefault(name, {})[part] = value
+    if unknown:
+        raise ModelError(f"{len(unknown)} unexpected names in the checkpoint: {', '.join(unknown[:10])}")
+    return {name: found[""] if "" in found else torch.cat([found[part] for part in sorted(found)])
+            for name, found in parts.items() if "" in found or len(found) == 3}  # else it counts as missing
+
+
+def with_our_leads(state, kind):
+    """A state dictionary of ours, for our order of leads: MERL and MELP had MIMIC-IV-ECG's, aVF first."""
+    first = ("ecg.conv1.weight", "ecg.patch.weight", "ecg.stem.0.weight") if kind != "dbeta" else ()
+    order = [0, 1, 2, 3, 5, 4, *range(6, 12)]
+    return {name: value[:, order] if name in first else value for name, value in state.items()}
+
+
+def same_shape(x, y):
+    """But for axes of length 1, of which the authors have more."""
+    return [n for n in x.shape if n > 1] == [n for n in y.shape if n > 1]
+
+
+def load_published(method, state, kind):
+    """Fill a method with the authors' weights, kind a key of published(). Errors: ModelError that names what
+    is missing, unknown or misshapen."""
+    given, optional = rename(state, published()[kind]["names"]), tuple(published()[kind]["optional"])
+    given = {k: v for k, v in given.items() if k in method.state_dict() or not k.startswith(DROPPED)}
+    ours = {k: v for k, v in method.state_dict().items() if not k.endswith("num_batches_tracked")}
+    misshapen = [f"{k} {tuple(given[k].shape)} for {tuple(ours[k].shape)}" for k in given.keys() & ours.keys()
+                 if not same_shape(given[k], ours[k])]
+    missing = [k for k in ours.keys() - given.keys() if not k.startswith(optional)]
+    for wrong, fault in ((given.keys() - ours.keys(), f"this {method.config.method} has no place for"),
+                         (missing, f"the checkpoint lacks {len(missing)} weights, such as"),
+                         (misshapen, "other sizes than this method's:")):
+        if wrong:
+            raise ModelError(f"{fault} {', '.join(sorted(wrong)[:10])}")
+    method.load_state_dict({k: v.reshape(ours[k].shape) for k, v in given.items()}, strict=False)
+    return method
+
+
 # ---- settings --------------------------------------------------------------------------------------------
 # A type says what a setting may be: Literal its values, Annotated[kind, lowest, highest] its range.
 
@@ -1468,19 +1643,23 @@ Part = Annotated[float, 0, 0.99]  # all of it would leave nothing
 @dataclasses.dataclass
 class Config:
     """The small default, made for two CPU cores; a method's own and --preset paper are in METHODS."""
-    method: str = "fgclep"  # etp | merl | cmelt | melp | fgclep; cardiolm: a language model for --text-model
+    method: str = "fgclep"  # etp|merl|cmelt|melp|fgclep; FILE.py:Class; cardiolm: for --text-model
     preset: Literal["small", "paper"] = "small"  # paper: the method's published recipe
     data: str = "simulated"  # simulated[:N], ptbxl|mimic|cpsc2018|csn|georgia|wfdb|store:DIR, csv:FILE; A,B*2
     init: str = ""  # weights to start from: a run folder, or merl:FILE, melp:FILE, dbeta:FILE as published
     name: str = ""  # name of the run folder; default: method, data and time
     seed: Annotated[int, 0, 2**31] = 0  # everything random follows from it
+    epochs: Count = 12  # fgclep: of the coarse stage
+    batch_size: Annotated[int, 2, 10**9] = 32  # records contrasted with one another, over all processes
+    lr: Annotated[float, 1e-12, 100] = 2e-3  # peak learning rate (AdamW)
+    wandb: str = ""  # project of Weights & Biases that sees log.jsonl, too
   # signal
     rate: Annotated[int, 100, 1000] = 100  # Hz of the store
     normalise: Literal["mv", "record", "lead"] = "mv"  # model.normalise
     lead_drop: Part = 0.2  # chance that a lead is zeroed in a training step
     shift: Annotated[float, 0, 5] = 1.0  # seconds; a training record is moved in time by at most this much
   # ECG encoder
-    encoder: str = "resnet18"  # resnet18|34|50|101, (lead)vit_tiny|small|middle|base, w2v_tiny|small|base
+    encoder: str = "resnet18"  # resnet18|34|50|101, (lead)vit_, w2v_tiny|small|middle|base, FILE.py:Class
     width: Annotated[float, 0.01, 16] = 0.25  # channels of a ResNet, as a factor
     patch: Count = 10  # samples of a patch of vit or leadvit
     dim: Annotated[int, 1, 65536] = 128  # dimension of the shared space
@@ -1491,7 +1670,6 @@ class Config:
     text_lr_scale: Annotated[float, 0, 1e3] = 1.0  # learning rate of the language model, as a share of --lr
     text_pooling: Literal["mean", "cls", "pooler"] = "mean"  # model.TextTower
     text_max_length: Annotated[int, 3, 10**6] = 128  # tokens
-    text_mask: bool = True  # False: padding is attended to (D-BETA's published code)
     mlm_steps: CountOr0 = 150  # masked-language-model updates of the small BERT
     text_unit: Literal["report", "subset", "tag", "tags"] = "report"  # said of a record; tags: fgclep's, all
     report_language: Literal["english", "original", "translated"] = "english"  # original: as written
@@ -1500,7 +1678,6 @@ class Config:
     uma_dropout: Part = 0.1  # dropout of the two ECG views
     beats: Literal["query", "rpeak"] = "query"  # learned (published), or the mean over each R-R interval
     beat_queries: Count = 12  # learned beats
-    beat_mean: bool = True  # False rewards long reports (published code)
     beat_weight: Weight = 0.2  # of the beat loss
     caption_queries: Count = 32  # ECG tokens that the caption decoder sees
     caption_weight: Weight = 2.0  # of the caption loss
@@ -1509,9 +1686,9 @@ class Config:
     frame_drop: Part = 0.75  # share of frames hidden from the encoder
     lead_mask: Part = 0.5  # chance that the encoder does not see a lead
     word_mask: Share = 0.25  # share of hidden words
-    mem_target: Literal["record", "input"] = "record"  # of hidden leads; input: zeros (published code)
-    ets_sum: bool = True  # a record's pairs are summed (paper) | False: averaged (published code), 1/B of it
-    negatives: Literal["far", "lost", "none"] = "far"  # N3S: far (paper), lost (published code)
+    negatives: Literal["far", "none"] = "far"  # N3S: replaced texts
+    as_published: bool = False  # defects of the code: melp's beat loss rewards long reports; cmelt attends to
+                                # padding, rebuilds hidden leads as zeros, has 1/B of ets, loses N3S's texts
     align: Literal["rhythm", "tag", "word"] = "rhythm"  # v1; tag: v2, over patches; word: over tokens
     fn_mode: Literal["soft_bce", "l1", "none"] = "soft_bce"  # of false negatives; none: hard targets
     similarity: Literal["tags", "half", "cos"] = "tags"  # soft targets: model.FGCLEP.targets
@@ -1521,12 +1698,9 @@ class Config:
     keep_share: Weight = 1.5  # of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
     keep_threshold: Annotated[float, -1, 1] = -1.0  # and whose cosine is at least this (FOCAL: 0.95)
   # optimisation
-    epochs: Count = 12  # fgclep: of the coarse stage
     fine_epochs: CountOr0 = 0  # of the fine stage
-    batch_size: Annotated[int, 2, 10**9] = 32  # records contrasted with one another, over all processes
     accumulate: Count = 1  # such batches per update
     chunk: CountOr0 = 0  # records encoded at a time, where memory does not hold a batch; 0: all
-    lr: Annotated[float, 1e-12, 100] = 2e-3  # peak learning rate (AdamW)
     beta2: Annotated[float, 0, 0.999999] = 0.999  # AdamW
     weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.make_optimiser
     warmup: Share = 0.1  # share of a stage's updates with rising rate; without it towers collapse
@@ -1561,6 +1735,19 @@ def owners(setting):
     return [name for name, (cls, _, _) in METHODS.items() if setting in cls.settings]
 
 
+def recipe(method):
+    """(class, small defaults, published recipe) of one of METHODS; of FILE.py:Class, its own over those of
+    the method that it inherits from. Errors: ModelError."""
+    if not is_file(method):
+        if method not in METHODS:
+            raise ModelError(f"unknown method {method!r}: use {', '.join(METHODS)}, or FILE.py:Class")
+        return METHODS[method]
+    cls = load_class(method, Method)
+    of = {known: defaults for known, *defaults in METHODS.values()}
+    small, paper = next((of[base] for base in cls.__mro__ if base in of), ({}, {}))
+    return cls, small | cls.small, paper | cls.paper
+
+
 def flag(setting):
     return "--" + setting.replace("_", "-")
 
@@ -1583,14 +1770,12 @@ def check_setting(name, value):
 def configure(method=Config.method, preset=Config.preset, **given):
     """Config of a method: its defaults, its published recipe if preset is paper, and over them what is given.
     Errors: ModelError for a setting that is unknown, has no such value, or belongs to other methods."""
-    if method not in METHODS or preset not in ("small", "paper"):
-        raise ModelError(f"unknown method or preset: {method}, {preset}; methods: {', '.join(METHODS)}; "
-                         "presets: small, paper")
-    cls, small, paper = METHODS[method]
-    for name in given:
+    cls, small, paper = recipe(method)
+    check_setting("preset", preset)
+    for name in [*small, *paper, *given]:
         if name not in TYPES:
             raise ModelError(f"there is no setting {name!r}")
-        if (whose := owners(name)) and method not in whose:
+        if (whose := owners(name)) and name not in cls.settings:
             raise ModelError(f"{flag(name)} is a setting of {', '.join(whose)}, not of {method}: leave it "
                              "out")
     config = Config(**small | (paper if preset == "paper" else {}) | given, method=method, preset=preset)
@@ -1598,10 +1783,11 @@ def configure(method=Config.method, preset=Config.preset, **given):
         config.targets = "reports"
     for name in TYPES:
         check_setting(name, getattr(config, name))
-    if config.encoder not in ENCODERS:
-        raise ModelError(f"unknown --encoder {config.encoder!r}: use {', '.join(ENCODERS)}")
-    if "vit" in config.encoder and config.patch > SECONDS * config.rate:
+    if encoder_class(config.encoder) in (ViT1d, LeadViT) and config.patch > SECONDS * config.rate:
         raise ModelError(f"--patch {config.patch} is longer than a record of {SECONDS * config.rate} samples")
+    files = set(map(os.path.abspath, own_files(config).values()))
+    if len(set(map(os.path.basename, files))) < len(files):
+        raise ModelError(f"{' and '.join(sorted(files))} would be one file in the run: rename one")
     if config.name and not re.fullmatch(r"[^\W_][^/\\\0]*", config.name):
         raise ModelError(f"--name {config.name!r} is no name of a folder: begin with a letter, use no slash")
     cls.check(config)
@@ -1609,9 +1795,12 @@ def configure(method=Config.method, preset=Config.preset, **given):
 
 
 def settings_of(config):
-    """Those of a Config that its method has -> dictionary, which configure takes back."""
-    return {name: value for name, value in dataclasses.asdict(config).items()
-            if not owners(name) or config.method in owners(name)}
+    """Those of a Config that its method has -> dictionary, which configure takes back; a FILE.py lies beside
+    the config.json that they are written to, and has no folder."""
+    mine = recipe(config.method)[0].settings
+    settings = {name: value for name, value in dataclasses.asdict(config).items()
+                if not owners(name) or name in mine}
+    return settings | {name: os.path.basename(settings[name]) for name in own_files(config)}
 
 
 # ---- the methods by name ---------------------------------------------------------------------------------
@@ -1650,4 +1839,4 @@ METHODS = {
 
 def build_method(config, text):
     """The method named in config.method, with its two towers. text: (language model, tokenizer)."""
-    return METHODS[config.method][0](config, text)
+    return recipe(config.method)[0](config, text)

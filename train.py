@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import csrc
@@ -36,29 +37,40 @@ from model import rank
 
 def parse(argv):
     """Command line -> (Config, run to continue or None, what made it). Errors: ModelError, DataError."""
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(models.Config), re.M))
-    for name in models.TYPES:
+    groups = {}
+    for title, name, note in described():
         kind, default = models.kind_of(name), getattr(models.Config, name)
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
         if kind is str and (values := models.get_args(models.TYPES[name])):
             how["metavar"] = "|".join(values)
         if name == "data":  # said again, it adds another set
             how["action"] = "append"
-        whose = ", ".join(models.owners(name))
-        parser.add_argument(models.flag(name), default=argparse.SUPPRESS, **how,
-                            help=f"{whose and whose + ': '}{notes[name]} [{default}]".replace("%", "%%"))
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        group.add_argument(models.flag(name), **how, help=f"{note} [{default}]".replace("%", "%%"))
     parser.add_argument("--resume", metavar="RUN", help="continue a run folder; its own config holds")
     given = vars(parser.parse_args(argv))
     if "data" in given:
         given["data"] = ",".join(given["data"])
-    if (resume := given.pop("resume")) is None:
+    if (resume := given.pop("resume", None)) is None:
         return models.configure(**given), None, {}
     if given:
         parser.error(f"--resume takes the config from the run: drop --{', --'.join(given).replace('_', '-')}")
     config, made_by = evaluation.read_config(resume)
     return config, Path(resume), made_by
+
+
+def described():
+    """(group, name, note) of every setting, as Config has them: by its sections, and then by method."""
+    found, title = [], "common"
+    for section, name, note in re.findall(r"^(?:  # (.*)|    (\w+): .*?  # (.*(?:\n {20,}# .*)*))$",
+                                          inspect.getsource(models.Config), re.M):
+        title = section or title
+        if name:
+            whose = ", ".join(models.owners(name))
+            found.append((whose and f"of {whose}" or title, name, re.sub(r"\s*\n\s*# ", " ", note)))
+    return sorted(found, key=lambda setting: setting[0].startswith("of "))
 
 
 # ---- data and batches --------------------------------------------------------------------------------------
@@ -101,7 +113,7 @@ def open_source(config):
         store = data.open_all(config.data, config.rate)
         store.verify()
         tags = data.report_tags(store, config.report_language)
-        if config.method == "fgclep" and config.targets == "truth":
+        if "targets" in models.recipe(config.method)[0].settings and config.targets == "truth":
             truth = data.true_tags(store)
     rows = store.rows("train")
     return store, tags, truth or data.Tags.of([()] * len(tags)), rows[np.diff(tags.offsets)[rows] > 0]
@@ -226,7 +238,7 @@ def plan_stages(config, store, truth, rows):
     and its epochs are the coarse one's. Errors: DataError where one has no update."""
     records, stages, end = len(data.epoch_rows(store, np.random.default_rng(0), rows)), [], 0
     plan = {name: config.fine_epochs if name == "fine" else config.epochs
-            for name in models.METHODS[config.method][0].stages}
+            for name in models.recipe(config.method)[0].stages}
     if "fine" in plan and len(rows) > len(unknown_rows(truth, rows)) == 0:
         plan = {"coarse": sum(plan.values())}
         if config.llm:
@@ -326,7 +338,7 @@ def make_text(config, run, reports, device, fresh):
     if rank() == 0 and fresh:
         if config.text_model:
             made = models.load_text_model(config.text_model, head)
-        elif config.init and not evaluation.publication(config.init):  # its weights are of its words
+        elif config.init and not models.publication(config.init):  # its weights are of its words
             made = models.rebuild_text_model(Path(config.init) / "tokenizer", head)
         elif language:
             made = models.new_bert(reports(), config.seed)
@@ -340,16 +352,16 @@ def make_text(config, run, reports, device, fresh):
 
 def start_from(init, method):
     """Fill a method with what fits of other weights, and say what does not. init: a run folder, or what
-    evaluation.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder fits."""
-    if published := evaluation.publication(init):
+    models.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder fits."""
+    if published := models.publication(init):
         kind, (state, _) = published[0], evaluation.read_tensors(published[1])
-        names = evaluation.published()[kind]["names"]
-        state = evaluation.with_our_leads(evaluation.rename(state, names), kind)
+        names = models.published()[kind]["names"]
+        state = models.with_our_leads(models.rename(state, names), kind)
     else:
         state, _ = evaluation.read_tensors(Path(init) / "model.safetensors")
     ours = method.state_dict()
     taken = {name: value.reshape(ours[name].shape) for name, value in state.items()
-             if name in ours and evaluation.same_shape(value, ours[name])}
+             if name in ours and models.same_shape(value, ours[name])}
     if not any(name.startswith("ecg.") for name in taken):
         raise models.ModelError(f"--init {init}: nothing of its ECG encoder fits a {method.config.encoder} "
                                 "of this --width and --patch")
@@ -364,15 +376,18 @@ def start_from(init, method):
             print(f"  {len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
 
 
-def far_texts(method, texts, run, device, fresh):
+def far_texts(method, texts, run, device, fresh, batch=256):
     """C-MELT's source of certain negatives: the different reports, compared by the mean word of the untrained
     text tower. Kept in run/negatives.pt, since a resumed run has another tower."""
     texts, path = sorted(set(texts)), run / "negatives.pt"
     if rank() == 0 and fresh:
-        vectors = evaluation.embed_texts(method.text, texts).half()
-        data.write_atomic(path, lambda path: torch.save({"vectors": vectors}, path))
+        method.text.eval()
+        with torch.no_grad():
+            vectors = [models.masked_mean(*method.text.encode(texts[i:i + batch])[:2]).half().cpu()
+                       for i in tqdm(range(0, len(texts), batch), desc="encoding texts", leave=False)]
+        data.write_atomic(path, lambda path: torch.save({"vectors": torch.cat(vectors)}, path))
     from_first()
-    return models.FarTexts(texts, evaluation.read_torch(path)["vectors"].to(device))
+    return models.FarTexts(texts, evaluation.read_file(path)[0]["vectors"].to(device))
 
 
 def make_optimiser(method, config):
@@ -444,7 +459,7 @@ def new_folder(config, made_by):
     """Make the folder of a new run, which no other process has, with its config.json. Errors: DataError."""
     kinds = [re.split(r"[:*]", spec)[0] for spec in data.split_specs(config.data)]
     source, now = "-".join(dict.fromkeys(Path(kind).stem for kind in kinds)), time.strftime("%Y%m%d-%H%M%S")
-    base = config.name or f"{config.method}-{source}-{now}"
+    base = config.name or f"{config.method.rpartition(':')[2]}-{source}-{now}"
     for number in itertools.count(1):
         run = Path("runs", base if number == 1 else f"{base}-{number}")
         try:
@@ -456,6 +471,8 @@ def new_folder(config, made_by):
                 raise data.DataError(f"{run} {fault}") from error
         except OSError as error:
             raise data.DataError(f"{run}: cannot be made ({error.strerror}); start elsewhere") from error
+    for path in models.own_files(config).values():
+        shutil.copy(path, run)
     settings = models.settings_of(config) | {"made_by": made_by}
     data.write_text(run / "config.json", json.dumps(settings, indent=1))
     return run
@@ -470,7 +487,7 @@ def read_lines(path, shape):
 
 
 def write_lines(path, lines):
-    """Make a JSON-lines file of these lines -> the file, open for add_line."""
+    """Make a JSON-lines file of these lines -> the file, open for add_line, which tells wandb, too."""
     data.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return open(path, "a", buffering=1)
 
@@ -482,6 +499,18 @@ def add_line(file, line):
     except OSError as error:
         raise data.DataError(f"{file.name}: cannot be written: {error.strerror}; when it can, go on with "
                              f"--resume {Path(file.name).parent}") from error
+    if wandb_run := getattr(sys.modules.get("wandb"), "run", None):  # what start_wandb has begun
+        wandb_run.log(line, step=line["update"])
+
+
+def start_wandb(config, run):
+    """From now on add_line tells Weights & Biases what it writes. Errors: ModelError where it is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise models.ModelError("--wandb needs the package: pip install wandb") from error
+    wandb.init(project=config.wandb, name=run.name, config=models.settings_of(config), resume="allow",
+               id=run.name)
 
 
 def read_log(run):
@@ -519,11 +548,20 @@ def plot_log(lines, path):
     figure.savefig(path, dpi=120)
 
 
+def save_weights(method, run, name="model.safetensors"):
+    """Weights file of a run, with checksums of its tensors, tokenizer and own code."""
+    state = {k: v.cpu().clone(memory_format=torch.contiguous_format)  # tied tensors are written twice
+             for k, v in method.state_dict().items()}
+    files = data.checksums(run, ("tokenizer/*", "*.py"))
+    facts = {"tensors": evaluation.crc_of_tensors(state), "files": json.dumps(files)}
+    data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
+
+
 def save_checkpoint(run, method, optimiser, average, update, watch):
     """checkpoint.pt, with checksums of the other files that a resumed run reads."""
     state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
              "average": average.state, "processes": models.world(), "watch": watch.state if watch else {},
-             "files": evaluation.checksums(run, ("tokenizer/*", "recovered.jsonl", "negatives.pt"))}
+             "files": data.checksums(run, ("tokenizer/*", "*.py", "recovered.jsonl", "negatives.pt"))}
     data.write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
 
 
@@ -538,10 +576,10 @@ def read_checkpoint(run, save_every):
             fault = "missing, and the run was beyond its first; restore it, or train anew"
             raise data.DataError(f"{path}: {fault}")
         return None
-    state = evaluation.read_torch(path)
+    state, _ = evaluation.read_file(path)
     if state.keys() != {"model", "optimiser", "average", "update", "processes", "watch", "files"}:
         raise data.DataError(f"{path}: not a checkpoint of this version of the program; train anew")
-    evaluation.compare_checksums(run, state["files"])
+    data.compare_checksums(run, state["files"])
     return state
 
 
@@ -745,9 +783,38 @@ class Watch:
         return ""
 
 
+def questions_of(store, rows, split):
+    """What the label sets that a split can answer ask of some of its rows: a list of (name, places in rows,
+    labels (R, C), prompts: C lists of texts)."""
+    found = []
+    for name in data.sets_of(store, split):
+        records = store.records.iloc[rows]
+        mine = np.flatnonzero((records["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
+        classes, labels, keep = data.label_matrix(records.iloc[mine], name)
+        if keep.any():
+            prompts = data.class_prompts(name, classes, "descriptive", records.iloc[mine])
+            found.append((name, mine[keep], labels[keep], prompts))
+    return found
+
+
+@torch.no_grad()
+def look_at(method, store, tags, rows, device, questions):
+    """How training goes, on validation records with reports: R@1 and R@5 of each ECG's report among the
+    distinct ones, and the macro AUROC of the label sets that they answer (questions_of), by the rhythm."""
+    ecg = torch.from_numpy(evaluation.embed_records(method, store, rows, device, "validation")["rhythm"])
+    texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
+    like = ecg @ evaluation.embed_reports(method, texts).T
+    ranks = evaluation.ranks(like.numpy(), own[:, None] == np.arange(len(texts)))
+    auroc = {name: evaluation.mean_auroc(evaluation.class_means(
+        ecg[places] @ evaluation.embed_reports(method, evaluation.worded(prompts)).T, prompts), labels)
+        for name, places, labels, prompts in questions}
+    return {"R@1": float((ranks <= 1).mean()), "R@5": float((ranks <= 5).mean()), "texts": len(texts),
+            "auroc": {name: round(float(value), 4) for name, value in auroc.items()}}
+
+
 class Validation:
     """Looks at the validation records that have a report, at most MOST, always the same: loss terms without
-    augmentation, in whole batches, then evaluation.look_at. Nothing is chosen by it unless --keep best asks.
+    augmentation, in whole batches, then look_at. Nothing is chosen by it unless --keep best asks.
     records: Records."""
     MOST = 2000
 
@@ -757,7 +824,7 @@ class Validation:
         self.rows = np.random.default_rng(config.seed).permutation(rows)[:self.MOST]
         self.records, self.config, self.device = records, config, device
         self.size = min(config.batch_size, len(self.rows))
-        self.questions = evaluation.questions_of(records.store, self.rows, "val")
+        self.questions = questions_of(records.store, self.rows, "val")
 
     @torch.no_grad()
     def look(self, method):
@@ -771,8 +838,8 @@ class Validation:
                 drawn.dropped[:], drawn.steps[:] = False, 0
                 for name, value in method(augment(drawn, self.device)).items():
                     terms[name] += value.item() / count
-            found = evaluation.look_at(method, self.records.store, self.records.tags, self.rows, self.device,
-                                       self.questions)
+            store, tags = self.records.store, self.records.tags
+            found = look_at(method, store, tags, self.rows, self.device, self.questions)
         method.train()
         return {"loss": method.weighted(terms), "terms": terms, **found}
 
@@ -984,7 +1051,7 @@ def keep_best(run, method, stage, update, loss):
     before = [line["validation"]["loss"] for line in read_log(run)
               if line.get("stage") == stage.name and "validation" in line and line["update"] < update]
     if lowest := loss < min(before, default=math.inf):
-        evaluation.save_weights(method, run, "best.safetensors")
+        save_weights(method, run, "best.safetensors")
     return lowest
 
 
@@ -1005,6 +1072,8 @@ def train(config, run, source, device):
     records, stages = Records(store, tags, truth, config), plan_stages(config, store, truth, rows)
     reports, unknown = lambda: [models.join(records.whole(row)) for row in rows], unknown_rows(truth, rows)
     checkpoint, proposals = read_checkpoint(run, config.save_every), None
+    if config.wandb and rank() == 0:
+        start_wandb(config, run)
     if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
         proposals = ask_llm(run, config.llm, [tags[row] for row in unknown], device)
     text = make_text(config, run, reports, device, checkpoint is None)
@@ -1012,7 +1081,7 @@ def train(config, run, source, device):
     method = models.build_method(config, text).to(device)
     if config.init and checkpoint is None and rank() == 0:
         start_from(config.init, method)
-    if config.method == "cmelt" and config.negatives == "far":
+    if isinstance(method, models.CMELT) and config.negatives == "far" and not config.as_published:
         method.far = far_texts(method, reports(), run, device, checkpoint is None)
     for tensor in method.state_dict().values() if models.world() > 1 else ():
         dist.broadcast(tensor, 0)
@@ -1105,11 +1174,31 @@ def finish(config, run, store, rows, method, device):
             "processes": models.world(), "threads": torch.get_num_threads(),
             "warnings": [f"update {one['update']}: {one['warning']}" for one in lines if "warning" in one]}
         data.write_text(run / "training.json", json.dumps(facts, indent=1))
-    evaluation.save_weights(method, run)
+    save_weights(method, run)
     plot_log(lines, run / "curves.png")
     if config.method == "cardiolm":
         models.save_language_model(method, run / "language_model")
-        evaluation.report_language(method, [store.texts[row] for row in store.rows("test")], run)
+        report_language(method, [store.texts[row] for row in store.rows("test")], run)
+
+
+@torch.no_grad()
+def report_language(method, texts, run, batch=64):
+    """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The
+    yardstick is to say the commonest word every time."""
+    if not texts:
+        print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from training")
+        return
+    method.eval()
+    torch.manual_seed(0)  # training is over
+    parts = [texts[start:start + batch] for start in range(0, len(texts), batch)]
+    sums = sum(torch.stack([x.float().cpu() for x in method.guess(part)]) for part in parts)
+    pieces = method.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    counts = np.unique(np.concatenate(pieces), return_counts=True)[1]
+    (loss, right), commonest = (sums[[0, 2]] / sums[1]).tolist(), float(counts.max() / counts.sum())
+    print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the "
+          f"commonest word: {100 * commonest:.1f} %), loss {loss:.3f}")
+    evaluation.remember(run, "language", {"texts": len(texts), "loss": loss, "accuracy": right,
+                                          "commonest": commonest})
 
 
 def absolute(spec):
@@ -1128,7 +1217,7 @@ def main(argv=None):
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config.data = ",".join(map(absolute, data.split_specs(config.data)))
-    if config.init and (published := evaluation.publication(config.init)):
+    if config.init and (published := models.publication(config.init)):
         config.init = f"{published[0]}:{os.path.abspath(published[1])}"
     elif config.init and not resumed:
         evaluation.read_config(config.init)  # is it a run?
@@ -1137,11 +1226,12 @@ def main(argv=None):
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
     source = store, tags, truth, rows = open_source(config)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
-               "csrc": csrc.build_info().get("sources", "reference")}
+               "csrc": csrc.build_info().get("sources", "reference"),
+               **{name: os.path.abspath(path) for name, path in models.own_files(config).items()}}
     plan_stages(config, store, truth, rows)
     first, wanted = rank() == 0, {}
     if first and not language:  # at the end a table of the data's own kind
-        if sets := evaluation.sets_of(store):
+        if sets := data.sets_of(store):
             wanted = {"zeroshot": sets}
         elif (np.diff(tags.offsets)[store.rows("test")] > 0).sum() > 1:
             wanted = {"retrieve": store.sources()}
@@ -1153,7 +1243,8 @@ def main(argv=None):
             raise data.DataError(f"{run}: another process is training it")
         if resumed and before["store"] != made_by["store"]:
             raise data.DataError(f"{run}: its training data have changed since it began; train anew")
-        changed = [f"{k} {old} -> {made_by[k]}" for k, old in before.items() if old != made_by[k]]
+        changed = [f"{k} {old} -> {made_by[k]}" for k, old in before.items()
+                   if old != made_by[k] and k not in models.own_files(config)]
         if first and changed:
             print(f"{run} goes on with other versions: {'; '.join(changed)}; the last digits may be others")
         try:

@@ -35,7 +35,7 @@ def main():
         for row in np.flatnonzero(fits & (store.records["split"] == "test")):
             inside = early_beats(np.array(store.records["peaks"].iloc[row]), store.samples)
             if 0 < inside.mean() < 0.5:
-                weight = evaluation.attention_over_time(run.method, torch.from_numpy(store.ecg([row])), text)
+                weight = models.attention_over_time(run.method, torch.from_numpy(store.ecg([row])), text)
                 ratios.append(weight[:, inside].sum(1) / inside.mean())
         for name, found in zip(texts, np.array(ratios).T):
             rows[name] = {"code": code, "records": len(found), "mean": float(found.mean()),

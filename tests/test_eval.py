@@ -60,16 +60,16 @@ def test_best_f1_by_hand():
 
 def test_prompts(tmp_path):
     classes = ["NORM", "NST_"]
-    plain = evaluation.class_prompts("ptbxl_all", classes, "plain")
+    plain = data.class_prompts("ptbxl_all", classes, "plain")
     assert plain[0] == ["normal ecg"] and len(plain[1]) == 1
-    several = [len(p) > 1 for p in evaluation.class_prompts("ptbxl_all", classes, "descriptive")]
+    several = [len(p) > 1 for p in data.class_prompts("ptbxl_all", classes, "descriptive")]
     assert several == [False, True]
     file = tmp_path / "published.json"
     published = {"NORM": "Normal ECG", "NST": ["one", "two"]}  # such files drop the underscore
     file.write_text(json.dumps(published))
-    assert evaluation.class_prompts("ptbxl_all", classes, str(file)) == [["normal ecg"], ["one", "two"]]
+    assert data.class_prompts("ptbxl_all", classes, str(file)) == [["normal ecg"], ["one", "two"]]
     with pytest.raises(data.DataError, match="no prompt for AFIB"):
-        evaluation.class_prompts("ptbxl_rhythm", ["AFIB"], str(file))
+        data.class_prompts("ptbxl_rhythm", ["AFIB"], str(file))
 
 
 def test_the_bootstrap_draws_patients():
@@ -110,18 +110,18 @@ def test_the_data_that_are_named_are_the_data_that_are_used(tmp_path, monkeypatc
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
     config, rows = small_config("etp", data="ptbxl:/no/longer/there"), evaluation.test_rows
     asking = evaluation.asking
-    store = evaluation.find_store("ptbxl", config, ["simulated:40"])
+    store = data.find_store("ptbxl", config, ["simulated:40"])
     assert len(store) == 40 and store.records["source"][0] == "simulated"
-    assert len(evaluation.find_store("simulated", small_config("etp", data="simulated:30"))) == 30
-    assert len(evaluation.find_store("simulated", config, ["csn:/nowhere", "simulated:40"])) == 40
+    assert len(data.find_store("simulated", small_config("etp", data="simulated:30"))) == 30
+    assert len(data.find_store("simulated", config, ["csn:/nowhere", "simulated:40"])) == 40
     for specs, words in ((["csn:a", "georgia:b"], "none of csn:a, georgia:b is of simulated"),
                          (["simulated:40", "simulated:30"], "more than one of .* is of simulated")):
         with pytest.raises(data.DataError, match=f"{words}; name its data with --data"):
-            evaluation.find_store("simulated", config, specs)
+            data.find_store("simulated", config, specs)
     with pytest.raises(data.DataError, match="where are the records of csn.* --data SOURCE:PATH"):
-        evaluation.find_store("csn", config)
+        data.find_store("csn", config)
     with pytest.raises(data.DataError, match="no such data: nothing:"):
-        evaluation.find_store("ptbxl", config, ["nothing:here"])
+        data.find_store("ptbxl", config, ["nothing:here"])
     with pytest.raises(data.DataError, match="these records have no folds: leave out --folds"):
         rows(store, asking(folds=[9, 10]))
     assert len(rows(store, asking(split="all"))) == 40
@@ -134,9 +134,9 @@ def test_the_data_that_are_named_are_the_data_that_are_used(tmp_path, monkeypatc
         store.records["split"] = "train"
         with pytest.raises(data.DataError, match="holds no record of the test split"):
             rows(store, asking())
-        assert evaluation.sets_of(store) == []
+        assert data.sets_of(store) == []
     finally:
-        evaluation.open_store.cache_clear()  # others read it, too
+        data.open_store.cache_clear()  # others read it, too
 
 
 def test_no_result_overwrites_another(tmp_path):
@@ -166,7 +166,7 @@ def test_a_prompts_file_that_is_none_is_explained(tmp_path, content, words):
     if content is not None:
         path.write_text(content)
     with pytest.raises(data.DataError, match=f"p.json.*{words}"):
-        evaluation.class_prompts("ptbxl_rhythm", ["SR"], str(path))
+        data.class_prompts("ptbxl_rhythm", ["SR"], str(path))
 
 
 @pytest.mark.parametrize("name", [name for name in data.LABEL_SETS if name not in data.OCCURRING])
@@ -176,7 +176,7 @@ def test_every_class_of_every_set_has_prompts(name):
                                 ptbxl_all=71, cpsc2018=9, csn=38, csn_published=38, georgia=20, cinc2021=26,
                                 code_test=6)[name]
     for style in ("plain", "descriptive"):
-        for texts in evaluation.class_prompts(name, classes, style):
+        for texts in data.class_prompts(name, classes, style):
             assert texts and all(t == t.lower().strip() and t for t in texts)
 
 
@@ -215,7 +215,7 @@ def test_clear_errors(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="not a run folder"):
         evaluation.load_run(tmp_path)
     with pytest.raises(data.DataError, match="physionet.org/content/ptb-xl"):
-        evaluation.find_store("ptbxl", small_config("etp", data=""))
+        data.find_store("ptbxl", small_config("etp", data=""))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(data.DataError, match="config.json: has no 'method'"):
         evaluation.load_run(tmp_path)
@@ -226,10 +226,10 @@ def test_clear_errors(tmp_path, monkeypatch):
 
 def test_a_third_of_an_attention_is_missing():
     names = {part: f"ecg_encoder.encoder.layers.0.self_attn.{part}_proj.bias" for part in "qkv"}
-    names_of_melp = evaluation.published()["melp"]["names"]
+    names_of_melp = models.published()["melp"]["names"]
     state = {names["k"]: torch.ones(2), names["q"]: torch.zeros(2)}
-    assert evaluation.rename(state, names_of_melp) == {}
-    found = evaluation.rename({**state, names["v"]: torch.full((2,), 2.0)}, names_of_melp)
+    assert models.rename(state, names_of_melp) == {}
+    found = models.rename({**state, names["v"]: torch.full((2,), 2.0)}, names_of_melp)
     assert found["ecg.layers.0.self_attn.in_proj_bias"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -246,8 +246,8 @@ def test_files_without_tensors_are_refused(content, tmp_path):
 
 
 def test_unknown_publication():
-    assert evaluation.publication("merl:a/b.pth") == ("merl", "a/b.pth")
-    assert not any(map(evaluation.publication, ("runs/x/model.safetensors", None, "C:x")))
+    assert models.publication("merl:a/b.pth") == ("merl", "a/b.pth")
+    assert not any(map(models.publication, ("runs/x/model.safetensors", None, "C:x")))
     with pytest.raises(models.ModelError, match="no published checkpoint 'clip'; known: merl, melp, dbeta"):
         evaluation.open_published("clip", "best.pth")
 

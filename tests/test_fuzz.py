@@ -232,7 +232,7 @@ def checkpoint(suffix):
     def make(folder):
         state = evaluation.read_tensors(finished_run() / "model.safetensors")[0]
         path = folder / f"w.{suffix}"
-        torch.save(state, path) if suffix == "pt" else evaluation.save_file(state, path)
+        torch.save(state, path) if suffix == "pt" else train.save_file(state, path)
         return path
     return make, lambda folder, file: evaluation.load_run(finished_run(), file)[0].state_dict().keys()
 
@@ -244,7 +244,7 @@ def prompts(folder):
 
 
 def asked(folder, file):
-    texts = evaluation.class_prompts("ptbxl_rhythm", ["SR", "AFIB", "PACE"], str(file))
+    texts = data.class_prompts("ptbxl_rhythm", ["SR", "AFIB", "PACE"], str(file))
     assert len(texts) == 3 and all(row and all(text.strip() for text in row) for row in texts)
 
 

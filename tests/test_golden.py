@@ -81,7 +81,7 @@ def test_merl(encoder, bound):
     config = small_config("merl", encoder=encoder, width=1.0, dim=256, rate=500, patch=50, text_pooling="pooler",
                           text_max_length=64)
     method = models.MERL(config, (bert(), None)).eval()
-    evaluation.load_published(method, filled(f"merl_{encoder}"), "merl")
+    models.load_published(method, filled(f"merl_{encoder}"), "merl")
 
     def views(mean):
         return [view(mean) for view in (method.view1, method.view2)]
@@ -123,7 +123,7 @@ def melp():
     config = small_config("melp", encoder="w2v_base", dim=256, rate=500, beat_queries=12, caption_queries=128, decoder_layers=1,
                           text_max_length=20)
     method = models.MELP(config, (bert(), SimpleNamespace(cls_token_id=2, bos_token_id=None))).eval()
-    return evaluation.load_published(method, filled("melp_ecg_tower", "melp_text_tower"), "melp")
+    return models.load_published(method, filled("melp_ecg_tower", "melp_text_tower"), "melp")
 
 
 @torch.no_grad()
@@ -179,7 +179,7 @@ def test_melp_sentences():
 def test_melp_caption_decoder():
     golden = load("melp_caption_decoder")
     decoder = models.CaptionDecoder(768, 500, 6).eval()
-    state = evaluation.rename(filled("melp_caption_decoder"), evaluation.published()["melp"]["names"])
+    state = models.rename(filled("melp_caption_decoder"), models.published()["melp"]["names"])
     decoder.load_state_dict({name.removeprefix("decoder."): a for name, a in state.items()})
     image, text = draw((2, 128, 768), (2, 20, 768))
     logits = decoder(text, image)
@@ -202,9 +202,9 @@ def test_melp_coca_loss():
 
 @pytest.fixture(scope="module")
 def dbeta():
-    config = small_config("cmelt", encoder="w2v_base", dim=768, rate=500, fusion_layers=6, text_mask=False, frame_drop=0.75)
+    config = small_config("cmelt", encoder="w2v_base", dim=768, rate=500, fusion_layers=6, as_published=True, frame_drop=0.75)
     method = models.CMELT(config, (t5(), None)).eval()
-    return evaluation.load_published(method, filled("dbeta_ecg"), "dbeta")
+    return models.load_published(method, filled("dbeta_ecg"), "dbeta")
 
 
 @torch.no_grad()
@@ -326,7 +326,7 @@ def test_published_checkpoint(kind, lm, parts, tmp_path, text_folder):
     train.start_from(f"{kind}:{tmp_path / 'best.pt'}", fresh)  # another training starts from them
     assert all(torch.equal(a, fresh.state_dict()[name]) for name, a in opened.ecg.state_dict(prefix="ecg.").items())
     (tmp_path / "best.pt").unlink()  # up to a gigabyte
-    direct = evaluation.load_published(models.build_method(config, (lm(), opened.text.tokenizer)), state, kind).eval()
+    direct = models.load_published(models.build_method(config, (lm(), opened.text.tokenizer)), state, kind).eval()
     views = opened.encode_ecg(ecgs(1)), opened.encode_text(TEXTS)
     order = list(range(12))
     if kind != "dbeta":  # the authors' leads 4 and 5 are aVF and aVL, ours aVL and aVF

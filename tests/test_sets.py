@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 import data
-import eval as evaluation
 from conftest import SHARED, small_config
 from test_data import beats, csv_source, edit, table, write
 
@@ -369,7 +368,7 @@ def three(tmp_path, monkeypatch):
     rows = [dict(record=f"r{i}", report=f"Sinus rhythm. Only here {i}", split="train" if i else "test") for i in range(5)]
     table(own, rows)
     yield "csv:own/list.csv*2.5,simulated:300*0.3,csv:flat/list.csv"
-    evaluation.open_store.cache_clear()
+    data.open_store.cache_clear()
 
 
 def test_stores_are_their_parts(three):
@@ -417,13 +416,13 @@ def test_a_label_set_finds_its_part(three):
     table("own/list.csv", [dict(record=f"r{i}", report="x", split="test", labels="NORM") for i in range(2)])
     text = "simulated:300*0.3,csv:own/list.csv*2.5"
     config = small_config("etp", data=text)
-    assert evaluation.sets_of(data.open_all(text)) == ["simulated", "own"]
+    assert data.sets_of(data.open_all(text)) == ["simulated", "own"]
     for specs in ((), [text]):
-        assert len(evaluation.find_store("simulated", config, specs)) == 300
-        assert len(evaluation.find_store("own", config, specs)) == 2
+        assert len(data.find_store("simulated", config, specs)) == 300
+        assert len(data.find_store("own", config, specs)) == 2
     with pytest.raises(data.DataError, match="none of simulated:300, simulated:9 is of own; name its data"):
-        evaluation.find_store("own", small_config("etp", data="simulated:300,simulated:9"))
-    assert len(evaluation.find_store("own", small_config("etp", data="simulated:9*2"))) == 9
+        data.find_store("own", small_config("etp", data="simulated:300,simulated:9"))
+    assert len(data.find_store("own", small_config("etp", data="simulated:9*2"))) == 9
 
 
 def test_damage_of_a_part_is_noticed(three):

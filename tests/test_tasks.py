@@ -1,5 +1,6 @@
 """eval.py's tasks by known answers: vectors that are the labels, figures worked out by hand, refusals."""
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import data
 import eval as evaluation
 import model as models
 import train
-from conftest import small_config
+from conftest import ROOT, small_config
 from test_data import beats, csv_source, table, write
 
 asking, vectors = evaluation.asking, evaluation.vectors
@@ -98,7 +99,7 @@ def labelled(name, count=800, also=0.3, seed=0):
 
 def run_of(store, monkeypatch, folder, method=None, **options):
     """A run with Reader for its method, which finds this store whatever is asked."""
-    monkeypatch.setattr(evaluation, "find_store", lambda *_: store)
+    monkeypatch.setattr(data, "find_store", lambda *_: store)
     monkeypatch.setattr(data, "code_annotations", lambda _: {})
     method = method or Reader(store.painted.shape[1])
     return evaluation.Run(folder, method, small_config("etp", width=0.125, **options), "cpu", "painted")
@@ -107,7 +108,7 @@ def run_of(store, monkeypatch, folder, method=None, **options):
 def knowing(name, store, monkeypatch, folder):
     """A run for which a text is the unit vector of its class, and zero if two classes share it."""
     texts, classes = {}, list(data.label_set(name))
-    for c, prompts in enumerate(evaluation.class_prompts(name, classes, "descriptive")):
+    for c, prompts in enumerate(data.class_prompts(name, classes, "descriptive")):
         for text in prompts:
             texts[text] = np.eye(len(classes), dtype=np.float32)[c] * (text not in texts)
     return run_of(store, monkeypatch, folder, Reader(len(classes), texts))
@@ -133,13 +134,13 @@ def no_references(monkeypatch):
 # ---- zero-shot and probe -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, folds", [*((name, None) for name in NO_FOLDS), *(
-    (name, folds) for name in evaluation.GROUPS["ptbxl"] for folds in (None, [9], [9, 10]))])
+    (name, folds) for name in data.GROUPS["ptbxl"] for folds in (None, [9], [9, 10]))])
 def test_zero_shot_of_vectors_that_are_the_labels(name, folds, tmp_path, monkeypatch):
     store, labels = labelled(name)
     run = knowing(name, store, monkeypatch, tmp_path)
     m = evaluation.zeroshot(run, name, asking(folds=folds))[""]["zero-shot"]
     assert m["records"] == 80 * len(folds or [10]) and m["macro"]["classes"] >= 5
-    prompts = evaluation.class_prompts(name, list(m["classes"]), "descriptive")
+    prompts = data.class_prompts(name, list(m["classes"]), "descriptive")
     said = {c for c, texts in zip(m["classes"], prompts)
             if any(run.method.texts[text].any() for text in texts)}
     assert perfect(m) >= said & {c for c, each in m["classes"].items() if "auroc" in each}
@@ -370,7 +371,7 @@ def test_vectors_are_encoded_once(tmp_path, monkeypatch):
     store.meta = {"plan": "another store"}
     assert count(np.arange(5), run=run._replace(crc="other weights")) == 38
     assert len(np.load(tmp_path / "embeddings" / "ptbxl.npz")["rows"]) == 5
-    evaluation.embed(run, "ptbxl", asking())
+    evaluation.embed_set(run, "ptbxl", asking())
     assert np.load(tmp_path / "embeddings" / "ptbxl.npz")["ids"].tolist() == records["id"].tolist()
 
 
@@ -518,7 +519,7 @@ def test_transfer_takes_the_maximum_of_joined_classes(tmp_path, monkeypatch, cap
         return source if name == "cpsc2018" else target
     texts = {text: np.pad(vector, (0, 4)) for text, vector in own.items()}
     run = run_of(source, monkeypatch, tmp_path, Reader(9, texts))
-    monkeypatch.setattr(evaluation, "find_store", find_store)
+    monkeypatch.setattr(data, "find_store", find_store)
     monkeypatch.setattr(evaluation, "choose_classes", lambda *_: lambda x: x[:, :9])  # scores are the vectors
     found = evaluation.transfer(run, "ptbxl_super", asking())[""]
     assert list(found) == ["from cpsc2018, probe", "from cpsc2018, zero-shot"]
@@ -598,7 +599,7 @@ def untrained(method, **options):
 def test_attention_over_time(simulated, method, options, parts):
     method, ecg = untrained(method, **options), torch.from_numpy(simulated.ecg(np.arange(1)))
     with torch.no_grad():
-        weight = evaluation.attention_over_time(method, ecg, method.encode_text(TEXTS))
+        weight = models.attention_over_time(method, ecg, method.encode_text(TEXTS))
     assert weight.shape == (3, 1000) and (weight >= 0).all() and np.allclose(weight.sum(1), 1, atol=1e-4)
     steps = np.unique(np.flatnonzero(np.diff(weight)[0]))
     if method.config.method == "melp":  # a beat is whole, and every beat has its place
@@ -613,7 +614,7 @@ def test_attention_over_time(simulated, method, options, parts):
 def test_a_run_that_sees_whole_records_says_so(simulated, method, options):
     method = untrained(method, **options)
     with pytest.raises(models.ModelError, match=f"this {method.config.method} run sees texts in the whole"):
-        evaluation.attention_over_time(method, torch.from_numpy(simulated.ecg(np.arange(1))),
+        models.attention_over_time(method, torch.from_numpy(simulated.ecg(np.arange(1))),
                                        method.encode_text(TEXTS))
 
 
@@ -630,7 +631,7 @@ def trained(tmp_path_factory):
         train.main("--method fgclep --align word --data store:store --width 0.125 --dim 8 --mlm-steps 2 "
                    "--batch-size 32 --epochs 1 --fine-epochs 0 --threads 1 --name run".split())
         shutil.rmtree(folder / "store")
-        evaluation.open_store.cache_clear()
+        data.open_store.cache_clear()
         yield folder
 
 
@@ -792,3 +793,69 @@ def test_look(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "training records" in out and "no comparison" not in out
     assert imread(run / "look_simulated_200_0-3.png").shape[0] > 900
+
+
+# ---- notebooks, and a run to be published ------------------------------------------------------------------
+
+def test_the_notebook_in_the_readme(run, tmp_path):
+    """Its five lines run; a record's vectors are those that --embed writes, whatever its rate and leads."""
+    source, read = csv_source(tmp_path / "wfdb", 3), lambda i: data.read_record(f"wfdb/r{i}")
+    code = re.search(r"```python\n(from eval import .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    one, _ = read(0), shutil.copytree(run, "runs/x")
+    signal = one.signal[[data.lead_index(name) in (0, 1, 7) for name in one.names]]
+    names = {"signal": signal}
+    exec(code.replace("wfdb/0001", "wfdb/r0").replace("fs=500", f"fs={one.fs:g}"), names)
+    assert code.count("\n") == 5 and names["vectors"]["rhythm"].shape == (1, 8) and names["scores"].shape == (1, 2)
+    ask(f"--run runs/x --embed csv --data csv:{source}")
+    kept, method = np.load("runs/x/embeddings/csv.npz"), names["method"]
+    several = evaluation.embed(method, [f"wfdb/r{i}" for i in range(3)])
+    mirrored = [dict(signals=record.signal[::-1], fs=record.fs, leads=record.names[::-1]) for record in map(read, range(3))]
+    for i, given in enumerate(mirrored):
+        for name in ("rhythm", "features"):
+            assert np.allclose(kept[name][i], several[name][i], atol=1e-6)
+            assert np.allclose(kept[name][i], evaluation.embed(method, **given)[name][0], atol=1e-6)
+    scores = evaluation.score(method, ["Sinus rhythm.", "normal ecg"], [f"wfdb/r{i}" for i in range(3)], scales=["rhythm"])
+    with torch.no_grad():
+        text = method.encode_text(["sinus rhythm", "normal ecg"]).report.numpy()
+    assert np.allclose(scores, kept["rhythm"] @ text.T, atol=1e-6) and scores.std() > 0
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(leads=["I", "V9"]), "unknown leads V9; known are I, II"), (dict(leads=["I", "i"]), "a lead occurs twice"),
+    (dict(leads=["I"]), r"array \(2, 5000\): it must be \(1, samples\), a row for each of I"),
+    (dict(fs=None), "fs is None: it must be the rate"), (dict(fs=5), "fs is 5: it must be"), (dict(fs=2000), "too short: it must have 4 s"),
+    (dict(signals=np.full((2, 5000), np.nan)), "it holds NaN"), (dict(signals=np.full((2, 5000), 900)), "must be in mV"),
+    (dict(signals=np.zeros((2, 0))), "too short"), (dict(signals=np.zeros(5000)), "a row for each of I, II"),
+    (dict(signals="nowhere"), "nowhere.hea: file is missing")])
+def test_signals_that_are_none(change, words):
+    method = untrained("etp")
+    wave = np.sin(np.arange(5000) / 40) * np.ones((2, 1))
+    good = dict(signals=wave, fs=500, leads=["I", "II"])
+    assert evaluation.embed(method, **good)["features"].shape == (1, 2 * method.ecg.dim)
+    assert evaluation.embed(method, **good | {"signals": np.stack([wave] * 3)})["rhythm"].shape == (3, 16)
+    with pytest.raises(data.DataError, match=words):
+        evaluation.embed(method, **good | change)
+
+
+def test_a_run_is_exported(run, tmp_path, monkeypatch):
+    ask(f"--run {run} --data simulated:200 --zeroshot simulated --split all --export published")
+    known = evaluation.known_results(run)["zeroshot"]["simulated data=simulated:200 split=all"]["results"]
+    shutil.rmtree(run)
+    card, config = ((tmp_path / "published" / name).read_text() for name in ("README.md", "config.json"))
+    macro = known[""]["zero-shot"]["macro"]
+    assert macro["interval"] is None  # of 64 classes some have one positive
+    assert f"| zeroshot, zero-shot | simulated split=all | AUROC {macro['auroc']:.3f} | 200 |" in card
+    assert card.startswith("---\ntags: [ecg") and "(I, II, III, aVR, aVL, aVF, V1" in card and "100 Hz, 10 s, mV" in card
+    about = json.loads(config)["about"]
+    sets = about.pop("label_sets")
+    assert about == {"leads": list(data.LEADS), "rate": 100, "seconds": 10, "unit": "mV", "normalise": "mv"}
+    assert sets["ptbxl_super"]["NORM"] == data.label_set("ptbxl_super")["NORM"]["prompts"]
+    assert "store" not in json.loads(config)["data"] and str(tmp_path) not in card + config
+    shutil.move("published", "elsewhere")
+    method, config = evaluation.load_run("elsewhere")
+    assert evaluation.embed(method, np.sin(np.arange(1000) / 9) * np.ones((12, 1)), 100)["rhythm"].shape == (1, 8)
+    with pytest.raises(data.DataError, match="elsewhere exists: choose another folder"):
+        evaluation.export("elsewhere", "elsewhere")
+    for line, words in (("--export b --ckpt w", "--export takes a run's own weights"), ("--compare a --export b", "drop --run")):
+        with pytest.raises(SystemExit):
+            ask(line)

@@ -1,6 +1,7 @@
 """train.py: resuming to the same numbers, signals, bad losses, the collapse watch, recovery, the learning-rate schedule."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -291,7 +292,7 @@ def test_flipped_bits_in_weights_are_noticed(finished, tmp_path, monkeypatch):
     """Everywhere in checkpoint.pt and model.safetensors: refused, or, in bytes that mean nothing, the same tensors."""
     for name in ("checkpoint.pt", "model.safetensors"):
         path, rng, blob = tmp_path / name, np.random.default_rng(0), (finished / "whole" / name).read_bytes()
-        read = evaluation.read_torch if name.endswith("pt") else lambda path: evaluation.read_tensors(path)[0]
+        read = lambda path: evaluation.read_file(path)[0]
         path.write_bytes(blob)
         whole, refused = evaluation.crc_of_tensors(read(path).get("model", read(path))), 0
         for place in [*rng.integers(0, len(blob), 60), *rng.integers(len(blob) - 20000, len(blob), 20), *rng.integers(0, 2000, 20)]:
@@ -709,8 +710,8 @@ def test_several_data_sets_in_one_run(tiny_store, tmp_path, monkeypatch, capsys)
 
 def test_validation_sees_no_training_record_and_changes_nothing(tiny_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    seen, look_at = [], evaluation.look_at
-    monkeypatch.setattr(evaluation, "look_at", lambda m, store, tags, rows, *more: seen.append(rows) or look_at(m, store, tags, rows, *more))
+    seen, look_at = [], train.look_at
+    monkeypatch.setattr(train, "look_at", lambda m, store, tags, rows, *more: seen.append(rows) or look_at(m, store, tags, rows, *more))
     store = data.open_data("simulated:200")
     args = ["--method", "merl", "--data", "simulated:200", *TINY]
     train.main([*args, "--name", "a"])
@@ -735,17 +736,17 @@ def test_validation_by_hand(tiny_store):
     class Oracle(torch.nn.Module):
         """Of a report the axis of its text, of a prompt the axis of its class, of an ECG both its own."""
         def encode_text(self, said):
-            prompts = evaluation.class_prompts("simulated", classes, "descriptive")
+            prompts = data.class_prompts("simulated", classes, "descriptive")
             axis = {text: i for i, text in enumerate(texts)}
             place = [axis[t] if t in axis else next(len(texts) + c for c, row in enumerate(prompts) if t in row) for t in said]
             return models.TextViews(None, None, torch.eye(size)[place])
     ecg = np.concatenate([np.eye(len(texts))[own], 0.5 * labels], 1).astype(np.float32)
-    questions = evaluation.questions_of(store, rows, "val")
+    questions = train.questions_of(store, rows, "val")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": ecg})
-        found = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
+        found = train.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
         patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": -ecg})
-        wrong = evaluation.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
+        wrong = train.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
     assert found["R@1"] == found["R@5"] == 1 and found["auroc"] == {"simulated": 1.0} and found["texts"] == len(texts)
     assert wrong["R@1"] == 0 and wrong["auroc"] == {"simulated": 0.0}
 
@@ -828,3 +829,115 @@ def test_losses_are_looked_at_some_updates_at_a_time(tiny_store, tmp_path, monke
     with pytest.raises(data.DataError, match="the loss is nan at update 7; records of its batch"):
         train.main([*args, "--name", "bad", "--save-every", "5", "--eval-every", "0"])
     assert torch.load(tmp_path / "runs/bad/checkpoint.pt")["update"] == 5
+
+
+# ---- a method and an encoder of one's own ----------------------------------------------------------------------------
+
+def own_file():
+    """The method and the encoder in the README."""
+    method, encoder = re.findall(r"```python\n((?:from model|class Patches).*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert method.count("\n") <= 25
+    return method + "\n\n" + encoder
+
+
+def train_own(folder, store, monkeypatch, *flags):
+    monkeypatch.chdir(folder)
+    (folder / "my.py").write_text(own_file())
+    train.main(["--method", "my.py:SigLIP", "--encoder", "my.py:Patches", "--data", f"store:{store}", *TINY, *flags])
+
+
+def test_a_method_and_an_encoder_of_ones_own(tiny_store, tmp_path, monkeypatch, capsys):
+    """The run is evaluated and resumed with its copy of the file: that is gone, or was edited; another copy is refused."""
+    train_own(tmp_path, tiny_store, monkeypatch, "--name", "own")
+    run, config = tmp_path / "runs/own", json.loads((tmp_path / "runs/own/config.json").read_text())
+    assert (config["method"], config["encoder"], config["batch_size"]) == ("my.py:SigLIP", "my.py:Patches", 16)
+    assert models.configure("my.py:SigLIP").batch_size == 32 and (run / "my.py").read_text() == own_file()
+    assert updates(run) and list(json.loads((run / "log.jsonl").read_text().splitlines()[0])["terms"]) == ["sigmoid"]
+    (tmp_path / "my.py").write_text("edited = True")
+    train.main(["--resume", "runs/own"])
+    assert f"runs/own/my.py is used, of which the run was made; {tmp_path}/my.py has changed since" in capsys.readouterr().out
+    (tmp_path / "my.py").unlink()
+    shutil.move(run, tmp_path / "elsewhere")
+    evaluation.main(["--zeroshot", "simulated", "--run", "elsewhere", "--data", f"store:{tiny_store}", "--split", "all"])
+    assert "macro" in capsys.readouterr().out
+    method, config = evaluation.load_run("elsewhere")
+    assert type(method).__name__ == "SigLIP" and method.ecg.dim == 64 and method.encode_ecg(torch.zeros(2, 12, 1000)).tokens.shape == (2, 40, 64)
+    (tmp_path / "elsewhere/my.py").write_text(own_file() + "# another")
+    with pytest.raises(data.DataError, match="elsewhere/my.py: damaged, and the rest was made with it"):
+        evaluation.load_run("elsewhere")
+
+
+@pytest.mark.parametrize("method", ["etp", "merl", "melp", "fgclep"])
+def test_an_encoder_of_ones_own_in_every_method(tiny_store, tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text("from model import *\n\n" + own_file().split("\n\n\n")[-1])
+    train.main(["--method", method, "--encoder", "my.py:Patches", "--data", f"store:{tiny_store}", *TINY, "--name", "own", "--epochs", "1"])
+    assert evaluation.load_run("runs/own")[0].ecg.dim == 64
+
+
+def test_a_method_of_ones_own_begins_with_the_defaults_of_its_parent(tmp_path):
+    (tmp_path / "my.py").write_text("import model\nclass A(model.MERL):\n    small = dict(dim=24)\nclass B(A):\n    paper = dict(dim=9)")
+    config = models.configure(f"{tmp_path}/my.py:B")
+    assert (config.dim, config.text_unit, config.epochs) == (24, "subset", 16)  # its own, and MERL's
+    paper = models.configure(f"{tmp_path}/my.py:B", "paper", temperature=0.1)
+    assert (paper.dim, paper.rate, paper.temperature) == (9, 500, 0.1)
+    with pytest.raises(models.ModelError, match="--beats is a setting of melp, not of"):
+        models.configure(f"{tmp_path}/my.py:B", beats="rpeak")
+
+
+@pytest.mark.parametrize("code, spec, words", [
+    (None, "my.py:X", "my.py:X: there is no file my.py"), ("x = 1", "my.py:X", "my.py has no class X made from model.Method"),
+    ("class X: pass", "my.py:X", "my.py has no class X made from model.Method"),
+    ("\n1 / 0", "my.py:X", "my.py: ZeroDivisionError: division by zero \\(my.py, line 2\\)"),
+    ("class X", "my.py:X", "my.py: SyntaxError: expected ':' \\(my.py, line 1\\)"),
+    ("import model\nclass X(model.Method):\n    small = dict(gone=1)", "my.py:X", "there is no setting 'gone'")])
+def test_a_file_without_a_method_is_one_sentence(tmp_path, monkeypatch, code, spec, words):
+    monkeypatch.chdir(tmp_path)
+    if code:
+        (tmp_path / "my.py").write_text(code)
+    with pytest.raises(models.ModelError, match=words):
+        models.configure(spec)
+
+
+@pytest.mark.parametrize("forward, words", [
+    ("ecg.mean(2)", r"E makes \(2, 12\) of ECGs \(2, 12, 1000\); it must be \(2, tokens, 5\)"),
+    ("ecg", r"E makes \(2, 12, 1000\) of"), ("ecg[:1, :, :5]", r"E makes \(1, 12, 5\) of"),
+    ("ecg @ ecg", r"--encoder E\(12, 1000\): RuntimeError: .* \(my.py, line 6\)")])
+def test_an_encoder_that_makes_other_shapes_is_refused(tmp_path, forward, words):
+    (tmp_path / "my.py").write_text("import torch\nclass E(torch.nn.Module):\n    dim = 5\n    def __init__(self, leads, samples):\n"
+                                    f"        super().__init__()\n    def forward(self, ecg): return {forward}")
+    with pytest.raises(models.ModelError, match=words):
+        models.build_encoder(f"{tmp_path}/my.py:E", 12, 1000)
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "my.py", tmp_path / "b/my.py")
+    (tmp_path / "my.py").write_text("import model\nclass X(model.ETP): pass")
+    with pytest.raises(models.ModelError, match="would be one file in the run: rename one"):
+        models.configure(f"{tmp_path}/my.py:X", encoder=f"{tmp_path}/b/my.py:E")
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+def test_wandb_sees_the_log(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, fake = [], SimpleNamespace(run=None)
+    fake.init = lambda **given: (seen.append(given), setattr(fake, "run", SimpleNamespace(log=lambda line, step: seen.append((step, line)))))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    args = ["--method", "etp", "--data", f"store:{tiny_store}", *TINY, "--epochs", "1"]
+    train.main([*args, "--wandb", "hearts", "--name", "x"])
+    lines = [json.loads(line) for line in (tmp_path / "runs/x/log.jsonl").read_text().splitlines()]
+    assert (seen[0]["project"], seen[0]["name"], seen[0]["config"]["method"]) == ("hearts", "x", "etp")
+    assert [json.loads(json.dumps(line)) for _, line in seen[1:]] == lines and [step for step, _ in seen[1:]] == [x["update"] for x in lines]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(models.ModelError, match="pip install wandb"):
+        train.main([*args, "--wandb", "hearts"])
+
+
+def test_help_is_grouped(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    groups = re.findall(r"^(\S.*):$", capsys.readouterr().out, re.M)
+    assert groups[:6] == ["options", "common", "signal", "ECG encoder", "text tower", "optimisation"]
+    assert "of melp" in groups[6:] and all(group.startswith("of ") for group in groups[6:])
+    listed = {name: (title, note) for title, name, note in train.described()}
+    assert list(listed.keys() ^ models.TYPES.keys()) == [] and listed["lr"][0] == "common"
+    assert listed["as_published"][0] == "of cmelt, melp" and listed["as_published"][1].endswith("loses N3S's texts")
