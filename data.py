@@ -2040,7 +2040,7 @@ def _patient(rng, c):
          "ratio": rng.choice((2, 3, 4, 0), n, p=(.45, .12, .2, .23)),  # flutter waves a QRS; 0: changing
          "cycle": np.where(c["wenckebach"], rng.integers(3, 6, n), rng.integers(2, 4, n)),  # 2AVB: P waves
          "spike": ((.3, -.9, .4) + .5 * norm((n, 3))) * rng.lognormal(-2, 1, (n, 1))}
-    passing = np.choose(p["ratio"], (1 / 3, 0, 1 / 2, 1 / 3, 1 / 4)), 1 - 1 / p["cycle"]  # of the atrial beats
+    passing = np.choose(p["ratio"], (1 / 3, 0, 1 / 2, 1 / 3, 1 / 4)), 1 - 1 / p["cycle"]  # of atrial beats
     p["pass"] = np.select([c["AFLT"], c["2AVB"]], passing, 1)
     for k, table in knowledge()["simulator"]["drawn"].items():
         for name, bounds in table.items():

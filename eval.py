@@ -359,7 +359,7 @@ def save_arrays(path, arrays):
 @torch.no_grad()
 def score_records(run, store, rows, prompts, ask, batch=256):
     """Zero-shot scores of rows of a store: prompts are C lists of texts, the score of a class is the mean
-    over its texts of the similarity with the ECG -> (R, C) float32."""
+    over its texts of the similarity with the ECG, or what the method makes of them -> (R, C) float32."""
     method, scales = run.method, list(ask.scales or run.method.scales)
     text = method.encode_text(worded(prompts))
     if scales == ["rhythm"]:  # the vectors say it all
@@ -367,7 +367,7 @@ def score_records(run, store, rows, prompts, ask, batch=256):
     else:
         like = torch.cat([method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()
                           for ecg in batches(store, rows, run.device, ask, batch=batch)])   # (R, texts)
-    return class_means(like, prompts)
+    return class_scores(method, like, prompts)
 
 
 def worded(prompts):
@@ -375,10 +375,11 @@ def worded(prompts):
     return [text.rstrip(". ") for row in prompts for text in row]
 
 
-def class_means(like, prompts):
-    """Similarities with all texts of all classes (R, texts) -> mean of each class, (R, C) float32 numpy;
-    digits beyond the fifth, in which a batch's rounding would rank equal records, are cut."""
-    scores = [part.mean(1) for part in like.split([len(row) for row in prompts], 1)]
+@torch.no_grad()
+def class_scores(method, like, prompts):
+    """Similarities with all texts of all classes (R, texts) -> score of each class (Method.any_of), (R, C)
+    float32 numpy; digits beyond the fifth, in which a batch's rounding would rank equal records, are cut."""
+    scores = [method.any_of(part) for part in like.split([len(row) for row in prompts], 1)]
     return torch.stack(scores, 1).numpy().round(5)
 
 

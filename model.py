@@ -967,6 +967,10 @@ class Method(Objective):
         if not self.text.frozen and self.text.lm.supports_gradient_checkpointing:
             self.text.lm.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def any_of(self, like):
+        """Similarities with the texts of a class (R, texts) -> its score (R,)."""
+        return like.mean(1)
+
     def learned_scale(self):
         """exp of the learned log-scale, at most 100 (limit_scales)."""
         return self.log_scale.exp()
@@ -1423,6 +1427,12 @@ class FGCLEP(ETP):
         states, real, pooled = self.text.encode(texts)
         words, count = first_rows(F.normalize(self.project_text(states), dim=2), real)
         return TextViews(words, None, F.normalize(self.project_text(pooled), dim=1), count)
+
+    def any_of(self, like):
+        """The sigmoid loss judges each text by itself, so a class is there if any of its texts is true: a
+        maximum, as soft as the learned scale is small."""
+        scale = self.learned_scale().float().cpu()
+        return (torch.logsumexp(scale * like, 1) - math.log(like.shape[1])) / scale
 
     def know(self, tags, meaning):
         self.number, self.meaning = {tag: i for i, tag in enumerate(tags)}, meaning

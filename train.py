@@ -129,7 +129,7 @@ class Drawn(NamedTuple):
 class Records(torch.utils.data.Dataset):
     """(stage, epoch, rows) -> Drawn. What is random about a record follows from (seed, stage, epoch, row)
     alone: any number of processes, and a resumed run, see the same. tags, truth: of open_source."""
-    UNSAID = int(os.environ.get("UNSAID", 3))  # true tags of a record that a step adds to what its report says
+    UNSAID = 3  # true tags of a record that a step adds to those that its report says
 
     def __init__(self, store, tags, truth, config):
         self.store, self.tags, self.truth, self.config = store, tags, truth, config
@@ -805,9 +805,10 @@ def look_at(method, store, tags, rows, device, questions):
     texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
     like = ecg @ evaluation.embed_reports(method, texts).T
     ranks = evaluation.ranks(like.numpy(), own[:, None] == np.arange(len(texts)))
-    auroc = {name: evaluation.mean_auroc(evaluation.class_means(
-        ecg[places] @ evaluation.embed_reports(method, evaluation.worded(prompts)).T, prompts), labels)
-        for name, places, labels, prompts in questions}
+    like = {name: ecg[places] @ evaluation.embed_reports(method, evaluation.worded(prompts)).T
+            for name, places, _, prompts in questions}
+    auroc = {name: evaluation.mean_auroc(evaluation.class_scores(method, like[name], prompts), labels)
+             for name, _, labels, prompts in questions}
     return {"R@1": float((ranks <= 1).mean()), "R@5": float((ranks <= 5).mean()), "texts": len(texts),
             "auroc": {name: round(float(value), 4) for name, value in auroc.items()}}
 

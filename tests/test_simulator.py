@@ -217,7 +217,7 @@ def test_qt_interval(clean):
 def test_heart_rate(clean):
     _, intervals, _, _, truths = clean
     rate = np.array([60 / np.median(r) if len(r) > 2 else np.nan for r in intervals])
-    early = ("PVC", "PAC", "BIGU", "TRIGU", "SVARR", "2AVB", "PSVT", "AFIB", "sinus pause", "SARRH")
+    early = ("PVC", "PAC", "BIGU", "TRIGU", "SVARR", "2AVB", "AFLT", "PSVT", "AFIB", "sinus pause", "SARRH")
     flutter = [60 / np.mean(r) for r, true in zip(intervals, truths) if "AFLT" in true and "tachycardia" in true]
     assert len(flutter) > 5 and np.mean(np.array(flutter) > 95) > .8
     plain = having(truths, without=early) & np.isfinite(rate)
