@@ -1827,6 +1827,11 @@ def true_tags(store):
                    for codes, features in zip(records["codes"], records["features"]))
 
 
+def waveform_features():
+    """The set of all features that findings in prompts.json have."""
+    return {feature for finding in knowledge()["findings"].values() for feature in finding["features"]}
+
+
 @lru_cache
 def meanings():
     """{tag: name of the finding that it says, or itself where it is a waveform feature}. What is possible or
@@ -1834,7 +1839,7 @@ def meanings():
     findings, names = knowledge()["findings"], {}
     for wording, key in wordings():
         names.setdefault(wording, set()).add(findings[key]["name"])
-    names |= {feature: {feature} for finding in findings.values() for feature in finding["features"]}
+    names |= {feature: {feature} for feature in waveform_features()}
     return {doubt + wording: min(name) for wording, name in names.items() if len(name) == 1
             for doubt in ("", "possible ", "probable ")}
 
@@ -2177,7 +2182,7 @@ def _label(c, p, m):
     f["NORM"] = c["sinus"] & (p["rate"] > 45) & (p["rate"] < 110) & ~ill
     f["abnormal ecg"] = ~f["NORM"]
     names, codes, features = np.array(list(f), object), [], []
-    shapes = {feature for entry in findings.values() for feature in entry["features"]}
+    shapes = waveform_features()
     for on in np.array(list(f.values())).T:
         found = list(names[on])
         codes.append({k: 100.0 for k in found if k in findings})

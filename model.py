@@ -805,9 +805,11 @@ def masked_cross_entropy(logits, labels):
     return total, (labels >= 0).sum()
 
 
-def soft_sigmoid(logits, target):
-    """FG-CLEP: mean_kl [ S_kl softplus(-x_kl) + (1 - S_kl) softplus(x_kl) ]; logits x, target S: (B, C)."""
-    return F.binary_cross_entropy_with_logits(logits, target)
+def soft_sigmoid(logits, target, weight):
+    """FG-CLEP: mean_kl [ S_kl softplus(-x_kl) + (1 - S_kl) softplus(x_kl) ]; logits x, target S, weight of
+    each in the mean: (B, C)."""
+    total = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
+    return mean_over_all(total, weight.sum())
 
 
 def l1_similarity(cosines, target):
@@ -842,9 +844,9 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
 
-    def know(self, tags, meaning):
+    def know(self, tags, meaning, left_out):
         """tags: all that batches can have, in the same order in every process. meaning: {tag: what it
-        says, in other words}, of some of them."""
+        says, in other words}, of some of them; left_out: set of those that reports leave out."""
 
     def plan(self, batch):
         return batch
@@ -1403,6 +1405,7 @@ class FGCLEP(ETP):
     def __init__(self, config, text):
         super().__init__(config, text)
         self.scales, self.number, self.meaning = self.ALIGN[config.align], {}, {}  # see know
+        self.left_out = frozenset()
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
         if config.align != "rhythm":
             self.project_tokens = nn.Linear(self.ecg.dim, config.dim)
@@ -1434,8 +1437,8 @@ class FGCLEP(ETP):
         scale = self.learned_scale().float().cpu()
         return (torch.logsumexp(scale * like, 1) - math.log(like.shape[1])) / scale
 
-    def know(self, tags, meaning):
-        self.number, self.meaning = {tag: i for i, tag in enumerate(tags)}, meaning
+    def know(self, tags, meaning, left_out):
+        self.number, self.meaning, self.left_out = {tag: i for i, tag in enumerate(tags)}, meaning, left_out
 
     def plan(self, batch):
         """Unit tags: every distinct tag that is said in the batch is a text; processes share them."""
@@ -1461,18 +1464,29 @@ class FGCLEP(ETP):
         text = TextViews(words, report[:, None], report, count)
         ecg = EcgViews(vectors.get("tokens"), vectors.get("tokens"), vectors["ecg"])
         target = self.targets(report, chosen, batch, tags)  # (b, C)
+        weight = self.asked(chosen, batch, target)
         # with a prior the cosine need not say how frequent a text is, only of which records it is true
-        frequency = mean_over_processes(target.mean(0))
+        count = mean_over_processes(weight.sum(0)).clamp(min=1e-6)
+        frequency = mean_over_processes((target * weight).sum(0)) / count
         prior = torch.logit(frequency, eps=0.5 / len(tags)) if self.config.prior else 0
         terms = {}
         for scale in self.scales:
             cosines = self.similarity(ecg, text, [scale])  # (b, C)
             name = "" if scale == "rhythm" else "_" + self.config.align
             if self.config.fn_mode == "l1":
-                terms["l1" + name] = l1_similarity(cosines, target)
+                terms["l1" + name] = l1_similarity(cosines * weight, target * weight)
             else:
-                terms["sigmoid" + name] = soft_sigmoid(self.learned_scale() * cosines + prior, target)
+                terms["sigmoid" + name] = soft_sigmoid(self.learned_scale() * cosines + prior, target, weight)
         return terms
+
+    def asked(self, chosen, batch, target):
+        """1, and 0 where a report, which need not be complete, leaves out a waveform feature: (b, C)."""
+        weight = torch.ones_like(target)
+        if self.left_out:
+            feature = torch.tensor([self.left_out.issuperset(row) for row in chosen])
+            report = ~torch.tensor(batch.exact, dtype=torch.bool)
+            weight[(report[:, None] & feature).to(target.device) & (target < 0.999)] = 0
+        return weight
 
     @torch.no_grad()
     def targets(self, t, chosen, batch, everyone):

@@ -1119,7 +1119,8 @@ def train(config, run, source, device):
                                  lambda parts: tqdm(parts, "texts", leave=False))
         decided = set(truth.table)  # what no record shows is a name that nobody has decided about
         method.know(list(dict.fromkeys(records.tags.table + truth.table)),
-                    {tag: name for tag, name in data.meanings().items() if name in decided})
+                    {tag: name for tag, name in data.meanings().items() if name in decided},
+                    data.waveform_features() & decided)
         read = (update - stage.first) * config.accumulate
         batches = torch.utils.data.DataLoader(
             records, sampler=Keys(store, rows, config, number, stage.epochs, read), batch_size=None,

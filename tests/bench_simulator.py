@@ -1,10 +1,11 @@
 """Mean beats of every finding that the simulator draws, beside those of PTB-XL's folds 1-8 (both: the median
-beat of each record that has the code, mean over records), and the distance of the two.
+beat of each record that has the code, mean over records), and the distance of the two; how fast it is.
 
     python tests/bench_simulator.py PTBXL_DIR [--records 4096] [--out docs]
 """
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +42,20 @@ def by_code(store, rows):
 
 
 def draw(real, drawn, codes, leads, path):
-    """A row a code, a column a lead; grey: recorded, blue: simulated."""
-    figure = Figure(figsize=(2 * len(leads), 1.15 * len(codes)), layout="constrained")
-    panels = figure.subplots(len(codes), len(leads), sharex=True, squeeze=False)
-    time = np.arange(-BEFORE, AFTER, 1 / RATE)
-    for row, code in zip(panels, codes):
-        for panel, lead in zip(row, leads):
-            for found, color in ((real, "0.6"), (drawn, "C0")):
-                if code in found:
-                    panel.plot(time, found[code][1][lead], color=color, lw=1)
-            panel.axhline(0, color="0.9", lw=0.5, zorder=0)
-            panel.set(ylim=(-1.3, 1.3), yticks=[], xticks=[])
-        row[0].set_ylabel(f"{code}\n{real[code][0] if code in real else 0} | {drawn[code][0]}", rotation=0,
-                          ha="right", va="center", fontsize=8)
-    for panel, lead in zip(panels[0], leads):
-        panel.set_title(data.LEADS[lead], fontsize=9)
-    figure.savefig(path, dpi=70)
+    """A row a code, a column a lead, 1 mV a row; grey: recorded, blue: simulated."""
+    figure = Figure(figsize=(1.3 * len(leads) + 1.2, 0.36 * len(codes) + 0.5), layout="constrained")
+    panel, seconds = figure.subplots(), np.arange(-BEFORE, AFTER, 1 / RATE)
+    for row, code in enumerate(codes):
+        for column, lead in enumerate(leads):
+            for found, color in ((real, "0.55"), (drawn, "C0")):
+                panel.plot(seconds + column, np.clip(found[code][1][lead], -1, 1) - row, color=color, lw=0.9)
+    panel.set(xlim=(-BEFORE, len(leads) - BEFORE), ylim=(0.2 - len(codes), 1))
+    panel.set_xticks(range(len(leads)), [data.LEADS[lead] for lead in leads])
+    panel.set_yticks([-row for row in range(len(codes))], [f"{code} ({real[code][0]})" for code in codes],
+                     fontsize=7)
+    panel.tick_params(length=0, labeltop=True)
+    panel.spines[:].set_visible(False)
+    figure.savefig(path, dpi=90)
 
 
 def main():
@@ -69,17 +68,23 @@ def main():
     real = by_code(store, np.flatnonzero(store.records["fold"].astype(int) <= 8))
     store = data.open_data(f"simulated:{args.records}", RATE)
     drawn = by_code(store, range(args.records))
-    codes = [code for code in data.knowledge()["label_sets"]["ptbxl_all"] if code in drawn]
-    print(f"{'code':<8}{'recorded':>9}{'simulated':>10}   root mean square of the difference (mV), limb, chest; of the "
-          "recorded beat")
+    codes = [code for code in data.knowledge()["label_sets"]["ptbxl_all"] if code in drawn and code in real]
+    print("root mean square of the difference of mean beats, of the recorded one (mV)\n"
+          f"{'code':<9}{'recorded':>8}{'simulated':>10}   limb leads      chest leads")
+    rms = lambda x, leads: np.sqrt(np.mean(x[list(leads)] ** 2))
     for code in codes:
-        if code in real:
-            gap, size = real[code][1] - drawn[code][1], real[code][1]
-            rms = lambda x, leads: np.sqrt(np.mean(x[list(leads)] ** 2))
-            print(f"{code:<8}{real[code][0]:>9}{drawn[code][0]:>10}   " + "   ".join(
-                f"{rms(gap, leads):.3f} of {rms(size, leads):.3f}" for leads in GROUPS.values()))
+        (count, beat), (many, other) = real[code], drawn[code]
+        print(f"{code:<9}{count:>8}{many:>10}   " + "  ".join(
+            f"{rms(beat - other, leads):.3f}, {rms(beat, leads):.3f}" for leads in GROUPS.values()))
     for name, leads in GROUPS.items():
         draw(real, drawn, codes, leads, Path(args.out, f"simulator_{name}.png"))
+    for rate in (100, 500):
+        seconds = []
+        for block in range(7):
+            start = time.perf_counter()
+            data.simulated_block.__wrapped__(0, block, rate)
+            seconds.append(time.perf_counter() - start)
+        print(f"{rate} Hz: {data.CHUNK / np.median(seconds):.0f} records/s, median of 7 blocks of {data.CHUNK}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def test_info_nce_by_hand():
 def test_soft_sigmoid_and_l1_by_hand():
     logits, target = torch.randn(3, 4), torch.rand(3, 4)
     p = torch.sigmoid(logits)
-    assert torch.allclose(models.soft_sigmoid(logits, target), -(target * p.log() + (1 - target) * (1 - p).log()).mean(), atol=1e-6)
+    assert torch.allclose(models.soft_sigmoid(logits, target, torch.ones_like(target)), -(target * p.log() + (1 - target) * (1 - p).log()).mean(), atol=1e-6)
     x = F.normalize(torch.randn(3, 8), dim=1)
     assert torch.allclose(models.l1_similarity(x @ x.T, torch.eye(3)), ((x @ x.T) - torch.eye(3)).abs().sum() / 3)
 
@@ -49,17 +49,17 @@ INFARCTIONS = {  # tag -> what it says
 
 
 def test_exact_targets_by_hand():
-    """Of a record whose truth is known: other wordings and fewer words are true, what has words in common only is not."""
+    """Of a record whose truth is known, what means the same is true, and words in common mean nothing."""
     truth = ["possible inferior infarct", "st elevation in v1 to v3"]
     texts = ["inferior infarct", "inferior myocardial infarction", "probable inferior mi", "mi", "st elevation", "st elevation in v1 to v3",
              "st depression in v1 to v3", "sinus rhythm", "old inferior infarct"]
     others, chosen = [["sinus rhythm", "old inferior infarct"]] * 3, [[text] for text in texts]
     s = models.tag_containment(chosen, [truth, *others], exact=[True] + [False] * 3, meaning=INFARCTIONS)
-    assert s[0, :8].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert s[0, :8].tolist() == [1, 1, 1, 0, 0, 1, 0, 0]
     weight = lambda n: np.log(4 / n) + 0.05  # the last text has no known meaning: its share in the record's words
     assert s[0, 8].item() == pytest.approx(2 * weight(4) / (2 * weight(4) + weight(3)))
     whole = models.tag_containment([["mi", "sinus rhythm", "st elevation", "st elevation in v1 to v3"]], [truth], None, "cpu", [True], INFARCTIONS)
-    assert whole.tolist() == [[0.75]]                         # three of the four are true
+    assert whole.tolist() == [[0.25]]                         # one of the four is true
     reports = models.tag_containment(chosen, [truth, *others])
     assert torch.equal(s[1:], reports[1:]) and 0 < reports[0, 6] < 1  # the others are as they were, to the last bit
 
@@ -240,7 +240,7 @@ def toy_method(name, **options):
     if name == "cmelt":
         method.far = models.FarTexts(sorted(set(TEXTS_AS_TAGS)), torch.eye(len(set(TEXTS_AS_TAGS))))
     tags = sorted({tag for text in TEXTS_AS_TAGS for tag in text.split(". ")})
-    method.know(tags, {tag: tag for tag in tags})
+    method.know(tags, {tag: tag for tag in tags}, set())
     return method
 
 
@@ -696,3 +696,15 @@ def test_two_processes_give_the_loss_and_gradients_of_one(of_two_processes, numb
             assert (g - other["grads"][n]).abs().max() < 1e-4 * top, n
         for n, b in method.named_buffers():  # running statistics of batch norm
             assert torch.allclose(b.float(), other["buffers"][n].float(), atol=1e-5), n
+
+
+def test_a_class_is_there_if_any_of_its_prompts_is_true():
+    method = models.METHODS["fgclep"][0].__new__(models.METHODS["fgclep"][0])
+    torch.nn.Module.__init__(method)
+    method.log_scale = torch.nn.Parameter(torch.tensor(np.log(10.0)))
+    like = torch.tensor([[0.9, -0.5, -0.5], [0.1, 0.1, 0.1], [0.0, 0.3, 0.0]])
+    score = method.any_of(like)
+    assert score[1].item() == pytest.approx(0.1, abs=1e-6)      # alike: their value
+    assert score[0].item() == pytest.approx(0.9 - np.log(3) / 10, abs=1e-5)  # one alone stands out: nearly its own
+    mean = models.Method.any_of(method, like)
+    assert score[0] > score[2] > score[1] and mean[1] == mean[2] > mean[0]

@@ -582,7 +582,9 @@ def test_a_simulated_record_has_its_whole_truth(tiny_store):
         batch = train.Records(store, reports, truth, small_config("fgclep", text_unit=unit))[0, 0, rows].batch
         for row, chosen, tags in zip(rows, batch.chosen, batch.tags):
             assert tags[:len(reports[row])] == reports[row] and set(tags) == {*reports[row], *truth[row]} and len(tags) == len(set(tags))
-            assert chosen == (tags if unit == "tags" else reports[row])
+            more = chosen[len(reports[row]):]
+            assert chosen[:len(reports[row])] == reports[row] and set(more) <= set(truth[row]) - set(reports[row])
+            assert len(more) == len(set(more)) == (3 if unit == "tags" else 0)
         assert batch.exact == [True] * 3 and [len(part.exact) for part in batch.parts(2)] == [2, 1]
     plain = train.Records(store, reports, data.Tags.of([()] * len(store)), small_config("fgclep"))[0, 0, rows].batch
     assert plain.tags == plain.chosen == [reports[row] for row in rows] and plain.exact == [False] * 3
