@@ -1829,7 +1829,7 @@ def settings_of(config):
 
 # ---- the methods by name ---------------------------------------------------------------------------------
 # name: (class, defaults at small scale, published recipe: --preset paper). Sources: METHODS 1 and 3.2; what
-# is recalled or missing there is marked in the README.
+# is recalled or missing there is marked in docs/papers.md.
 
 METHODS = {
     "etp": (ETP, dict(text_trainable_layers=0, text_unit="tag", batch_size=64), dict(

@@ -836,8 +836,8 @@ def test_losses_are_looked_at_some_updates_at_a_time(tiny_store, tmp_path, monke
 # ---- a method and an encoder of one's own ----------------------------------------------------------------------------
 
 def own_file():
-    """The method and the encoder in the README."""
-    method, encoder = re.findall(r"```python\n((?:from model|class Patches).*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The method and the encoder in docs/fork.md."""
+    method, encoder = re.findall(r"```python\n((?:from model|class Patches).*?)```", (ROOT / "docs/fork.md").read_text(), re.S)
     assert method.count("\n") <= 25
     return method + "\n\n" + encoder
 
