@@ -1926,11 +1926,9 @@ class Findings:
 # ---- simulator ---------------------------------------------------------------------------------------------
 # Every wave is a Gaussian lobe with a direction in space (x to the left, y down, z to the back; mV). The
 # dipole becomes I, II, V1-V6 by Dower's matrix (Dower et al., Clin Cardiol 1980; Edenbrandt & Pahlm, J
-# Electrocardiol 1988), perturbed for every patient; the other limb leads follow exactly from I and II. A
-# disease changes lobes or the clock that fires them. Labels come from the drawn parameters and the noise-free
-# beat: they say what the record shows; a report may say less. Sizes were set by hand until mean beats agreed
-# with those of PTB-XL (folds 1-8); no recording is used when it runs. Left out, because no trace tells them
-# from another code: ANEUR, EL, NT_, TAB_, PRC(S).
+# Electrocardiol 1988), perturbed for every patient; the other limb leads follow from I and II. A disease
+# changes lobes or the clock that fires them. Labels come from the drawn parameters and the noise-free beat:
+# they say what the record shows; a report may say less. No recording is used when it runs.
 
 SIMULATED = 4096  # records, if no number is given
 EVENLY = 0.5      # share of the records of which one of the tables TOP is drawn evenly over its findings
@@ -1942,16 +1940,7 @@ LIMBS = np.eye(12, 8, -4)  # I, II, V1..V6 -> twelve leads
 LIMBS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
 LOBES = "QRLSEJHT"
 Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; rise and top of T
-# prompts.json, "simulator", has a row for what each finding does:
-# chances: tables of which a record gets one key each, by weight; also: what comes with others, how often
-# wall: of the left ventricle, the direction towards it, what each of V1..V6 sees of it beyond the dipole;
-# zone: the wall that INJ.. and ISC.. mean; order: when the lobes Q..E come, as shares of the QRS;
-# drawn: evenly between two bounds (rate: of the atria for AFLT and 2AVB, of the ventricles for 3AVB);
-# moves: finding, lobe, share of the patient's own that stays, what is added (mV) by a factor, its bounds;
-# turns: of R, L, S in degrees (frontal, x towards y; horizontal, x towards z), mean and spread of both;
-# measured: name, what, above, up to, in which leads, of them (all, any, two), given what else
-# implied: what follows; always: waveform features that all with it show; harmless: what a normal ECG may have
-# recorders: share, band in Hz (two columns), step in microvolts, share of the end that may be silent
+# prompts.json, "simulator", has a row for what each finding does: docs/simulator.md explains them.
 
 
 @lru_cache(1)

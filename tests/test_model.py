@@ -708,3 +708,19 @@ def test_a_class_is_there_if_any_of_its_prompts_is_true():
     assert score[0].item() == pytest.approx(0.9 - np.log(3) / 10, abs=1e-5)  # one alone stands out: nearly its own
     mean = models.Method.any_of(method, like)
     assert score[0] > score[2] > score[1] and mean[1] == mean[2] > mean[0]
+
+
+def test_a_report_is_not_asked_about_features_that_it_leaves_out():
+    method = models.METHODS["fgclep"][0].__new__(models.METHODS["fgclep"][0])
+    torch.nn.Module.__init__(method)
+    batch, chosen = models.Batch(None, [], [], [], None, [True, False]), [["flat t waves"], ["lvh"], ["delta waves"]]
+    target = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    method.left_out = {"flat t waves", "delta waves"}
+    assert method.asked(chosen, batch, target).tolist() == [[1, 1, 1], [0, 1, 1]]  # the second says delta waves
+    method.left_out = frozenset()  # nobody's truth is known: what a report leaves out counts as false, as published
+    assert method.asked(chosen, batch, target).tolist() == [[1, 1, 1], [1, 1, 1]]
+    logits, weight = torch.randn(2, 3), method.asked(chosen, batch, target).clone()
+    weight[1, 0] = 0
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    wanted = (each.sum() - each[1, 0]) / 5
+    assert models.soft_sigmoid(logits, target, weight).item() == pytest.approx(wanted.item(), rel=1e-6)
