@@ -1228,3 +1228,12 @@ def test_simulated_label_set():
     assert labels.tolist() == [[False, True, True], [False] * 3, [True, False, False]]
     with pytest.raises(data.DataError, match="unknown label set 'ptbxl'"):
         data.label_matrix(records, "ptbxl")
+
+
+def test_a_script_that_prepares_while_it_is_imported_ends(tmp_path):
+    """Its workers import it again: each would wait for the lock that their parent holds."""
+    script = tmp_path / "mine.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport data\n"
+                      f"data.prepare('simulated', '600', {str(tmp_path / 'store')!r}, workers=2)\n")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and 'put what it does under if __name__ == "__main__":' in run.stderr
