@@ -186,17 +186,20 @@ def tiny(method, texts, **options):
     return models.build_method(config, models.small_text_model(texts, steps=1, dim=32, layers=1)).eval()
 
 
-@pytest.mark.parametrize("options, scales", [({}, ["rhythm"]), ({"align": "word"}, ["rhythm", "token"])])
-def test_a_class_scores_the_mean_over_its_prompts(tmp_path, options, scales):
+@pytest.mark.parametrize("name, options, scales, joined", [
+    ("etp", {}, ["rhythm"], lambda one: one.mean(1)),  # log-mean-exp at the scale that FG-CLEP starts with, 10
+    ("fgclep", {}, ["rhythm"], lambda one: np.log(np.exp(10 * one).mean(1)) / 10),
+    ("fgclep", {"align": "word"}, ["rhythm", "token"], lambda one: np.log(np.exp(10 * one).mean(1)) / 10)])
+def test_a_class_scores_what_its_prompts_do(tmp_path, name, options, scales, joined):
     """By the stored vectors and by the method's own similarity."""
-    method = tiny("fgclep", ["sinus rhythm.", "normal ecg."] * 4, **options)
+    method = tiny(name, ["sinus rhythm.", "normal ecg."] * 4, **options)
     store = data.prepare("simulated", "5", tmp_path / "store")
     run = evaluation.Run(tmp_path, method, method.config, "cpu", "")
     score = lambda prompts, batch: evaluation.score_records(
         run, store, np.arange(5), prompts, evaluation.asking(scales=scales), batch)
     both = score([["sinus rhythm", "normal ecg."], ["normal ecg"]], 2)
     one = score([["sinus rhythm"], ["normal ecg"]], 5)
-    assert both.shape == (5, 2) and np.allclose(both[:, 0], one.mean(1), atol=2e-5)
+    assert both.shape == (5, 2) and np.allclose(both[:, 0], joined(one), atol=2e-5)
     assert np.allclose(both[:, 1], one[:, 1], atol=2e-5)
     with torch.no_grad():
         views = method.encode_ecg(torch.from_numpy(store.ecg(np.arange(5))))

@@ -51,7 +51,7 @@ class Painted:
 
 class Reader:
     """A method whose vectors are what is painted; texts: {text: its vector}."""
-    scales, samples = ("rhythm",), Painted.samples
+    scales, samples, any_of = ("rhythm",), Painted.samples, models.Method.any_of
 
     def __init__(self, size, texts=()):
         self.size, self.texts, self.encoded = size, dict(texts), 0

@@ -737,6 +737,8 @@ def test_validation_by_hand(tiny_store):
 
     class Oracle(torch.nn.Module):
         """Of a report the axis of its text, of a prompt the axis of its class, of an ECG both its own."""
+        any_of = models.Method.any_of
+
         def encode_text(self, said):
             prompts = data.class_prompts("simulated", classes, "descriptive")
             axis = {text: i for i, text in enumerate(texts)}
