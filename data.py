@@ -2210,7 +2210,7 @@ def _rhythm(rng, c, p, seconds):
         gap = np.where(now & ~c["AFIB"], rr * uni(.45, .75), np.where(pause, 2 * rr - gap, rr))
         gap = np.where(stop, np.maximum(gap * uni(1.8, 2.6), 1.8), gap)
         t, since, was = t + gap, np.where(now, 0, since + 1), now
-        met = met | ((now | stop) & (t > 0))
+        met = met | ((now | stop) & (t > 1.5))  # with the beat before it in the strip
         dropped = c["2AVB"] & (k % cycle == cycle - 1)
         out.append((np.where(dropped, np.nan, t + p["pr"] + grow * (k % cycle) ** .6), t, now, gap))
     qrs, atria, now, rr = (np.stack(x, 1) for x in zip(*out))
