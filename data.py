@@ -865,7 +865,7 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
             if os.path.ismount(dst):
                 raise DataError(f"{dst}: a volume is mounted here; name a folder inside of it")
             os.makedirs(os.path.dirname(dst), exist_ok=True)
-            if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for its parent
+            if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for ever
                 raise DataError("this script prepares data while it is imported, and so does each of its "
                                 "workers: put what it does under if __name__ == \"__main__\":")
             with locked(dst + ".lock"):  # a second process waits here
