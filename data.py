@@ -177,7 +177,7 @@ def compare_checksums(folder, known):
     for name in [name for name in known if found.get(name) != known[name]]:
         fault = "damaged" if name in found else "missing"
         raise DataError(f"{Path(folder) / name}: {fault}, and the rest was made with it; restore it, or "
-                             "train anew")
+                        "train anew")
 
 
 @contextlib.contextmanager
@@ -1594,13 +1594,13 @@ def find_store(name, config, specs=()):
         return open_store(",".join(f'"{spec}"' for spec in fitting) if len(fitting) > 1 else fitting[0], rate)
     if specs or given and anything:
         raise DataError(f"{'more than one' if fitting else 'none'} of {', '.join(given)} is of {name}; "
-                             "name its data with --data")
+                        "name its data with --data")
     place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
     if source != "simulated" and source != "ptbxl" and not anything:
         raise DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
     if source != "simulated" and not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
         raise DataError(f"PTB-XL is not in {place}: download it (3 GB, free, CC BY 4.0) from "
-                             "https://physionet.org/content/ptb-xl/ and say where it is: --data ptbxl:PATH")
+                        "https://physionet.org/content/ptb-xl/ and say where it is: --data ptbxl:PATH")
     return open_store("simulated" if source == "simulated" else f"ptbxl:{place}", rate)
 
 
@@ -2388,7 +2388,7 @@ MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, n
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block, _diagnoses,
                         _all_of, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
                         _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report,
-                        DOWER, LIMBS, EVENLY, TOP),
+                        waveform_features, DOWER, LIMBS, EVENLY, TOP),
           **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
           "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
 WORDS = {"ptbxl": ("findings", "lexicon"), "simulated": ("findings", "simulator"), "mimic": (), "csv": ()}

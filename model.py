@@ -1572,7 +1572,7 @@ def attention_over_time(method, ecg, text):
         weight = (text.sentences[:, 0] @ beats.T * method.beat_options()["beat_temperatures"][0]).softmax(1)
     else:
         raise ModelError(f"this {config.method} run sees texts in the whole record only; fgclep "
-                                "--align word or tag, and melp --beats rpeak, see them at a place")
+                         "--align word or tag, and melp --beats rpeak, see them at a place")
     if melp:  # beats, from midpoint to midpoint
         place = beat_of_token(*segment_beats(ecg, config.rate), samples, samples)[0].long()
     else:  # tokens of equal length; patches of all leads at one time together

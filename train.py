@@ -142,20 +142,21 @@ class Records(torch.utils.data.Dataset):
     def __getitem__(self, key):
         stage, epoch, rows = key
         ecg, chosen = torch.from_numpy(self.store.microvolts(rows)), []
+        whole = [self.whole(row) for row in rows]
         dropped, steps = np.zeros(ecg.shape[:2], bool), np.zeros(len(rows), np.int64)
         limit = int(self.config.shift * self.config.rate)
         for i, row in enumerate(rows):
             rng = np.random.default_rng((self.config.seed, stage, epoch, row))
-            chosen.append(sample_tags(self.tags[row], self.config.text_unit, rng))
+            said = self.tags[row]
+            chosen.append(sample_tags(said, self.config.text_unit, rng))
             if self.config.text_unit == "tags":
-                unsaid = self.whole(row)[len(self.tags[row]):]
-                chosen[-1] = chosen[-1] + [unsaid[i] for i in rng.permutation(len(unsaid))[:self.UNSAID]]
+                unsaid = whole[i][len(said):]
+                chosen[-1] = said + [unsaid[n] for n in rng.permutation(len(unsaid))[:self.UNSAID]]
             if self.config.lead_drop:
                 dropped[i] = rng.random(ecg.shape[1]) < self.config.lead_drop
             if limit:
                 steps[i] = rng.integers(-limit, limit + 1)
-        batch = models.Batch(ecg, chosen, [self.whole(row) for row in rows], list(rows),
-                             torch.from_numpy(self.store.peaks(rows)),
+        batch = models.Batch(ecg, chosen, whole, list(rows), torch.from_numpy(self.store.peaks(rows)),
                              [len(self.truth.numbers_of(row)) > 0 for row in rows])
         return Drawn(batch, torch.from_numpy(dropped), torch.from_numpy(steps))
 
