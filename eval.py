@@ -554,7 +554,8 @@ def random_weights(run):
     """The same encoder with random weights."""
     torch.manual_seed(run.config.seed)
     method, c = copy.deepcopy(run.method), run.config
-    method.ecg = models.build_encoder(c.encoder, 12, method.samples, c.width, c.patch).to(run.device).eval()
+    encoder = models.build_encoder(c.encoder, 12, method.samples, width=c.width, patch=c.patch)
+    method.ecg = encoder.to(run.device).eval()
     return run._replace(method=method, folder=run.folder / "random", crc=f"random {c.seed}")
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from csrc import beat_of_token, segment_beats, sigmoid_loss, token_beat_rhythm
 
 SECONDS = 10  # length of a record, as data.py stores it
-VERSION = "0.6.0"
+VERSION = "0.7.0"
 
 
 class ModelError(ValueError):
@@ -239,7 +240,7 @@ class ResNet1d(nn.Module):
     (bottlenecks); width scales every channel count."""
     BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
-    def __init__(self, depth=18, leads=12, width=1.0):
+    def __init__(self, depth=18, leads=12, samples=None, width=1.0):
         super().__init__()
         widths = [max(8, int(c * width)) for c in (64, 128, 256, 512)]
         self.dim = widths[0]
@@ -354,7 +355,7 @@ class ConvTransformer(nn.Module):
     post-norm transformer layers. embed and encode are apart, so that frames can be dropped in between."""
     SIZES = {"tiny": (64, 128, 4, 4, 31), "small": (128, 256, 6, 8, 63), "base": (256, 768, 8, 12, 128)}
 
-    def __init__(self, size="base", leads=12, dropout=0.1):
+    def __init__(self, size="base", leads=12, samples=None, dropout=0.1):
         super().__init__()
         channels, self.dim, depth, heads, reach = self.SIZES[size]
         self.stem = nn.Sequential(Conv(leads, channels, 2, stride=2, bias=False),
@@ -394,22 +395,27 @@ def encoder_class(name):
     return load_class(name, nn.Module) if is_file(name) else ENCODERS[name][0]
 
 
-def build_encoder(name, leads, samples, width=1.0, patch=50):
+def encoder_settings(name):
+    """Those of --width and --patch that an encoder has: its class takes arguments of these names."""
+    arguments = inspect.signature(encoder_class(name)).parameters
+    return [setting for setting in ("width", "patch") if setting in arguments]
+
+
+def build_encoder(name, leads, samples, **settings):
     """ECG encoder by name: one of ENCODERS, or FILE.py:Class, an nn.Module that Class(leads, samples) makes:
-    normalised ECGs (B, leads, samples) -> (B, T, dim), of any T; dim is its attribute. Errors: ModelError."""
+    normalised ECGs (B, leads, samples) -> (B, T, dim), of any T; dim is its attribute. settings: width, patch
+    (others than the encoder's are not looked at: configure refuses them). Errors: ModelError."""
     cls = encoder_class(name)
+    mine = {setting: settings[setting] for setting in encoder_settings(name) if setting in settings}
     if is_file(name):
-        return build_own(cls, leads, samples)
-    size = ENCODERS[name][1]
-    if cls is ResNet1d:
-        return ResNet1d(size, leads, width)
-    return ConvTransformer(size, leads) if cls is ConvTransformer else cls(size, leads, samples, patch)
+        return build_own(cls, leads, samples, mine)
+    return cls(ENCODERS[name][1], leads, samples, **mine)
 
 
-def build_own(cls, leads, samples):
+def build_own(cls, leads, samples, settings):
     """An encoder of one's own, tried on two ECGs. Errors: ModelError."""
     try:
-        encoder = cls(leads, samples)
+        encoder = cls(leads, samples, **settings)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             shape = tuple(encoder.eval()(torch.randn(2, leads, samples)).shape)
         wanted = (2, max(1, *shape[1:2]), encoder.dim)  # of however many tokens
@@ -926,7 +932,8 @@ class Method(Objective):
     def __init__(self, config, text):
         super().__init__(config)
         self.samples = SECONDS * config.rate
-        self.ecg = build_encoder(config.encoder, 12, self.samples, config.width, config.patch)
+        self.ecg = build_encoder(config.encoder, 12, self.samples, width=config.width,
+                                 patch=config.patch)
         self.text = self.tower(*text, config.text_trainable_layers, config.text_pooling,
                                config.text_max_length)
 
@@ -1807,7 +1814,10 @@ def configure(method=Config.method, preset=Config.preset, **given):
         config.targets = "reports"
     for name in TYPES:
         check_setting(name, getattr(config, name))
-    if encoder_class(config.encoder) in (ViT1d, LeadViT) and config.patch > SECONDS * config.rate:
+    takes = encoder_settings(config.encoder)
+    for name in {"width", "patch"} & given.keys() - set(takes):
+        raise ModelError(f"{flag(name)} is not a setting of --encoder {config.encoder}: leave it out")
+    if "patch" in takes and config.patch > SECONDS * config.rate:
         raise ModelError(f"--patch {config.patch} is longer than a record of {SECONDS * config.rate} samples")
     files = set(map(os.path.abspath, own_files(config).values()))
     if len(set(map(os.path.basename, files))) < len(files):
@@ -1821,9 +1831,9 @@ def configure(method=Config.method, preset=Config.preset, **given):
 def settings_of(config):
     """Those of a Config that its method has -> dictionary, which configure takes back; a FILE.py lies beside
     the config.json that they are written to, and has no folder."""
-    mine = recipe(config.method)[0].settings
+    mine = [*recipe(config.method)[0].settings, *encoder_settings(config.encoder)]
     settings = {name: value for name, value in dataclasses.asdict(config).items()
-                if not owners(name) or name in mine}
+                if name in mine or not owners(name) and name not in ("width", "patch")}
     return settings | {name: os.path.basename(settings[name]) for name in own_files(config)}
 
 

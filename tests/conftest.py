@@ -20,6 +20,13 @@ def small_config(method, **options):
     return models.configure(method, **options)
 
 
+def toy_config(method, **options):
+    """One of few weights."""
+    import model as models
+    narrow = {"width": 0.125} if "width" in models.encoder_settings(small_config(method, **options).encoder) else {}
+    return small_config(method, **{"dim": 16} | narrow | options)
+
+
 def write_config(folder, method, **options):
     """The config.json of a run of a method's small default."""
     import json

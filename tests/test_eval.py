@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 import data
 import eval as evaluation
 import model as models
-from conftest import small_config, write_config
+from conftest import small_config, toy_config, write_config
 
 
 def test_bootstrap_auroc_equals_scikit_learn_with_weights_and_ties():
@@ -182,7 +182,7 @@ def test_every_class_of_every_set_has_prompts(name):
 
 def tiny(method, texts, **options):
     """An untrained method."""
-    config = small_config(method, width=0.125, dim=16, **options)
+    config = toy_config(method, **options)
     return models.build_method(config, models.small_text_model(texts, steps=1, dim=32, layers=1)).eval()
 
 

@@ -78,8 +78,8 @@ def t5():
 @torch.no_grad()
 def test_merl(encoder, bound):
     golden, vit = load(f"merl_{encoder}"), encoder == "vit_tiny"
-    config = small_config("merl", encoder=encoder, width=1.0, dim=256, rate=500, patch=50, text_pooling="pooler",
-                          text_max_length=64)
+    config = small_config("merl", encoder=encoder, dim=256, rate=500, text_pooling="pooler", text_max_length=64,
+                          **({"patch": 50} if vit else {"width": 1.0}))
     method = models.MERL(config, (bert(), None)).eval()
     models.load_published(method, filled(f"merl_{encoder}"), "merl")
 

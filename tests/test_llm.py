@@ -8,7 +8,7 @@ import torch
 import data
 import model as models
 import train
-from conftest import small_config
+from conftest import toy_config
 
 SETS = [["sinus rhythm", "left bundle branch block"], ["atrial fibrillation"], ["atrial fibrillation"], ["normal ecg"],
         ["left bundle branch block", "sinus rhythm"], ["first degree av block", "sinus rhythm"], ["sinus tachycardia"]]
@@ -171,7 +171,7 @@ def recover(store, folder, answer, **options):
     tags = data.report_tags(store)
     rows = [row for row in range(40) if tags[row]]
     torch.manual_seed(0)
-    config = small_config("fgclep", width=0.125, dim=16, llm="stub", **options)
+    config = toy_config("fgclep", llm="stub", **options)
     method = models.build_method(config, models.small_text_model(["sinus rhythm"] * 4, steps=1, dim=32, layers=1))
     proposals = [answer(row, tags[row]) for row in rows]
     train.recover_features(method, store, tags, rows, proposals, config, folder, torch.device("cpu"))

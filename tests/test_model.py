@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import model as models
 import train
-from conftest import small_config
+from conftest import small_config, toy_config
 
 
 def test_info_nce_by_hand():
@@ -227,7 +227,7 @@ def toy_batch(size=8, seed=0):
 
 def toy_method(name, **options):
     torch.manual_seed(0)
-    config = small_config(name, width=0.125, dim=16, **options)
+    config = toy_config(name, **options)
     lm, tokenizer = models.small_text_model(TEXTS, steps=1, dim=32, layers=1)
     method = models.build_method(config, (lm, tokenizer)).train()
     for module in method.modules():  # no dropout: two processes draw other numbers than one
@@ -313,7 +313,8 @@ GRID = [(name, encoder) for name in ("etp", "merl", "melp", "fgclep") for encode
 
 
 def on_grid(name, encoder):
-    return toy_method(name, encoder=encoder, patch=20, **({"negatives": "far"} if name == "cmelt" else {}))
+    options = dict(patch=20) if "vit" in encoder else dict(negatives="far") if name == "cmelt" else {}
+    return toy_method(name, encoder=encoder, **options)
 
 
 @pytest.mark.parametrize("name, encoder", GRID)
@@ -479,7 +480,9 @@ def test_settings_of_a_run_make_the_same_config(method, preset):
     ("etp", dict(seed=-1), "--seed"), ("etp", dict(rate=50), "--rate"), ("etp", dict(threads=-2), "--threads"),
     ("etp", dict(text_trainable_layers=-2), "--text-trainable-layers"), ("etp", dict(max_pool="yes"), "--max-pool"),
     ("etp", dict(seconds=20.0), "no setting 'seconds'"), ("etp", dict(encoder="resnet19"), "unknown --encoder 'resnet19'"),
-    ("etp", dict(encoder="vit_tiny", patch=1001), "--patch 1001 is longer"), ("etp", dict(name="../x"), "no name of a folder"),
+    ("etp", dict(encoder="vit_tiny", patch=1001), "--patch 1001 is longer"), ("cmelt", dict(patch=10), "--patch is not a setting of"),
+    ("etp", dict(encoder="vit_tiny", width=1.0), "--width is not a setting of --encoder vit_tiny"),
+    ("etp", dict(patch=10), "--patch is not a setting of --encoder resnet18"), ("etp", dict(name="../x"), "no name of a folder"),
     ("etp", dict(name="a/b"), "no name of a folder"), ("etp", dict(text_unit="tags"), "--text-unit tags is fgclep's"),
     ("fgclep", dict(temperature=0.1), "--temperature is a setting of etp, merl, not of fgclep"),
     ("etp", dict(fine_epochs=2), "--fine-epochs is a setting of fgclep"), ("melp", dict(text_pooling="cls"), "not of melp"),

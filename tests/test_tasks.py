@@ -16,7 +16,7 @@ import data
 import eval as evaluation
 import model as models
 import train
-from conftest import ROOT, small_config
+from conftest import ROOT, small_config, toy_config
 from test_data import beats, csv_source, table, write
 
 asking, vectors = evaluation.asking, evaluation.vectors
@@ -586,7 +586,7 @@ TEXTS = ["atrial fibrillation", "sinus rhythm. normal ecg", "st elevation in v1,
 
 def untrained(method, **options):
     torch.manual_seed(0)
-    config = small_config(method, width=0.125, dim=16, **options)
+    config = toy_config(method, **options)
     text = models.small_text_model(TEXTS * 2, steps=1, dim=32, layers=1)
     return models.build_method(config, text).eval()
 

@@ -25,7 +25,8 @@ import model as models
 import train
 from conftest import ROOT, small_config
 
-TINY = ["--width", "0.125", "--dim", "16", "--mlm-steps", "3", "--batch-size", "16", "--epochs", "3", "--threads", "1"]
+SMALL = ["--dim", "16", "--mlm-steps", "3", "--batch-size", "16", "--epochs", "3", "--threads", "1"]
+TINY = ["--width", "0.125", *SMALL]
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +61,7 @@ def wait_for(condition, process, seconds=120):
 def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method, how):
     """Stopped by SIGTERM (saves) or kill -9 (from the last checkpoint), then continued: FG-CLEP through both stages, C-MELT, which
     draws masks and negatives at random, and ETP, whose frozen text tower was trained just before."""
-    args = ["--data", f"store:{tiny_store}", "--method", method, "--save-every", "4", *TINY]
+    args = ["--data", f"store:{tiny_store}", "--method", method, "--save-every", "4", *(SMALL if method == "cmelt" else TINY)]
     args += {"fgclep": ["--fine-epochs", "2", "--targets", "reports"], "cmelt": ["--negatives", "far"], "etp": ["--epochs", "8"]}[method]
     whole = run_train(tmp_path, "--name", "whole", *args)
     assert whole.wait() == 0, whole.communicate()[0]
@@ -96,11 +97,11 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method,
         assert (tmp_path / "runs/part" / name).exists(), name
 
 
-@pytest.mark.parametrize("flags", [[], ["--accumulate", "2", "--chunk", "6", "--encoder", "vit_tiny", "--patch", "50"]])
+@pytest.mark.parametrize("flags", [["--width", "0.125"], ["--accumulate", "2", "--chunk", "6", "--encoder", "vit_tiny", "--patch", "50"]])
 def test_torchrun_with_two_processes_trains_like_one(tiny_store, tmp_path, free_port, flags):
     """ETP has no dropout (its text tower is frozen), so the whole runs can be compared: losses of every update. In chunks only an
     encoder without BatchNorm can be."""
-    args = ["--method", "etp", "--data", f"store:{tiny_store}", "--lr", "1e-4", *TINY, *flags]
+    args = ["--method", "etp", "--data", f"store:{tiny_store}", "--lr", "1e-4", *SMALL, *flags]
     one = run_train(tmp_path, "--name", "one", *args)
     assert one.wait() == 0, one.communicate()[0]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -108,7 +109,7 @@ def test_torchrun_with_two_processes_trains_like_one(tiny_store, tmp_path, free_
                           str(ROOT / "train.py"), "--name", "two", *args], cwd=tmp_path, env=env, text=True, capture_output=True)
     assert two.returncode == 0, two.stdout + two.stderr
     losses = [[line["loss"] for line in lines_of(tmp_path / "runs" / name, "loss")] for name in ("one", "two")]
-    assert len(losses[0]) == len(losses[1]) == (6 if flags else 12)
+    assert len(losses[0]) == len(losses[1]) == (6 if "--accumulate" in flags else 12)
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
     assert np.allclose(*losses, rtol=2e-3)  # AdamW's first steps are signs: they enlarge differences of rounding
 
@@ -132,7 +133,7 @@ def rank_of_two(rank, port, folder, jobs):
 def test_two_processes_keep_the_same_weights_draw_other_numbers_and_resume(tiny_store, tmp_path, free_port):
     jobs, log = [], lambda run: [{**json.loads(line), "seconds": 0} for line in (tmp_path / f"runs/{run}/log.jsonl").open()]
     for method in ("etp", "cmelt"):
-        args = ["--method", method, "--data", f"store:{tiny_store}", "--epochs", "2", "--save-every", "3", *TINY[:-4], "--threads", "1"]
+        args = ["--method", method, "--data", f"store:{tiny_store}", "--epochs", "2", "--save-every", "3", *SMALL[:-4], "--threads", "1"]
         jobs.append((f"{method}-whole", [*args, "--name", f"{method}-whole"], 999))
     jobs += [("cmelt-part", [*args, "--name", "cmelt-part"], 4), ("cmelt-again", ["--resume", "runs/cmelt-part"], 999)]
     torch.multiprocessing.spawn(rank_of_two, (free_port, tmp_path, jobs), nprocs=2)
@@ -847,7 +848,7 @@ def own_file():
 def train_own(folder, store, monkeypatch, *flags):
     monkeypatch.chdir(folder)
     (folder / "my.py").write_text(own_file())
-    train.main(["--method", "my.py:SigLIP", "--encoder", "my.py:Patches", "--data", f"store:{store}", *TINY, *flags])
+    train.main(["--method", "my.py:SigLIP", "--encoder", "my.py:Patches", "--data", f"store:{store}", *SMALL, *flags])
 
 
 def test_a_method_and_an_encoder_of_ones_own(tiny_store, tmp_path, monkeypatch, capsys):
@@ -875,7 +876,7 @@ def test_a_method_and_an_encoder_of_ones_own(tiny_store, tmp_path, monkeypatch, 
 def test_an_encoder_of_ones_own_in_every_method(tiny_store, tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.py").write_text("from model import *\n\n" + own_file().split("\n\n\n")[-1])
-    train.main(["--method", method, "--encoder", "my.py:Patches", "--data", f"store:{tiny_store}", *TINY, "--name", "own", "--epochs", "1"])
+    train.main(["--method", method, "--encoder", "my.py:Patches", "--data", f"store:{tiny_store}", *SMALL, "--name", "own", "--epochs", "1"])
     assert evaluation.load_run("runs/own")[0].ecg.dim == 64
 
 
@@ -901,6 +902,18 @@ def test_a_file_without_a_method_is_one_sentence(tmp_path, monkeypatch, code, sp
         (tmp_path / "my.py").write_text(code)
     with pytest.raises(models.ModelError, match=words):
         models.configure(spec)
+
+
+def test_an_encoder_of_ones_own_has_the_width_that_it_takes(tmp_path):
+    text = own_file()
+    (tmp_path / "my.py").write_text(text)
+    (tmp_path / "wide.py").write_text(text.replace("leads, samples):", "leads, samples, width=9):").replace("dim = 64", "dim = int(64 * width)"))
+    with pytest.raises(models.ModelError, match=r"--width is not a setting of --encoder .*my.py:Patches"):
+        models.configure("etp", encoder=f"{tmp_path}/my.py:Patches", width=0.5)
+    config = models.configure("etp", encoder=f"{tmp_path}/wide.py:Patches", width=0.5)
+    assert models.configure(**models.settings_of(config) | {"encoder": config.encoder}) == config
+    assert "patch" not in models.settings_of(config) and "width" not in models.settings_of(models.configure("cmelt"))
+    assert models.build_encoder(config.encoder, 12, 1000, width=config.width, patch=config.patch).dim == 32
 
 
 @pytest.mark.parametrize("forward, words", [
