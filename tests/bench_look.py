@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
+import model as models
 
 TEXTS = {"PVC": ["premature ventricular complex", "ventricular premature complexes", "ventricular extrasystoles"],
          "PAC": ["premature atrial complex", "atrial premature complexes", "supraventricular extrasystoles"]}
