@@ -1678,6 +1678,7 @@ class Config:
     preset: Literal["small", "paper"] = "small"  # paper: the method's published recipe
     data: str = "simulated"  # simulated[:N], ptbxl|mimic|cpsc2018|csn|georgia|wfdb|store:DIR, csv:FILE; A,B*2
     init: str = ""  # weights to start from: a run folder, or merl:FILE, melp:FILE, dbeta:FILE as published
+    init_share: Share = 0.0  # of these in the weights that are saved (train.Blend)
     name: str = ""  # name of the run folder; default: method, data and time
     seed: Annotated[int, 0, 2**31] = 0  # everything random follows from it
     epochs: Count = 12  # fgclep: of the coarse stage
@@ -1736,7 +1737,6 @@ class Config:
     weight_decay: Annotated[float, 0, 100] = 0.05  # of weight matrices alone: train.make_optimiser
     warmup: Share = 0.1  # share of a stage's updates with rising rate; without it towers collapse
     clip: Annotated[float, 1e-12, math.inf] = 1.0  # largest gradient norm
-    ema: Annotated[float, 0, 0.999999] = 0.0  # decay of averaged weights, which are then validated and saved
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on CUDA, float32 on CPU
     recompute: bool = False  # keep no activations within the towers' blocks: compute them again going back
     compile: bool = False  # torch.compile the ECG encoder
@@ -1824,6 +1824,8 @@ def configure(method=Config.method, preset=Config.preset, **given):
         raise ModelError(f"{' and '.join(sorted(files))} would be one file in the run: rename one")
     if config.name and not re.fullmatch(r"[^\W_][^/\\\0]*", config.name):
         raise ModelError(f"--name {config.name!r} is no name of a folder: begin with a letter, use no slash")
+    if config.init_share and not config.init:
+        raise ModelError("--init-share is of the weights that --init names: name some, or leave it out")
     cls.check(config)
     return config
 

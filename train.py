@@ -352,8 +352,9 @@ def make_text(config, run, reports, device, fresh):
 
 
 def start_from(init, method):
-    """Fill a method with what fits of other weights, and say what does not. init: a run folder, or what
-    models.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder fits."""
+    """Fill a method with what fits of other weights -> {name: tensor}, and say what does not. init: a run
+    folder, or what models.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder
+    fits."""
     if published := models.publication(init):
         kind, (state, _) = published[0], evaluation.read_tensors(published[1])
         names = models.published()[kind]["names"]
@@ -375,6 +376,7 @@ def start_from(init, method):
     for what, names in parts.items():
         if names:
             print(f"  {len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
+    return taken
 
 
 def far_texts(method, texts, run, device, fresh, batch=256):
@@ -407,43 +409,28 @@ def make_optimiser(method, config):
     return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=groups[0]["params"][0].is_cuda)
 
 
-class Average:
-    """Moving average (--ema) of what a method learns, and of its buffers; with decay 0 of nothing. A frozen
-    tower is not copied (swa_utils.AveragedModel would). state (in checkpoints): {name: tensor} and the number
-    of updates in it: the first is taken whole, and the decay rises with the number to its value."""
+class Blend:
+    """What of a method is validated and saved: its weights and, by a share, those of --init that it started
+    from, as in robust fine-tuning (WiSE-FT, Wortsman et al. 2022): the start knows what the new data do not
+    show. start (in checkpoints): {name: tensor} of --init, as far as they have fitted."""
 
-    def __init__(self, method, decay):
+    def __init__(self, method, share, start):
         learned = {name: p.detach() for name, p in method.named_parameters() if p.requires_grad}  # tied: once
-        self.decay, self.live = decay, learned | dict(method.named_buffers()) if decay else {}
-        self.state = {"mean": {name: x.clone() for name, x in self.live.items()}, "updates": 0}
-
-    def update(self):
-        count, mean = self.state["updates"], self.state["mean"]
-        decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
-        self.state["updates"] += 1
-        for name, x in self.live.items():  # a whole number counts, and has no mean
-            mean[name].lerp_(x, 1 - decay) if x.is_floating_point() else mean[name].copy_(x)
-
-    def load(self, state):
-        """Errors: KeyError, RuntimeError where it is of another method."""
-        for name in self.live.keys() | state["mean"].keys():
-            self.state["mean"][name].copy_(state["mean"][name])
-        self.state["updates"] = state["updates"]
+        self.share, self.live = share, learned | dict(method.named_buffers())
+        self.start = {name: start[name].to(x) for name, x in self.live.items()
+                      if share and name in start and x.is_floating_point()}
 
     @contextlib.contextmanager
     def used(self):
-        """Within, the average is in the method, and what it had is kept here."""
-        self.swap()
+        """Within, the blend is in the method."""
+        learned = {name: self.live[name].clone() for name in self.start}
+        for name, x in self.start.items():
+            self.live[name].lerp_(x, self.share)
         try:
             yield
         finally:
-            self.swap()
-
-    def swap(self):
-        for name, x in self.live.items():
-            kept = x.clone()
-            x.copy_(self.state["mean"][name])
-            self.state["mean"][name].copy_(kept)
+            for name, x in learned.items():
+                self.live[name].copy_(x)
 
 
 def rate_at(update, updates, config):
@@ -558,10 +545,10 @@ def save_weights(method, run, name="model.safetensors"):
     data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
 
 
-def save_checkpoint(run, method, optimiser, average, update, watch):
+def save_checkpoint(run, method, optimiser, blend, update, watch):
     """checkpoint.pt, with checksums of the other files that a resumed run reads."""
     state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
-             "average": average.state, "processes": models.world(), "watch": watch.state if watch else {},
+             "start": blend.start, "processes": models.world(), "watch": watch.state if watch else {},
              "files": data.checksums(run, ("tokenizer/*", "*.py", "recovered.jsonl", "negatives.pt"))}
     data.write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
 
@@ -578,19 +565,17 @@ def read_checkpoint(run, save_every):
             raise data.DataError(f"{path}: {fault}")
         return None
     state, _ = evaluation.read_file(path)
-    if state.keys() != {"model", "optimiser", "average", "update", "processes", "watch", "files"}:
+    if state.keys() != {"model", "optimiser", "start", "update", "processes", "watch", "files"}:
         raise data.DataError(f"{path}: not a checkpoint of this version of the program; train anew")
     data.compare_checksums(run, state["files"])
     return state
 
 
-def restore(state, run, method, optimiser, average):
-    """Fill method, optimiser and average from a checkpoint -> updates done. Errors: DataError if it is of
-    another."""
+def restore(state, run, method, optimiser):
+    """Fill method and optimiser from a checkpoint -> updates done. Errors: DataError if it is of another."""
     try:
         method.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        average.load(state["average"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         fault = f"not of {run / 'config.json'} ({models.first_line(error)})"
         raise data.DataError(f"{run / 'checkpoint.pt'}: {fault}; train anew") from error
@@ -987,7 +972,7 @@ class Beside(NamedTuple):
     validation: object = None  # Validation
 
 
-def train_stage(stage, done, method, optimiser, average, batches, names, config, run, device, beside):
+def train_stage(stage, done, method, optimiser, blend, batches, names, config, run, device, beside):
     """Do the updates of a stage, of which the run has done some -> updates done. names: data.Store.ids."""
     log, watch, validation = beside
     batches, ledger, look, told = iter(batches), Ledger(log, method.train(), names), None, done + 20
@@ -1007,7 +992,6 @@ def train_stage(stage, done, method, optimiser, average, batches, names, config,
             if found is None:
                 break
             done = update + 1
-            average.update()
             ledger.add({"update": done, "stage": stage.name, "lr": rate}, *found)
             save = bool(config.save_every) and done % config.save_every == 0
             epochs = [stage.epoch(n, config) // max(1, config.eval_every) for n in (done, done - 1)]
@@ -1020,28 +1004,28 @@ def train_stage(stage, done, method, optimiser, average, batches, names, config,
             if watch:
                 watch.note(lines, warm)
             if validation and validate:
-                with average.used():
+                with blend.used():
                     look = validation.look(method)
                     save |= config.keep == "best" and keep_best(run, method, stage, done, look["loss"])
                 add_line(log, {"update": done, "stage": stage.name, "validation": look})
             shown = {**lines[-1]["terms"], **({"val": look["loss"], "R@5": look["R@5"]} if look else {})}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
             if told <= done < stage.end:
-                bar.write(cost(method, average, lines[-1]["seconds"], stage.end - done, device))
+                bar.write(cost(method, blend, lines[-1]["seconds"], stage.end - done, device))
                 told = math.inf
             if watch and done % 50 == 0 and (warning := watch.look()):
                 add_line(log, {"update": done, "warning": warning})
                 bar.write(f"update {done}: {warning}")
             late = not config.save_every and time.monotonic() - saved > SAVE_SECONDS
             if done < stage.end and (save or late):
-                save_checkpoint(run, method, optimiser, average, done, watch)
+                save_checkpoint(run, method, optimiser, blend, done, watch)
                 saved = time.monotonic()
             ledger.since = time.perf_counter()
         lines = ledger.settle()
         if watch:
             watch.note(lines, warm)
         if rank() == 0:
-            save_checkpoint(run, method, optimiser, average, done, watch)
+            save_checkpoint(run, method, optimiser, blend, done, watch)
         if rank() == 0 and done < stage.end:
             bar.write(f"stopped and saved at update {done}; continue with: python train.py --resume {run}")
     return done
@@ -1057,10 +1041,10 @@ def keep_best(run, method, stage, update, loss):
     return lowest
 
 
-def cost(method, average, seconds, left, device):
+def cost(method, blend, seconds, left, device):
     """Sentence on what the rest of a stage will take."""
     size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
-    beside = size(average.live.values()) + 2 * size(p for p in method.parameters() if p.requires_grad)  # Adam
+    beside = size(blend.start.values()) + 2 * size(p for p in method.parameters() if p.requires_grad)  # Adam
     cuda = device.type == "cuda"
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if cuda else ""
     arrival = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
@@ -1081,15 +1065,16 @@ def train(config, run, source, device):
     text = make_text(config, run, reports, device, checkpoint is None)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
+    start = checkpoint["start"] if checkpoint else {}
     if config.init and checkpoint is None and rank() == 0:
-        start_from(config.init, method)
+        start = start_from(config.init, method)
     if isinstance(method, models.CMELT) and config.negatives == "far" and not config.as_published:
         method.far = far_texts(method, reports(), run, device, checkpoint is None)
     for tensor in method.state_dict().values() if models.world() > 1 else ():
         dist.broadcast(tensor, 0)
     optimiser, cuda = make_optimiser(method, config), device.type == "cuda"
-    average = Average(method, config.ema)
-    update = restore(checkpoint, run, method, optimiser, average) if checkpoint else 0
+    blend = Blend(method, config.init_share, start)
+    update = restore(checkpoint, run, method, optimiser) if checkpoint else 0
     log = watch = validation = None
     if rank() == 0:
         count = sum(p.numel() for p in method.parameters())
@@ -1110,7 +1095,7 @@ def train(config, run, source, device):
             continue
         if stage.name == "fine":
             if rank() == 0 and update == stage.first:  # a run that is resumed within the stage reads them
-                with average.used():
+                with blend.used():
                     recover_features(method, store, tags, unknown, proposals, config, run, device)
             from_first()
             records = Records(store, enrich(store, tags, unknown, config, run), truth, config)
@@ -1138,12 +1123,12 @@ def train(config, run, source, device):
             if config.keep == "best" and not validation:
                 raise data.DataError("--keep best: there is nothing to choose by; it needs validation "
                                      "records, and --eval-every over 0")
-        update = train_stage(stage, update, method, optimiser, average, batches, store.ids, config, run,
+        update = train_stage(stage, update, method, optimiser, blend, batches, store.ids, config, run,
                              device, Beside(log, watch, validation))
         if update < stage.end:
             return False
     if rank() == 0:
-        with average.used():
+        with blend.used():
             finish(config, run, store, rows, method, device)
     return True
 

@@ -217,7 +217,7 @@ def resumed(folder, file):
     config, run, _ = train.parse(["--resume", str(folder / "run")])
     state = train.read_checkpoint(run, config.save_every)
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
-    update = train.restore(state, run, method, train.make_optimiser(method, config), train.Average(method, config.ema))
+    update = train.restore(state, run, method, train.make_optimiser(method, config))
     log = [line for line in train.read_log(run) if line["update"] <= update]
     recovered = train.read_lines(run / "recovered.jsonl", {"row": int, "feature": str, "kept": bool})
     return evaluation.crc_of_tensors(method.state_dict()), recovered, log

@@ -410,61 +410,52 @@ class Learner(torch.nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
 
-def test_averaged_weights_by_hand():
+def test_weights_drawn_towards_their_start_by_hand():
     method = Learner()
-    average = train.Average(method, 0.2)
-    for value in (1.0, 2.0, 4.0):
-        with torch.no_grad():
-            method.weight.fill_(value)
-            method.running.fill_(10 * value)
-            method.count += 1
-        average.update()
-    second = 1 * 2 / 11 + 2 * 9 / 11         # (1 + 1) / (10 + 1) is less than 0.2
-    third = second * 0.2 + 4 * 0.8           # (1 + 2) / (10 + 2) is more
-    mean = average.state["mean"]
-    assert mean["weight"].tolist() == pytest.approx([third, third]) and mean["running"].item() == pytest.approx(10 * third)
-    assert mean["count"] == 3 and mean.keys() == {"weight", "running", "count"} and average.state["updates"] == 3
-    with pytest.raises(KeyError):
-        train.Average(Learner(), 0.0).load(average.state)
-    with pytest.raises(KeyboardInterrupt), average.used():
-        assert method.weight[0].item() == pytest.approx(third) and method.frozen.tolist() == [1, 1]
+    with torch.no_grad():
+        method.weight.fill_(4.0)
+        method.running.fill_(8.0)
+        method.count += 3
+    start = {"weight": torch.tensor([1.0, 2.0]), "running": torch.zeros(1), "count": torch.tensor(9), "frozen": torch.zeros(2)}
+    blend = train.Blend(method, 0.25, start)
+    with pytest.raises(KeyboardInterrupt), blend.used():
+        assert method.weight.tolist() == [3.25, 3.5] and method.running.item() == 6 and method.count == 3
+        assert method.frozen.tolist() == [1, 1]
         raise KeyboardInterrupt
-    assert method.weight.tolist() == [4, 4] and mean["weight"][0].item() == pytest.approx(third)
-    other = train.Average(Learner(), 0.2)
-    other.load(average.state)
-    assert all(torch.equal(x, mean[name]) for name, x in other.state["mean"].items()) and other.state["updates"] == 3
+    assert method.weight.tolist() == [4, 4] and method.running.item() == 8
+    del start["running"]  # what --init did not have is left as it was learned
+    with train.Blend(method, 0.25, start).used():
+        assert method.weight.tolist() == [3.25, 3.5] and method.running.item() == 8
+    assert train.Blend(method, 0.0, start).start == {}
 
 
-def test_without_a_decay_nothing_is_averaged():
-    average = train.Average(Learner(), 0.0)
-    average.update()
-    with average.used():
-        assert average.state["mean"] == {}
-
-
-def test_a_run_is_its_averaged_weights_and_resumes(tiny_store, tmp_path, monkeypatch):
-    """Validated and saved is the average, and the checkpoint keeps what training goes on with."""
+def test_a_run_is_drawn_towards_its_start_and_resumes(tmp_path, monkeypatch):
+    """Validated and saved is the blend, and the checkpoint keeps what training goes on with, and the start."""
     monkeypatch.chdir(tmp_path)
     seen, look = [], train.Validation.look
     monkeypatch.setattr(train.Validation, "look", lambda self, method: seen.append(
         {k: v.clone() for k, v in method.state_dict().items()}) or look(self, method))
-    args = ["--method", "etp", "--data", "simulated:200", *TINY, "--epochs", "2", "--ema", "0.9", "--save-every", "5"]
+    args = ["--method", "etp", "--data", "simulated:200", *TINY, "--epochs", "2", "--save-every", "5"]
+    train.main([*args, "--name", "first"])
+    args += ["--init", "runs/first", "--init-share", "0.3"]
     train.main([*args, "--name", "whole"])
-    saved, checkpoint = load_file("runs/whole/model.safetensors"), torch.load("runs/whole/checkpoint.pt")
-    assert all(torch.equal(saved[k], x) for k, x in seen[-1].items())
-    assert all(torch.equal(saved[k], x) for k, x in checkpoint["average"]["mean"].items() if k in saved)
-    assert not torch.equal(saved["project_ecg.weight"], checkpoint["model"]["project_ecg.weight"])
-    assert not any(k.startswith("text.lm") and k.endswith("weight") for k in checkpoint["average"]["mean"])  # which is frozen
+    start, saved = (load_file(f"runs/{name}/model.safetensors") for name in ("first", "whole"))
+    learned = torch.load("runs/whole/checkpoint.pt")["model"]
+    for name, x in saved.items():
+        assert torch.equal(x, seen[-1][name])
+        expected = 0.3 * start[name] + 0.7 * learned[name] if x.is_floating_point() else learned[name]
+        assert torch.allclose(x, expected, rtol=1e-5, atol=1e-7), name
+    assert not torch.allclose(saved["project_ecg.weight"], learned["project_ecg.weight"])
     with pytest.MonkeyPatch.context() as patch:
         asked = []
         patch.setattr(train.Stop, "anywhere", lambda self: asked.append(0) or len(asked) > 7)
         train.main([*args, "--name", "part"])
+    shutil.rmtree("runs/first")  # the checkpoint has the start
     train.main(["--resume", "runs/part"])
     again = load_file("runs/part/model.safetensors")
     assert all(torch.equal(saved[k], again[k]) for k in saved)
-    train.main([*args[:-4], "--save-every", "5", "--name", "plain"])  # training itself is the same
-    plain = load_file("runs/plain/model.safetensors")
-    assert all(torch.equal(plain[k], x) for k, x in checkpoint["model"].items())
+    with pytest.raises(models.ModelError, match="--init-share is of the weights that --init names"):
+        train.main(["--data", "simulated:200", "--init-share", "0.3"])
 
 
 def test_weight_decay_is_on_matrices_only():
@@ -790,7 +781,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, monkeypatch, capsys,
     words = [json.loads((tmp_path / f"runs/{name}/tokenizer/tokenizer.json").read_text())["model"] for name in ("first", "second")]
     assert words[0] == words[1]
     with pytest.raises(models.ModelError, match="nothing of its ECG encoder fits a vit_tiny"):
-        train.main(["--method", "etp", "--init", "runs/first", "--encoder", "vit_tiny", *args])
+        train.main(["--method", "etp", "--init", "runs/first", "--encoder", "vit_tiny", *args[:2], *SMALL])
     with pytest.raises(data.DataError, match="not a run folder"):
         train.main(["--method", "etp", "--init", "runs/none", *args])
 
