@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.signal import resample_poly
+from scipy.sparse import csc_array
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 from wfdb.io._signal import BYTES_PER_SAMPLE, INVALID_SAMPLE_VALUE, _rd_dat_signals
@@ -2237,19 +2238,20 @@ def _fire_all(rng, c, p, clock, rate, samples):
     """Fire the lobes by the clock: ecg (n, 8, N) mV of the independent leads; the samples of the R peaks."""
     leads, early, places = p["leads"].swapaxes(1, 2), clock["early"], np.arange(clock["early"].shape[1])
     pad, half, blur = 2 * rate, samples / rate / 2, .2 / rate  # waves leave the strip; the anti-alias filter
-    out, peaks = np.zeros((CHUNK, 8, samples + 2 * pad), np.float32), []
+    rows, fired, peaks = [], [], []
 
     def waves(when, center, width, amplitude, first, last):
-        """Lobes (E, k, 8 leads) at `when` (E,) s, seen within [first, last) s of it: (E, 8, samples)."""
+        """Lobes (E, k, 8 leads) at `when` (E,) s, seen within [first, last) s of it: (E, samples, 8)."""
         t = (np.floor(when * rate)[:, None] + np.arange(round(first * rate), round(last * rate))) / rate
         u = (t[:, None] - (when[:, None] + center)[..., None]).astype(np.float32)
         u *= (.5 ** .5 / np.hypot(width, blur)).astype(np.float32)[..., None]
-        return amplitude.swapaxes(1, 2).astype(np.float32) @ np.exp(-u * u)
+        return np.exp(-u * u).swapaxes(1, 2) @ amplitude.astype(np.float32)
 
     def fire(i, when, first, wave):
-        """Add waves (E, 8, samples) to records i (E,), from `first` s of `when` (E,) s on."""
-        for record, at, one in zip(i, np.floor(when * rate).astype(int) + round(first * rate) + pad, wave):
-            out[record, :, at:at + one.shape[1]] += one
+        """Note waves (E, samples, 8) of records i (E,), from `first` s of `when` (E,) s on."""
+        at = i * (samples + 2 * pad) + np.floor(when * rate).astype(int) + round(first * rate) + pad
+        rows.append((at[:, None] + np.arange(wave.shape[1])).astype(np.int32).ravel())
+        fired.append(wave.reshape(-1, 8))
 
     def events(when, on):
         """Rows and places of events (n, K) that the strip can see, and their times."""
@@ -2265,9 +2267,9 @@ def _fire_all(rng, c, p, clock, rate, samples):
         center, width = _times({key: heart[key][i] for key in ("qrs", "qtc", "frac", "wide")}, rr[i, k])
         wave = waves(at, center[:, J:], width[:, J:], amplitude[:, J:], -.1, .9)
         qrs = waves(at, center[:, :J], width[:, :J], amplitude[:, :J], -.1, .3)
-        wave[..., :qrs.shape[2]] += qrs
+        wave[:, :qrs.shape[1]] += qrs
         fire(i, at, -.1, wave)
-        peaks.append((i, np.floor(at * rate).astype(int) + round(-.1 * rate) + (qrs ** 2).sum(1).argmax(1)))
+        peaks.append((i, np.floor(at * rate).astype(int) + round(-.1 * rate) + (qrs ** 2).sum(2).argmax(1)))
     p_center, p_width = np.stack([0 * p["p_gap"], p["p_gap"]], 1) + .036, np.full((CHUNK, 2), .019)
     strange = rng.normal((.04, -.06, .03), (.05, .04, .05), (CHUNK, 2, 3)) @ leads  # from another place
     i, k, at = events(clock["p"], True)
@@ -2280,7 +2282,11 @@ def _fire_all(rng, c, p, clock, rate, samples):
         i, _, at = events(when, on[:, None])
         fire(i, at, -.04, waves(at, np.full((len(i), 1), -.006), .3 / rate, spike[i], -.04, .03))
     i, at = np.concatenate(peaks, 1)
-    return out[..., pad:-pad], [np.sort(at[(i == n) & (at >= 0) & (at < samples)]) for n in range(CHUNK)]
+    rows = np.concatenate(rows)  # each has a one in the matrix, so that waves add up where they meet
+    place = csc_array((np.ones(rows.size, np.float32), rows, np.arange(rows.size + 1, dtype=np.int32)),
+                      (CHUNK * (samples + 2 * pad), rows.size))
+    out = (place @ np.concatenate(fired)).reshape(CHUNK, -1, 8)[:, pad:-pad].swapaxes(1, 2)
+    return np.ascontiguousarray(out), [np.sort(at[(i == n) & (at >= 0) & (at < samples)]) for n in range(CHUNK)]
 
 
 def _atrial_waves(rng, c, p, rate, samples):
