@@ -62,7 +62,7 @@ class Batch(NamedTuple):
     peaks: torch.Tensor  # (B, K) int32 R peaks in samples of ecg, -1 behind the last
     exact: list = ()  # B bools: tags are all that is true of the record; (): of none
     said: Optional[list] = None  # the texts to be encoded, where they are not one a record
-    everyone: Optional[tuple] = None  # chosen and tags of all processes (FG-CLEP)
+    everyone: Optional[tuple] = None  # chosen and tags of all processes, who says what (FG-CLEP.plan)
 
     @property
     def texts(self):
@@ -850,9 +850,9 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
 
-    def know(self, tags, meaning, left_out):
+    def know(self, tags, meaning):
         """tags: all that batches can have, in the same order in every process. meaning: {tag: what it
-        says, in other words}, of some of them; left_out: set of those that reports leave out."""
+        says, in other words}, of those that are known to be true or not where all truth is."""
 
     def plan(self, batch):
         return batch
@@ -1412,7 +1412,6 @@ class FGCLEP(ETP):
     def __init__(self, config, text):
         super().__init__(config, text)
         self.scales, self.number, self.meaning = self.ALIGN[config.align], {}, {}  # see know
-        self.left_out = frozenset()
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
         if config.align != "rhythm":
             self.project_tokens = nn.Linear(self.ecg.dim, config.dim)
@@ -1444,16 +1443,22 @@ class FGCLEP(ETP):
         scale = self.learned_scale().float().cpu()
         return (torch.logsumexp(scale * like, 1) - math.log(like.shape[1])) / scale
 
-    def know(self, tags, meaning, left_out):
-        self.number, self.meaning, self.left_out = {tag: i for i, tag in enumerate(tags)}, meaning, left_out
+    def know(self, tags, meaning):
+        self.number, self.meaning = {tag: i for i, tag in enumerate(tags)}, meaning
 
     def plan(self, batch):
-        """Unit tags: every distinct tag that is said in the batch is a text; processes share them."""
+        """Unit tags: every distinct tag that is said in the batch is a text; processes share them. Besides,
+        which texts are said of a record whose truth is not known, and of one where it is: (2, C) bool."""
+        batch = batch._replace(exact=batch.exact or [False] * len(batch.ids))
         tags, chosen = gather_lists(batch.tags, self.number), gather_lists(batch.chosen, self.number)
+        exact = gather(torch.tensor(batch.exact).float()) > 0
         if self.config.text_unit != "tags":
-            return batch._replace(everyone=(chosen, tags))
+            return batch._replace(everyone=(chosen, tags, torch.stack([~exact, exact])))
         texts = list(dict.fromkeys(tag for row in chosen for tag in row))
-        return batch._replace(said=share_out(texts), everyone=([[text] for text in texts], tags))
+        place, said = {text: i for i, text in enumerate(texts)}, torch.zeros(2, len(texts), dtype=torch.bool)
+        for row, kind in zip(chosen, exact.long().tolist()):
+            said[kind, [place[tag] for tag in row]] = True
+        return batch._replace(said=share_out(texts), everyone=([[text] for text in texts], tags, said))
 
     def represent(self, batch):
         ecg = self.encode_ecg(batch.ecg)
@@ -1465,13 +1470,13 @@ class FGCLEP(ETP):
         return vectors, {}
 
     def compare(self, vectors, batch):
-        chosen, tags = batch.everyone
+        chosen, tags, said = batch.everyone
         report, words, count = (x if x is None else x[:len(chosen)] for x in (
             gather(vectors.get(name)) for name in ("text", "words", "word_count")))
         text = TextViews(words, report[:, None], report, count)
         ecg = EcgViews(vectors.get("tokens"), vectors.get("tokens"), vectors["ecg"])
         target = self.targets(report, chosen, batch, tags)  # (b, C)
-        weight = self.asked(chosen, batch, target)
+        weight = self.asked(chosen, said, batch).to(target)
         # with a prior the cosine need not say how frequent a text is, only of which records it is true
         count = mean_over_processes(weight.sum(0)).clamp(min=1e-6)
         frequency = mean_over_processes((target * weight).sum(0)) / count
@@ -1486,14 +1491,12 @@ class FGCLEP(ETP):
                 terms["sigmoid" + name] = soft_sigmoid(self.learned_scale() * cosines + prior, target, weight)
         return terms
 
-    def asked(self, chosen, batch, target):
-        """1, and 0 where a report, which need not be complete, leaves out a waveform feature: (b, C)."""
-        weight = torch.ones_like(target)
-        if self.left_out:
-            feature = torch.tensor([self.left_out.issuperset(row) for row in chosen])
-            report = ~torch.tensor(batch.exact, dtype=torch.bool)
-            weight[(report[:, None] & feature).to(target.device) & (target < 0.999)] = 0
-        return weight
+    def asked(self, chosen, said, batch):
+        """Which records are asked about which texts: (b, C) bool. One whose truth is not known only about
+        what such records say: a report does not deny what reports leave out. One whose truth is known about
+        what such records say, and about all that it decides."""
+        known = torch.tensor([all(tag in self.meaning for tag in row) for row in chosen])
+        return torch.where(torch.tensor(batch.exact)[:, None], said[1] | known, said[0])
 
     @torch.no_grad()
     def targets(self, t, chosen, batch, everyone):

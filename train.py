@@ -223,6 +223,7 @@ class Stage(NamedTuple):
     first: int    # updates of the run before its first
     end: int      # and after its last
     batches: int  # an epoch
+    rows: np.ndarray  # training records that it learns from
 
     def epoch(self, update, config):
         """Epochs that are over after an update of the run."""
@@ -235,24 +236,26 @@ def unknown_rows(truth, rows):
 
 
 def plan_stages(config, store, truth, rows):
-    """Stages of a run, for most methods one: where all truth is known, the fine one has nothing to recover,
-    and its epochs are the coarse one's. Errors: DataError where one has no update."""
-    records, stages, end = len(data.epoch_rows(store, np.random.default_rng(0), rows)), [], 0
-    plan = {name: config.fine_epochs if name == "fine" else config.epochs
+    """Stages of a run, for most methods one: the fine one learns from the records whose truth is not known,
+    since the others have nothing to recover; where these make no batch, its epochs are the coarse one's.
+    Errors: DataError where a stage has no update."""
+    plan = {name: (config.fine_epochs, unknown_rows(truth, rows)) if name == "fine" else (config.epochs, rows)
             for name in models.recipe(config.method)[0].stages}
-    if "fine" in plan and len(rows) > len(unknown_rows(truth, rows)) == 0:
-        plan = {"coarse": sum(plan.values())}
+    count = lambda rows: len(data.epoch_rows(store, np.random.default_rng(0), rows))
+    if "fine" in plan and len(plan["fine"][1]) < len(rows) and count(plan["fine"][1]) < config.batch_size:
+        plan = {"coarse": (config.epochs + config.fine_epochs, rows)}
         if config.llm:
-            raise data.DataError("--llm: all that is true of these records is known, nothing is to be "
-                                 "recovered: leave it out, or add --targets reports")
-    for name, epochs in plan.items():
+            raise data.DataError("--llm: all that is true of these records is known, or of all but a few: "
+                                 "nothing is to be recovered; leave it out, or add --targets reports")
+    stages, end = [], 0
+    for name, (epochs, mine) in plan.items():
+        batches = count(mine) // config.batch_size
+        first, end = end, end + epochs * batches // config.accumulate
         if epochs:
-            batches = records // config.batch_size
-            first, end = end, end + epochs * batches // config.accumulate
-            stages.append(Stage(name, epochs, first, end, batches))
+            stages.append(Stage(name, epochs, first, end, batches, mine))
     if config.batch_size % models.world() or any(stage.first == stage.end for stage in stages):
         raise data.DataError(
-            f"{records} training records with a report an epoch, batches of {config.batch_size} by "
+            f"{count(rows)} training records with a report an epoch, batches of {config.batch_size} by "
             f"{models.world()} process(es), {config.accumulate} for an update: every stage needs one update, "
             "and a batch must divide by the processes; lower --batch-size or --accumulate")
     share = config.batch_size // models.world()
@@ -1082,8 +1085,8 @@ def train(config, run, source, device):
         print(f"{config.method}: training records: {sets}; {stages[-1].end} updates, "
               f"{count / 1e6:.2f} M parameters, run {run}")
         if config.fine_epochs and stages[-1].name != "fine":
-            print("all that is true of these records is known, nothing is to be recovered: the coarse stage "
-                  f"takes the {config.fine_epochs} epochs of the fine one")
+            print("all that is true of these records is known, or of all but a few, so nothing is to be "
+                  f"recovered: the coarse stage takes the {config.fine_epochs} epochs of the fine one")
         log = write_lines(run / "log.jsonl", [line for line in read_log(run) if line["update"] <= update])
     if config.compile:
         method.compile_encoder()
@@ -1105,14 +1108,13 @@ def train(config, run, source, device):
                                  lambda parts: tqdm(parts, "texts", leave=False))
         decided = set(truth.table)  # what no record shows is a name that nobody has decided about
         method.know(list(dict.fromkeys(records.tags.table + truth.table)),
-                    {tag: name for tag, name in data.meanings().items() if name in decided},
-                    data.waveform_features() & decided)
+                    {tag: name for tag, name in data.meanings().items() if name in decided})
         read = (update - stage.first) * config.accumulate
         batches = torch.utils.data.DataLoader(
-            records, sampler=Keys(store, rows, config, number, stage.epochs, read), batch_size=None,
+            records, sampler=Keys(store, stage.rows, config, number, stage.epochs, read), batch_size=None,
             num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_interrupts)
         if rank() == 0 and hasattr(method, "encode_ecg"):  # a language model has no towers to watch
-            probe = records[next(iter(Keys(store, rows, config, number, stage.epochs)))]
+            probe = records[next(iter(Keys(store, stage.rows, config, number, stage.epochs)))]
             watch = Watch(augment(probe, device), method, config)
             if update > stage.first:
                 watch.state = checkpoint["watch"]

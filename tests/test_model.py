@@ -240,7 +240,7 @@ def toy_method(name, **options):
     if name == "cmelt":
         method.far = models.FarTexts(sorted(set(TEXTS_AS_TAGS)), torch.eye(len(set(TEXTS_AS_TAGS))))
     tags = sorted({tag for text in TEXTS_AS_TAGS for tag in text.split(". ")})
-    method.know(tags, {tag: tag for tag in tags}, set())
+    method.know(tags, {tag: tag for tag in tags})
     return method
 
 
@@ -713,16 +713,25 @@ def test_a_class_is_there_if_any_of_its_prompts_is_true():
     assert score[0] > score[2] > score[1] and mean[1] == mean[2] > mean[0]
 
 
-def test_a_report_is_not_asked_about_features_that_it_leaves_out():
+def test_a_report_is_asked_only_what_reports_say_and_a_truth_all_that_it_decides():
     method = models.METHODS["fgclep"][0].__new__(models.METHODS["fgclep"][0])
     torch.nn.Module.__init__(method)
-    batch, chosen = models.Batch(None, [], [], [], None, [True, False]), [["flat t waves"], ["lvh"], ["delta waves"]]
-    target = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    method.left_out = {"flat t waves", "delta waves"}
-    assert method.asked(chosen, batch, target).tolist() == [[1, 1, 1], [0, 1, 1]]  # the second says delta waves
-    method.left_out = frozenset()  # nobody's truth is known: what a report leaves out counts as false, as published
-    assert method.asked(chosen, batch, target).tolist() == [[1, 1, 1], [1, 1, 1]]
-    logits, weight = torch.randn(2, 3), method.asked(chosen, batch, target).clone()
+    method.config = small_config("fgclep")
+    words = ["flat t waves", "lvh", "sinus rhythm", "poor progression"]
+    method.know(words, {"flat t waves": "flat t waves", "lvh": "left ventricular hypertrophy", "sinus rhythm": "sinus rhythm"})
+    said = [["flat t waves", "sinus rhythm"], ["lvh", "sinus rhythm"], ["poor progression"]]
+    batch = method.plan(models.Batch(None, said, said, ["a", "b", "c"], None, [True, False, False]))
+    chosen, _, by = batch.everyone
+    assert chosen == [["flat t waves"], ["sinus rhythm"], ["lvh"], ["poor progression"]] == [[text] for text in batch.said]
+    # simulated: all but what nobody has decided about; the others: not the flat T waves that no report speaks of
+    assert method.asked(chosen, by, batch).tolist() == [[1, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1]]
+    method.know(words, {})  # nobody's truth is known: what a report leaves out counts as false, as published
+    batch = method.plan(batch._replace(exact=()))
+    assert method.asked(*batch.everyone[::2], batch).all()
+    method.config.text_unit = "report"  # a text is of one record
+    batch = method.plan(batch._replace(exact=[True, False, False]))
+    assert method.asked(*batch.everyone[::2], batch).tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
+    logits, weight, target = torch.randn(2, 3), torch.ones(2, 3), torch.zeros(2, 3)
     weight[1, 0] = 0
     each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     wanted = (each.sum() - each[1, 0]) / 5
