@@ -2286,7 +2286,8 @@ def _fire_all(rng, c, p, clock, rate, samples):
     place = csc_array((np.ones(rows.size, np.float32), rows, np.arange(rows.size + 1, dtype=np.int32)),
                       (CHUNK * (samples + 2 * pad), rows.size))
     out = (place @ np.concatenate(fired)).reshape(CHUNK, -1, 8)[:, pad:-pad].swapaxes(1, 2)
-    return np.ascontiguousarray(out), [np.sort(at[(i == n) & (at >= 0) & (at < samples)]) for n in range(CHUNK)]
+    seen = (at >= 0) & (at < samples)
+    return np.ascontiguousarray(out), [np.sort(at[(i == n) & seen]) for n in range(CHUNK)]
 
 
 def _atrial_waves(rng, c, p, rate, samples):
