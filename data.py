@@ -892,19 +892,32 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
 def survey(settings):
     """A cheap pass over the source -> a checksum of what is prepared and how, number of rows, of usable ones.
 
-    Of a row everything counts, and size and time of change of its header and of the signal file beside it."""
+    Of a row everything counts, and size and time of change of the files that it is read from."""
     digest, total, usable = hashlib.sha256(json.dumps(settings).encode()), 0, 0
     if settings["source"] == "simulated":  # the settings say all
         return digest.hexdigest(), int(settings["src"]), int(settings["src"])
     for row in SOURCES[settings["source"]](settings):
         found = []
-        for suffix in (".hea", ".dat", ".mat") if "path" in row else ():
+        for file in files_of(row["path"]) if "path" in row else ():
             with contextlib.suppress(OSError, ValueError):
-                status = os.stat(row["path"] + suffix)
-                found.append((suffix, status.st_size, status.st_mtime_ns))
+                status = os.stat(file)
+                found.append((file.removeprefix(row["path"]), status.st_size, status.st_mtime_ns))
         digest.update(json.dumps([row, found]).encode())
         total, usable = total + 1, usable + ("skip" not in row)
     return digest.hexdigest(), total, usable
+
+
+def files_of(path):
+    """What the WFDB record at path is read from, as far as can be told: its header, and the signal file of
+    its name, as nearly all have it; else the signal files and segments that the header names."""
+    usual = [path + suffix for suffix in (".hea", ".dat", ".mat")]
+    with contextlib.suppress(OSError, ValueError):  # whatever is wrong with it is said when it is read
+        if not any(map(os.path.exists, usual[1:])):
+            header = read_header(path)
+            segments = [beside(path, name) for name, _ in header.segments if name != "~"]
+            usual += [leads[0].file for leads in header.files]
+            usual += [segment + suffix for segment in segments for suffix in (".hea", ".dat", ".mat")]
+    return usual
 
 
 def build(settings, plan, total, dst, workers):
@@ -1072,11 +1085,8 @@ def without_zero(number):
 
 def person(age, sex):
     """Age and sex as a store keeps them (text of a number of years; F or M), "" for what is neither."""
-    try:
-        years = f"{float(age):g}" if 0 <= float(age) <= 120 else ""
-    except ValueError:
-        years = ""
-    return dict(age=years, sex={"f": "F", "female": "F", "m": "M", "male": "M"}.get(sex.strip().lower(), ""))
+    known = NUMBER.fullmatch(age.strip()) and 0 <= float(age) <= 120
+    return dict(age=f"{float(age):g}" if known else "", sex={"f": "F", "female": "F", "m": "M", "male": "M"}.get(sex.strip().lower(), ""))
 
 
 def split_by(key, train, val):
@@ -1185,6 +1195,9 @@ def labels_of(text, where):
     try:
         labels = parse_json(text, where)
         check(labels, [str] if isinstance(labels, list) else {str: float}, where)
+        for code, likelihood in labels.items() if isinstance(labels, dict) else ():
+            if not 0 <= likelihood <= 100:  # NaN is not, either
+                raise DataError(f"{where}: the likelihood of {code}, {likelihood}, is not from 0 to 100")
     except DataError as error:
         advice = "write codes with ; between, or a JSON list of codes, or {code: likelihood}"
         raise DataError(f"{error}; {advice}") from error

@@ -982,6 +982,25 @@ def test_mimic_ids_that_were_floats_and_rows_that_occur_twice(tmp_path):
 
 # ---- a store is kept while its source and its makers are the same -------------------------------------------------------
 
+@pytest.mark.parametrize("kind", ["another name", "segments"])
+def test_a_signal_file_of_another_name_that_changed_is_seen(tmp_path, kind):
+    source, folder = csv_source(tmp_path / "src", 3), tmp_path / "src"
+    if kind == "segments":
+        (folder / "r1.hea").rename(folder / "part.hea")
+        (folder / "part.hea").write_text((folder / "part.hea").read_text().replace("r1", "part"))
+        (folder / "r1.dat").rename(folder / "part.dat")
+        _, leads, rate, samples, *_ = (folder / "part.hea").read_text().split()
+        (folder / "r1.hea").write_text(f"r1/1 {leads} {rate} {samples}\npart {samples}\n")
+    else:
+        (folder / "r1.hea").write_text((folder / "r1.hea").read_text().replace("r1.dat", "part.dat"))
+        (folder / "r1.dat").rename(folder / "part.dat")
+    assert len(data.prepare("csv", source, tmp_path / "dst")) == 3
+    data.prepare("csv", source, tmp_path / "dst")
+    (folder / "part.dat").write_bytes((folder / "part.dat").read_bytes()[::-1])
+    with pytest.raises(data.DataError, match="from other records"):
+        data.prepare("csv", source, tmp_path / "dst")
+
+
 def test_a_changed_source_is_no_longer_the_store(tmp_path, monkeypatch):
     source = csv_source(tmp_path / "src", 3)
     rows = [row | dict(split="train", labels="SR") for row in csv.DictReader(open(source))]
