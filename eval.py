@@ -22,7 +22,7 @@ import sys
 import textwrap
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -60,17 +60,16 @@ def asking(**options):
 
 # ---- runs and their weights --------------------------------------------------------------------------------
 
-def newest_run(folder="runs"):
-    """The finished run of `folder` that was written last. Errors: DataError where there is none."""
-    runs = Path(folder).glob("*/model.safetensors")
-    if newest := max(runs, key=lambda path: path.stat().st_mtime, default=None):
-        return newest.parent
-    raise data.DataError(f"no finished run in {folder}/: train one (python train.py), or name it: --run")
+def newest_run():
+    """The run in runs/ that was finished last. Errors: DataError where there is none."""
+    finished = sorted(Path("runs").glob("*/model.safetensors"), key=os.path.getmtime)
+    if not finished:
+        raise data.DataError("no finished run in runs/: train one (python train.py), or name it: --run")
+    return finished[-1].parent
 
 
 def read_config(run):
-    """(Config, what made it: a dictionary) of a run folder. Errors: DataError where there is none, or another
-    version's."""
+    """(Config, what made it: a dictionary) of a run folder. Errors: DataError."""
     path = Path(run) / "config.json"
     if not path.exists():
         raise data.DataError(f"{run}: not a run folder (no config.json)")
@@ -104,7 +103,7 @@ def crc_of_tensors(state):
 
 def read_file(path):
     """(what torch.save or safetensors wrote, a dictionary, and its metadata); nothing but tensors and plain
-    values is unpickled, and checksums hold. Errors: DataError that says what to do."""
+    values is unpickled, and checksums hold. Errors: DataError."""
     try:
         with data.open_file(path) as file:
             if file.read(23) == b"version https://git-lfs":
@@ -204,7 +203,7 @@ def open_run(folder, ask):
 
 def test_rows(store, ask):
     """Row numbers of a store's test records, or of the folds or the split asked for; where several data sets
-    are asked about, the folds are for those that have some. Errors: DataError where there are no rows."""
+    are asked about, folds are of those that have some. Errors: DataError where there are no rows."""
     records, folds = store.records, ask.folds
     if folds and not records["fold"].any():
         if len(ask.data) < 2:
@@ -225,7 +224,7 @@ def rows_with_reports(store, run, ask, least=1):
     tags = data.report_tags(store, run.config.report_language)
     rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
     if len(rows) < least:
-        number = {1: "one", 2: "two"}[least]
+        number = "one" if least == 1 else "two"
         raise data.DataError(f"{store.path}: fewer than {number} of the records asked for have a report")
     return rows, tags
 
@@ -250,16 +249,17 @@ class Question(NamedTuple):
 
 
 def ask_set(name, config, ask, learn=False, test=True):
-    """Question of a label set, or of "sex" or "age". Validation rows are the val split; where that is tested,
-    an eighth of the training patients by a hash. Errors: DataError, if test, where no record to test has a
-    label; if learn, where there is none to learn from."""
+    """Question of a label set, "sex" or "age". Validation rows are the val split; where that is tested, an
+    eighth of the training patients. Errors: DataError where none to test, or to learn from, is labelled."""
     store = data.find_store(name, config, ask.data)
     patients, split, sex = (store.records[column].to_numpy(object) for column in ("patient", "split", "sex"))
-    years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
-    classes, labels, keep = {
-        "sex": lambda: (["female"], sex[:, None] == "F", np.isin(sex, ["F", "M"])),
-        "age": lambda: (["age"], years[:, None], np.isfinite(years))}.get(
-            name, lambda: data.label_matrix(store.records, name))()
+    if name == "sex":
+        classes, labels, keep = ["female"], sex[:, None] == "F", np.isin(sex, ["F", "M"])
+    elif name == "age":
+        years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
+        classes, labels, keep = ["age"], years[:, None], np.isfinite(years)
+    else:
+        classes, labels, keep = data.label_matrix(store.records, name)
     tested = np.isin(np.arange(len(store)), test_rows(store, ask)) if test else split == "test"
     if not (keep & ~tested & (split == "val")).any():
         held = [data.split_by(f"held {patient}", 7 / 8, 1 / 8) == "val" for patient in patients]
@@ -289,8 +289,8 @@ def signals(store, rows, ask):
 
 
 def noise_like(ecg, rate, decibel, rng):
-    """Baseline wander (0.05 to 0.5 Hz), white noise and mains (50 Hz, where the rate can show it), of equal
-    power, together this much below the signal's: ecg (12, N) mV -> (12, N) mV; none in a flat lead."""
+    """Wander (0.05 to 0.5 Hz), white noise and mains (50 Hz, where the rate can show it), of equal power,
+    together this much below the signal's: ecg (12, N) mV -> (12, N) mV; none in a flat lead."""
     time, uniform = np.arange(ecg.shape[1]) / rate, lambda *bounds: rng.uniform(*bounds, (len(ecg), 1))
     wave = lambda hertz: np.sin(2 * np.pi * (hertz * time + uniform(0, 1)))
     parts = [sum(wave(uniform(0.05, 0.5)) for _ in range(3)), rng.standard_normal(ecg.shape)]
@@ -306,8 +306,8 @@ def pool(tokens):
 
 @torch.no_grad()
 def encode(method, ecg):
-    """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, in the space shared with
-    text; "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
+    """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, comparable with texts;
+    "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
     tokens = method.encode_tokens(ecg)
     found = {"rhythm": method.views(tokens, ecg).rhythm, "features": pool(tokens)}
     return {name: x.float().cpu().numpy() for name, x in found.items()}
@@ -326,8 +326,8 @@ def embed_records(method, store, rows, device, what="encoding ECGs", ask=asking(
 
 
 def vectors(run, store, rows, ask):
-    """embed_records of rows, encoded once: they stay in the run, embeddings/SOURCE.npz, with ids and splits,
-    as long as weights, store and signals are these."""
+    """embed_records of rows, encoded once: kept in embeddings/SOURCE.npz of the run, with ids and splits, as
+    long as weights, store and signals are these."""
     changed = {k: getattr(ask, k) for k in ("leads", "derive_leads", "noise", "control")}
     path = run.folder / "embeddings" / f"{file_name(entry(data.source_of(store), changed))}.npz"
     key, known = f"{run.crc} {store.meta['plan']} {changed}", {}
@@ -358,27 +358,23 @@ def save_arrays(path, arrays):
 
 @torch.no_grad()
 def score_records(run, store, rows, prompts, ask, batch=256):
-    """Zero-shot scores of rows of a store: prompts are C lists of texts, the score of a class is the mean
-    over its texts of the similarity with the ECG, or what the method makes of them -> (R, C) float32."""
+    """class_scores of R rows of a store with C lists of texts."""
     method, scales = run.method, list(ask.scales or run.method.scales)
-    text = method.encode_text(worded(prompts))
-    if scales == ["rhythm"]:  # the vectors say it all
-        like = torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
-    else:
-        like = torch.cat([method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()
-                          for ecg in batches(store, rows, run.device, ask, batch=batch)])   # (R, texts)
-    return class_scores(method, like, prompts)
 
-
-def worded(prompts):
-    """C lists of texts -> all texts, worded as statements are."""
-    return [text.rstrip(". ") for row in prompts for text in row]
+    def compare(text):
+        if scales == ["rhythm"]:  # the vectors say it all
+            return torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
+        return torch.cat([method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()
+                          for ecg in batches(store, rows, run.device, ask, batch=batch)])
+    return class_scores(method, prompts, compare)
 
 
 @torch.no_grad()
-def class_scores(method, like, prompts):
-    """Similarities with all texts of all classes (R, texts) -> score of each class (Method.any_of), (R, C)
-    float32 numpy; digits beyond the fifth, in which a batch's rounding would rank equal records, are cut."""
+def class_scores(method, prompts, compare):
+    """Zero-shot scores of C classes, by a list of texts each -> (R, C) float32. compare: TextViews of all T
+    texts -> (R, T) similarities, of which Method.any_of makes a class's score. Digits beyond the fifth, in
+    which a batch's rounding would rank equal records, are cut."""
+    like = compare(method.encode_text([text.rstrip(". ") for row in prompts for text in row]))
     scores = [method.any_of(part) for part in like.split([len(row) for row in prompts], 1)]
     return torch.stack(scores, 1).numpy().round(5)
 
@@ -565,7 +561,9 @@ def of_encoder(run, what, name, question, ask, make):
     """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
     own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
     key = repr((what, name, question.store.meta["plan"], vars(ask), [getattr(run.config, s) for s in own]))
-    return REFERENCES[key] if key in REFERENCES else REFERENCES.setdefault(key, make())
+    if key not in REFERENCES:
+        REFERENCES[key] = make()
+    return REFERENCES[key]
 
 
 def probe(run, name, ask):
@@ -761,9 +759,8 @@ def recall(like, right, patients):
 
 
 def both_ways(ecg, text, texts, findings, patients):
-    """Retrieval among R records: ecg (R, dim), text (T, dim) vectors of distinct texts, texts (R,) which of
-    them is a record's, findings (T,) what each says. Equal texts are one candidate; of a text, the
-    best-ranked of its records counts."""
+    """Retrieval among R records: ecg (R, dim), text (T, dim) of distinct texts, texts (R,) which of them is a
+    record's, findings (T,) what each says. Of a text, the best-ranked of its records counts."""
     present, texts = np.unique(texts, return_inverse=True)
     like, said = ecg @ text[present].T, findings[present]                                  # (R, T), (T,)
     own, same, found = texts[:, None] == np.arange(len(present)), said[texts][:, None] == said, {}
@@ -942,14 +939,16 @@ def summary(metrics):
 
 def class_rows(metrics):
     """A result as a table of classes, their means below."""
-    rows = dict(metrics["classes"])
+    rows, table = dict(metrics["classes"]), {}
     for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives")):
         if mean in metrics:
             rows[f"macro, {text} ({metrics[mean]['classes']})"] = {"positives": ""} | metrics[mean]
-    without = lambda r: {"interval": "no negatives" if r["positives"] else "no positives"}
-    return {name: {"positives": r["positives"], "AUROC": r.get("auroc"), "95 % interval": r["interval"],
-                   "AUPRC": r.get("auprc"), "best F1": r.get("f1")}
-            for name, r in ((name, r if "auroc" in r else r | without(r)) for name, r in rows.items())}
+    for name, r in rows.items():
+        without = "no negatives" if r["positives"] else "no positives"
+        table[name] = {"positives": r["positives"], "AUROC": r.get("auroc"),
+                       "95 % interval": r.get("interval", without), "AUPRC": r.get("auprc"),
+                       "best F1": r.get("f1")}
+    return table
 
 
 def print_table(title, rows):
@@ -1008,8 +1007,7 @@ def file_name(text):
 
 
 def show(folder, task, name, rows, ask):
-    """Print a result, draw it (TASK_SET.png), and put it into results.json: an entry for each task, set and
-    options, none of which overwrites another."""
+    """Print a result, draw it, and put it into results.json: none of other options is overwritten."""
     options = {k: v for k, v in vars(ask).items() if task in OPTIONS.get(k, TASKS)}
     data_of_set = [spec for spec in ask.data if spec.partition(":")[0] == name.split("_")[0]]
     options["data"] = data_of_set or list(ask.data)
@@ -1047,8 +1045,7 @@ def known_results(run):
 
 
 def remember(run, key, found):
-    """Add to an entry of a run's results.json; nothing, before all the work, to show that it can be done.
-    Errors: DataError."""
+    """Add to an entry of a run's results.json. Errors: DataError where that cannot be done."""
     if not Path(run).is_dir():
         raise data.DataError(f"{run}: not a run folder")
     with data.locked(Path(run) / ".results.lock"):  # of two evaluations at a time, none loses the other's
@@ -1061,7 +1058,7 @@ def report(folder, wanted, **options):
     """Do tasks on a run, {task: sets}, and show each -> {(task, set): rows}. What cannot be done is said in a
     sentence, and the others go on. Errors: DataError, ModelError where nothing can."""
     ask, results, fault = asking(**options), {}, None
-    for task in wanted:
+    for task in wanted:  # before all the work: can it be kept?
         remember(folder, task, {})
     run = open_run(folder, ask)
     if ask.split in ("train", "all") and run.config.data:
@@ -1099,9 +1096,8 @@ With ecg-language {version}:
 
 
 def export(run, folder):
-    """Write a run as a folder to publish, which load_run opens anywhere: weights, tokenizer, own code;
-    config.json with what a signal must be and the label sets' prompts; README.md, a model card with its
-    results so far. Nothing in it names a path of this machine. Errors: DataError."""
+    """Write a run as a folder to publish, which load_run opens anywhere and which names no path of this
+    machine; with what a signal must be, the label sets' prompts, and a model card. Errors: DataError."""
     (method, config), folder = load_run(run), Path(folder)
     if folder.exists():
         raise data.DataError(f"{folder} exists: choose another folder")
@@ -1140,8 +1136,8 @@ NO_MATTER = "name", "seed", "threads", "workers", "save_every", "compile", "wand
 
 def group_runs(configs):
     """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order. A title is
-    the method and what sets the group apart from its others; each field's most common value goes without
-    saying (among equally common ones the first). A field that a config lacks is None."""
+    the method and what sets the group apart from its others: each field that has not its most common value
+    (among equally common ones the first). A field that a config lacks is None."""
     fields = [f for f in dict.fromkeys(f for config in configs for f in config) if f not in NO_MATTER]
     groups, titled = {}, {}
     for place, config in enumerate(configs):
@@ -1197,7 +1193,7 @@ def summarise(found, folders, configs):
 def compare(folders, wanted, **options):
     """Do tasks on finished runs, put repetitions together (group_runs), print one table, write
     comparison.json and comparison.png beside the first run. Plain files among `folders` (runs/*) are passed
-    over. Errors: DataError for a folder that is no finished run, or other records of one than of another."""
+    over. Errors: DataError."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
     configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     if not folders:
@@ -1207,30 +1203,32 @@ def compare(folders, wanted, **options):
             raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "
                                  f"{folder}, or leave it out")
     titles = {place: title for title, places in group_runs(configs).items() for place in places}
-    places, columns, records = {}, {}, {}  # of each group
+    table, records = defaultdict(lambda: defaultdict(dict)), {}  # {title: {label: {place of a run: metrics}}}
     for i, folder in enumerate(tqdm(folders, desc="runs")):
-        done = report(folder, wanted, **options)
-        every = [(*asked, *each) for asked, rows in done.items() for each in flat(rows).items()]
-        for task, name, (row, column), m in every:
-            title = f"{row} ({configs[i]['encoder']})" if row else titles[i]
-            label = name if task == "zeroshot" else f"{name} {task}, {column}"
-            found = columns.setdefault(title, {}).setdefault(label, [])
-            if not any(m is other for other in found):  # not what an earlier run has brought
-                found.append(m)
-                places.setdefault(title, {})[i] = None
-            number, other = records.setdefault(label, (m.get("records"), folder))
-            if number != m.get("records"):
-                raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
-                                     f"{other}: name the same for all with --data")
-    groups = {title: summarise(columns[title], [folders[i] for i in those], [configs[i] for i in those])
-              for title, those in places.items()}
-    if not groups:  # --embed has no figures
-        return groups
-    first = next(iter(groups))
-    for title, label in [(title, label) for title in columns for label in columns[title] if title != first]:
-        those = [[m["scores"] for m in columns[t].get(label, ()) if "scores" in m] for t in (title, first)]
-        if all(those) and groups[title]["macro"][label]:
-            groups[title]["macro"][label]["p"] = permutation_p(*those, columns[title][label][0]["labels"])
+        for (task, name), rows in report(folder, wanted, **options).items():
+            for (row, column), m in flat(rows).items():
+                label = name if task == "zeroshot" else f"{name} {task}, {column}"
+                found = table[f"{row} ({configs[i]['encoder']})" if row else titles[i]][label]
+                if not any(m is other for other in found.values()):  # not what an earlier run has brought
+                    found[i] = m
+                number, other = records.setdefault(label, (m.get("records"), folder))
+                if number != m.get("records"):
+                    raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
+                                         f"{other}: name the same for all with --data")
+    if not table:  # --embed has no figures
+        return {}
+    groups = {}
+    for title, columns in table.items():
+        places = sorted(set().union(*columns.values()))
+        groups[title] = summarise({label: list(found.values()) for label, found in columns.items()},
+                                  [folders[i] for i in places], [configs[i] for i in places])
+    first, *others = groups
+    for title in others:
+        for label, figure in groups[title]["macro"].items():
+            sides = [[m for m in table[t][label].values() if "scores" in m] for t in (title, first)]
+            if figure and all(sides):
+                scores = [[m["scores"] for m in side] for side in sides]
+                figure["p"] = permutation_p(*scores, sides[0][0]["labels"])
     print("\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap "
           f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}\n\nthe same over "
           f"classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
@@ -1262,7 +1260,7 @@ def sets_for(task, names):
 
 
 def parse(argv):
-    """Command line -> {argument: value} of what was given."""
+    """Command line -> what was given."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
         description=__doc__, epilog=textwrap.fill(
