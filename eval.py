@@ -1027,8 +1027,9 @@ def show(folder, task, name, rows, ask):
     if heads:
         what = next(iter(lines.values())).get("what", "AUROC")
         plot(f"{task} {title}", {what: heads}, Path(folder) / f"{task}_{file_name(title)}.png")
-    plain = {row: {column: {k: v for k, v in m.items() if not isinstance(v, np.ndarray)}
-                   for column, m in columns.items()} for row, columns in rows.items()}
+    plain = {row: {} for row in rows}
+    for (row, column), m in flat(rows).items():
+        plain[row][column] = {k: v for k, v in m.items() if not isinstance(v, np.ndarray)}
     if rows:
         remember(folder, task, {title: {"options": options, "results": plain}})
 
