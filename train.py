@@ -843,10 +843,10 @@ def chunked(method, batch, config, device):
     Gao et al. 2021): the parts are encoded without gradient; the loss of all vectors gives the gradients of
     these; then the parts are encoded again, with the same random numbers, and gradients go on through them.
     BatchNorm normalises a part, and its running statistics see each part once."""
-    batch, found = method.plan(batch), []
+    batch, found, cuda = method.plan(batch), [], device.type == "cuda"
     parts = list(batch.parts(config.chunk))
     for part in parts:
-        state = random_state(device)
+        state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
         with torch.no_grad(), autocast(config, device):
             found.append((state, *method.represent(part)))
     names = dict.fromkeys(name for _, vectors, _ in found for name in vectors)
@@ -858,9 +858,11 @@ def chunked(method, batch, config, device):
     pieces = {name: iter(whole[name].grad.split([len(piece) for piece in some]))
               for name, some in pieces.items() if whole[name].grad is not None}
     counts = {name: models.mean_count(sum(sums[name][1] for _, _, sums in found)) for name in found[0][2]}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), models.replaying(method):
-        for part, (state, _, _) in zip(parts, found):
-            set_random_state(state, device)
+    with torch.random.fork_rng([device] if cuda else []), models.replaying(method):
+        for part, ((state, state_of_gpu), _, _) in zip(parts, found):
+            torch.set_rng_state(state)
+            if cuda:
+                torch.cuda.set_rng_state(state_of_gpu, device)
             with autocast(config, device):
                 vectors, sums = method.represent(part)
             own = {name: total / counts[name].to(total.dtype) for name, (total, _) in sums.items()}
@@ -879,16 +881,6 @@ def padded(pieces):
         longest = max(piece.shape[1] for piece in pieces)
         pieces = [models.lengthen(piece, longest) for piece in pieces]
     return torch.cat(pieces)
-
-
-def random_state(device):
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
 
 
 def average_gradients(parameters):
@@ -1157,7 +1149,7 @@ def absolute(spec):
 
 def main(argv=None):
     config, resumed, before = parse(argv)
-    device, language = start_processes(), config.method == "cardiolm"
+    device = start_processes()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1175,7 +1167,7 @@ def main(argv=None):
                "csrc": csrc.build_info().get("sources", "reference"),
                **{name: os.path.abspath(path) for name, path in models.own_files(config).items()}}
     first, wanted = rank() == 0, {}
-    if first and not language:  # at the end a table of the data's own kind
+    if first and config.method != "cardiolm":  # at the end a table of the data's own kind
         if sets := data.sets_of(store):
             wanted = {"zeroshot": sets}
         elif tagged(records.tags, store.rows("test")).sum() > 1:
