@@ -164,8 +164,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
 
 
 def open_published(kind, file, text_model="", device="cpu"):
-    """load_run, of an authors' checkpoint, with the paper's preset; text_model: where the tokenizer and the
-    shape of the text tower are, if not on the hub under the published name. Errors: ModelError, DataError."""
+    """load_run of an authors' checkpoint, with the paper's preset; text_model: in place of the hub's."""
     if kind not in models.published():
         raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(models.published())}")
     state, _ = read_tensors(file)
@@ -202,8 +201,7 @@ def open_run(folder, ask):
 
 
 def test_rows(store, ask):
-    """Row numbers of a store's test records, or of the folds or the split asked for; where several data sets
-    are asked about, folds are of those that have some. Errors: DataError where there are no rows."""
+    """Row numbers of a store's test records, or of the folds or the split asked for. Errors: DataError."""
     records, folds = store.records, ask.folds
     if folds and not records["fold"].any():
         if len(ask.data) < 2:
@@ -289,12 +287,11 @@ def signals(store, rows, ask):
 
 
 def noise_like(ecg, rate, decibel, rng):
-    """Wander (0.05 to 0.5 Hz), white noise and mains (50 Hz, where the rate can show it), of equal power,
-    together this much below the signal's: ecg (12, N) mV -> (12, N) mV; none in a flat lead."""
+    """Wander, white noise and mains of equal power, together this much below the signal: (12, N) mV."""
     time, uniform = np.arange(ecg.shape[1]) / rate, lambda *bounds: rng.uniform(*bounds, (len(ecg), 1))
     wave = lambda hertz: np.sin(2 * np.pi * (hertz * time + uniform(0, 1)))
     parts = [sum(wave(uniform(0.05, 0.5)) for _ in range(3)), rng.standard_normal(ecg.shape)]
-    parts += [wave(50)] if rate > 100 else []
+    parts += [wave(50)] if rate > 100 else []  # where the rate can show it
     noise = sum(part / part.std(1, keepdims=True) for part in parts) / math.sqrt(len(parts))
     return noise * ecg.std(1, keepdims=True) * 10 ** (-decibel / 20)
 
@@ -405,8 +402,7 @@ def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
 # ---- metrics -----------------------------------------------------------------------------------------------
 
 def auroc_of_resamples(score, positive, weights):
-    """AUROC of one class in many bootstrap resamples; ties count half. score (R,), positive (R,) bool,
-    weights (K, R): how often each row was drawn -> (K,), NaN where positives or negatives are lacking."""
+    """AUROC of a class in K resamples, NaN if it has none: score (R,), positive (R,), weights (K, R)."""
     order = np.argsort(score, kind="stable")
     score, positive, weights = score[order], positive[order], weights[:, order]
     pos, neg = weights * positive, weights * ~positive
@@ -477,8 +473,8 @@ def share(hits, patients, name):
 
 
 def permutation_p(ours, others, labels):
-    """Paired permutation test of two groups' macro AUROC: lists of scores (R, C), as ranks, mean over the
-    runs of a group; record by record the two are exchanged -> p, two-sided."""
+    """Paired permutation test, record by record, of two groups' macro AUROC: a list of scores (R, C) of each;
+    their ranks are averaged over the runs of a group -> p, two-sided."""
     used = labels.any(0) & ~labels.all(0)
     a, b = (np.mean([rankdata(scores[:, used], axis=0) for scores in group], 0) for group in (ours, others))
     rng, positive = np.random.default_rng(0), labels[:, used]
@@ -520,13 +516,12 @@ GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "ba
 
 
 def fit_classes(x, labels, setting):
-    """A logistic regression a class: x (R, D), labels (R, C) -> function x -> log-odds (R, C). A class whose
-    rows are all of one kind has a constant, by Laplace's rule. setting: one of GRID."""
+    """A logistic regression a class, by one of GRID: x (R, D), labels (R, C) -> function x -> log-odds."""
     scale, balance, c = setting
     center, spread = (x.mean(0), x.std(0) + 1e-8) if scale else (0, 1)
     ready = lambda x: ((x - center) / spread).astype(np.float64)  # the solver needs the digits
     x, weights = ready(x), np.zeros((labels.shape[1], x.shape[1]))
-    biases = np.log((labels.sum(0) + 1) / ((~labels).sum(0) + 1))
+    biases = np.log((labels.sum(0) + 1) / ((~labels).sum(0) + 1))  # Laplace's, of a class of one kind
     for i in np.flatnonzero(labels.any(0) & ~labels.all(0)):
         head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(x, labels[:, i])
         weights[i], biases[i] = head.coef_[0], head.intercept_[0]
@@ -1137,8 +1132,7 @@ NO_MATTER = "name", "seed", "threads", "workers", "save_every", "compile", "wand
 
 def group_runs(configs):
     """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order. A title is
-    the method and what sets the group apart from its others: each field that has not its most common value
-    (among equally common ones the first). A field that a config lacks is None."""
+    the method and each field that has not its most common value (of equally common ones the first)."""
     fields = [f for f in dict.fromkeys(f for config in configs for f in config) if f not in NO_MATTER]
     groups, titled = {}, {}
     for place, config in enumerate(configs):
@@ -1192,9 +1186,8 @@ def summarise(found, folders, configs):
 
 
 def compare(folders, wanted, **options):
-    """Do tasks on finished runs, put repetitions together (group_runs), print one table, write
-    comparison.json and comparison.png beside the first run. Plain files among `folders` (runs/*) are passed
-    over. Errors: DataError."""
+    """Do tasks on finished runs, put repetitions together (group_runs), print one table, draw and keep it
+    beside the first run. Plain files among `folders` (runs/*) are passed over. Errors: DataError."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
     configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     if not folders:

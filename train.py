@@ -383,7 +383,7 @@ def far_texts(method, texts, run, device, fresh, batch=256):
 
 def make_optimiser(method, config):
     """AdamW. Weight decay is on matrices that something is multiplied by, not on positions, class tokens,
-    queries and scales, whatever their shape. "scale" of a group: its share of the learning rate."""
+    queries and scales, whatever their shape; a group's "scale" is its share of the learning rate."""
     groups = defaultdict(list)
     for path, p in method.named_parameters():
         named = path.endswith(("weight", "project_beats", "vocabulary"))
@@ -692,8 +692,7 @@ def recover_features(method, records, rows, proposals, run, device):
 
 
 def enrich(records, rows, run):
-    """Tags with the recovered features that were kept. Prints how many are, and of simulated records how
-    right: run/recovery.json. Errors: DataError."""
+    """Tags with the recovered features that were kept; says how many, and of simulated ones how right."""
     shape = {"row": int, "feature": str, "cosine": float, "kept": bool}
     lines, enriched, quality = read_lines(run / "recovered.jsonl", shape), list(records.tags), {}
     kept = [line for line in lines if line["kept"]]
@@ -721,9 +720,8 @@ LOOK_EVERY = {"cpu": 1, "cuda": 10}  # updates; between two looks at the losses 
 SAVE_SECONDS = 300                   # between checkpoints, unless --save-every says
 
 class Watch:
-    """Reports collapse while there is still time: of both towers on a fixed probe batch, and of the loss from
-    update `warm` on: until then all are high. A tower that is flat at one look only may recover: early in
-    training they do. state (in checkpoints): the last 50 contrastive losses, towers flat at the last look."""
+    """Reports collapse of a tower, flat on a probe batch at two looks (at one it may recover), and a loss
+    that is stuck after the warm-up. state (in checkpoints): last 50 losses, towers flat at the last look."""
 
     def __init__(self, probe, method, config, warm=0):
         self.probe, self.method, self.warm = probe, method, warm
