@@ -354,7 +354,7 @@ def save_arrays(path, arrays):
 
 
 @torch.no_grad()
-def score_records(run, store, rows, prompts, ask, batch=256):
+def score_records(run, store, rows, prompts, ask):
     """class_scores of R rows of a store with C lists of texts."""
     method, scales = run.method, list(ask.scales or run.method.scales)
 
@@ -362,7 +362,7 @@ def score_records(run, store, rows, prompts, ask, batch=256):
         if scales == ["rhythm"]:  # the vectors say it all
             return torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
         return torch.cat([method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()
-                          for ecg in batches(store, rows, run.device, ask, batch=batch)])
+                          for ecg in batches(store, rows, run.device, ask)])
     return class_scores(method, prompts, compare)
 
 
@@ -652,7 +652,7 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
     return best[1]
 
 
-def with_labels(run, question, ratio, ask, fresh=False, batch=32):
+def with_labels(run, question, ratio, ask, fresh, batch=32):
     """Encoder and linear head trained with labels: AdamW, head 1e-3, encoder 1e-4, or 1e-3 from random
     weights; warm-up, cosine; leads dropped and records shifted as in the run's training. The epoch with the
     best AUROC on validation rows is tested. ask.epochs, or as many as 200 updates need."""
@@ -932,18 +932,18 @@ def summary(metrics):
     return line | {"AUPRC": metrics.get("macro", {}).get("auprc"), "untrained": len(metrics["untrained"])}
 
 
+COLUMNS = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC",
+           "f1": "best F1"}
+
+
 def class_rows(metrics):
     """A result as a table of classes, their means below."""
-    rows, table = dict(metrics["classes"]), {}
+    rows = {name: {"interval": "no negatives" if r["positives"] else "no positives"} | r
+            for name, r in metrics["classes"].items()}
     for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives")):
         if mean in metrics:
             rows[f"macro, {text} ({metrics[mean]['classes']})"] = {"positives": ""} | metrics[mean]
-    for name, r in rows.items():
-        without = "no negatives" if r["positives"] else "no positives"
-        table[name] = {"positives": r["positives"], "AUROC": r.get("auroc"),
-                       "95 % interval": r.get("interval", without), "AUPRC": r.get("auprc"),
-                       "best F1": r.get("f1")}
-    return table
+    return {name: {title: r.get(key) for key, title in COLUMNS.items()} for name, r in rows.items()}
 
 
 def print_table(title, rows):
