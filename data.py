@@ -1363,8 +1363,8 @@ FINDING = {"name": str, "also": [str], "snomed": [str], "features": [str]}
 SCP = {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool,
        "diagnostic_class": (str, type(None)), "diagnostic_subclass": (str, type(None))}
 KNOWLEDGE = {  # the shape of prompts.json
-    "question": [str],  # of --llm: lines of a text, {} is a report
     "findings": {str: FINDING}, "codes": {str: {str: str}}, "transfer": {str: {str: {str: [str]}}},
+    "question": [str],  # of --llm: lines of a text, {} is a report
     "label_sets": {name: (dict, list) if name in PTBXL_SETS else dict for name in LABEL_SETS
                    if name not in ("csn_published", *OCCURRING)},
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],
