@@ -1086,7 +1086,8 @@ def without_zero(number):
 def person(age, sex):
     """Age and sex as a store keeps them (text of a number of years; F or M), "" for what is neither."""
     known = NUMBER.fullmatch(age.strip()) and 0 <= float(age) <= 120
-    return dict(age=f"{float(age):g}" if known else "", sex={"f": "F", "female": "F", "m": "M", "male": "M"}.get(sex.strip().lower(), ""))
+    return dict(age=f"{float(age):g}" if known else "",
+                sex={"f": "F", "female": "F", "m": "M", "male": "M"}.get(sex.strip().lower(), ""))
 
 
 def split_by(key, train, val):
@@ -1378,6 +1379,7 @@ SCP = {"prompts": [str], "form": bool, "rhythm": bool, "diagnostic": bool,
        "diagnostic_class": (str, type(None)), "diagnostic_subclass": (str, type(None))}
 KNOWLEDGE = {  # the shape of prompts.json
     "findings": {str: FINDING}, "codes": {str: {str: str}}, "transfer": {str: {str: {str: [str]}}},
+    "question": [str],  # of --llm: lines of a text, {} is a report
     "label_sets": {name: (dict, list) if name in PTBXL_SETS else dict for name in LABEL_SETS
                    if name not in ("csn_published", *OCCURRING)},
     "simulator": {"wall": {str: [list]}, "zone": {str: str}, "drawn": {str: {str: [float]}}, "moves": [list],

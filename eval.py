@@ -22,7 +22,7 @@ import sys
 import textwrap
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -54,23 +54,25 @@ DEFAULTS = dict(data=(), prompts="descriptive", scales=None, folds=None, split="
 
 
 def asking(**options):
-    """What is asked, besides the task and the set: DEFAULTS and the options of the command line."""
+    """What is asked, besides the task and the set: DEFAULTS and the options of the command line. Errors:
+    DataError where there is no such option."""
+    if unknown := sorted(options.keys() - DEFAULTS.keys()):
+        raise data.DataError(f"there is no option {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
     return SimpleNamespace(**DEFAULTS | options)
 
 
 # ---- runs and their weights --------------------------------------------------------------------------------
 
-def newest_run(folder="runs"):
-    """The finished run of `folder` that was written last. Errors: DataError where there is none."""
-    runs = Path(folder).glob("*/model.safetensors")
-    if newest := max(runs, key=lambda path: path.stat().st_mtime, default=None):
-        return newest.parent
-    raise data.DataError(f"no finished run in {folder}/: train one (python train.py), or name it: --run")
+def newest_run():
+    """The run in runs/ that was finished last. Errors: DataError where there is none."""
+    finished = sorted(Path("runs").glob("*/model.safetensors"), key=os.path.getmtime)
+    if not finished:
+        raise data.DataError("no finished run in runs/: train one (python train.py), or name it: --run")
+    return finished[-1].parent
 
 
 def read_config(run):
-    """(Config, what made it: a dictionary) of a run folder. Errors: DataError where there is none, or another
-    version's."""
+    """(Config, what made it: a dictionary) of a run folder. Errors: DataError."""
     path = Path(run) / "config.json"
     if not path.exists():
         raise data.DataError(f"{run}: not a run folder (no config.json)")
@@ -104,7 +106,7 @@ def crc_of_tensors(state):
 
 def read_file(path):
     """(what torch.save or safetensors wrote, a dictionary, and its metadata); nothing but tensors and plain
-    values is unpickled, and checksums hold. Errors: DataError that says what to do."""
+    values is unpickled, and checksums hold. Errors: DataError."""
     try:
         with data.open_file(path) as file:
             if file.read(23) == b"version https://git-lfs":
@@ -133,6 +135,9 @@ def read_file(path):
 def read_tensors(path):
     """(named tensors, metadata) in a file of read_file, or in a training checkpoint. Errors: DataError."""
     state, facts = read_file(path)
+    if state.get("start"):
+        raise data.DataError(f"{path}: of a run with --init-share, whose weights are drawn towards their start "
+                             "when it saves model.safetensors: use that")
     for key in ("state_dict", "model", "model_state_dict"):  # what surrounds weights in a training checkpoint
         state = state[key] if isinstance(state.get(key), dict) else state
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -165,8 +170,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
 
 
 def open_published(kind, file, text_model="", device="cpu"):
-    """load_run, of an authors' checkpoint, with the paper's preset; text_model: where the tokenizer and the
-    shape of the text tower are, if not on the hub under the published name. Errors: ModelError, DataError."""
+    """load_run of an authors' checkpoint, with the paper's preset; text_model: in place of the hub's."""
     if kind not in models.published():
         raise models.ModelError(f"no published checkpoint {kind!r}; known: {', '.join(models.published())}")
     state, _ = read_tensors(file)
@@ -203,8 +207,7 @@ def open_run(folder, ask):
 
 
 def test_rows(store, ask):
-    """Row numbers of a store's test records, or of the folds or the split asked for; where several data sets
-    are asked about, the folds are for those that have some. Errors: DataError where there are no rows."""
+    """Row numbers of a store's test records, or of the folds or the split asked for. Errors: DataError."""
     records, folds = store.records, ask.folds
     if folds and not records["fold"].any():
         if len(ask.data) < 2:
@@ -225,7 +228,7 @@ def rows_with_reports(store, run, ask, least=1):
     tags = data.report_tags(store, run.config.report_language)
     rows = np.array([row for row in test_rows(store, ask) if tags[row]], int)
     if len(rows) < least:
-        number = {1: "one", 2: "two"}[least]
+        number = "one" if least == 1 else "two"
         raise data.DataError(f"{store.path}: fewer than {number} of the records asked for have a report")
     return rows, tags
 
@@ -250,16 +253,17 @@ class Question(NamedTuple):
 
 
 def ask_set(name, config, ask, learn=False, test=True):
-    """Question of a label set, or of "sex" or "age". Validation rows are the val split; where that is tested,
-    an eighth of the training patients by a hash. Errors: DataError, if test, where no record to test has a
-    label; if learn, where there is none to learn from."""
+    """Question of a label set, "sex" or "age". Validation rows are the val split; where that is tested, an
+    eighth of the training patients. Errors: DataError where none to test, or to learn from, is labelled."""
     store = data.find_store(name, config, ask.data)
     patients, split, sex = (store.records[column].to_numpy(object) for column in ("patient", "split", "sex"))
-    years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
-    classes, labels, keep = {
-        "sex": lambda: (["female"], sex[:, None] == "F", np.isin(sex, ["F", "M"])),
-        "age": lambda: (["age"], years[:, None], np.isfinite(years))}.get(
-            name, lambda: data.label_matrix(store.records, name))()
+    if name == "sex":
+        classes, labels, keep = ["female"], sex[:, None] == "F", np.isin(sex, ["F", "M"])
+    elif name == "age":
+        years = pd.to_numeric(store.records["age"], errors="coerce").to_numpy(float)
+        classes, labels, keep = ["age"], years[:, None], np.isfinite(years)
+    else:
+        classes, labels, keep = data.label_matrix(store.records, name)
     tested = np.isin(np.arange(len(store)), test_rows(store, ask)) if test else split == "test"
     if not (keep & ~tested & (split == "val")).any():
         held = [data.split_by(f"held {patient}", 7 / 8, 1 / 8) == "val" for patient in patients]
@@ -289,12 +293,11 @@ def signals(store, rows, ask):
 
 
 def noise_like(ecg, rate, decibel, rng):
-    """Baseline wander (0.05 to 0.5 Hz), white noise and mains (50 Hz, where the rate can show it), of equal
-    power, together this much below the signal's: ecg (12, N) mV -> (12, N) mV; none in a flat lead."""
+    """Wander, white noise and mains of equal power, together this much below the signal: (12, N) mV."""
     time, uniform = np.arange(ecg.shape[1]) / rate, lambda *bounds: rng.uniform(*bounds, (len(ecg), 1))
     wave = lambda hertz: np.sin(2 * np.pi * (hertz * time + uniform(0, 1)))
     parts = [sum(wave(uniform(0.05, 0.5)) for _ in range(3)), rng.standard_normal(ecg.shape)]
-    parts += [wave(50)] if rate > 100 else []
+    parts += [wave(50)] if rate > 100 else []  # where the rate can show it
     noise = sum(part / part.std(1, keepdims=True) for part in parts) / math.sqrt(len(parts))
     return noise * ecg.std(1, keepdims=True) * 10 ** (-decibel / 20)
 
@@ -306,8 +309,8 @@ def pool(tokens):
 
 @torch.no_grad()
 def encode(method, ecg):
-    """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, in the space shared with
-    text; "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
+    """Vectors of ECGs (B, 12, N) mV, float32: "rhythm" (B, dim), L2-normalised, comparable with texts;
+    "features" (B, 2 D), mean and maximum of the encoder's tokens before any projection."""
     tokens = method.encode_tokens(ecg)
     found = {"rhythm": method.views(tokens, ecg).rhythm, "features": pool(tokens)}
     return {name: x.float().cpu().numpy() for name, x in found.items()}
@@ -326,8 +329,8 @@ def embed_records(method, store, rows, device, what="encoding ECGs", ask=asking(
 
 
 def vectors(run, store, rows, ask):
-    """embed_records of rows, encoded once: they stay in the run, embeddings/SOURCE.npz, with ids and splits,
-    as long as weights, store and signals are these."""
+    """embed_records of rows, encoded once: kept in embeddings/SOURCE.npz of the run, with ids and splits, as
+    long as weights, store and signals are these."""
     changed = {k: getattr(ask, k) for k in ("leads", "derive_leads", "noise", "control")}
     path = run.folder / "embeddings" / f"{file_name(entry(data.source_of(store), changed))}.npz"
     key, known = f"{run.crc} {store.meta['plan']} {changed}", {}
@@ -357,28 +360,24 @@ def save_arrays(path, arrays):
 
 
 @torch.no_grad()
-def score_records(run, store, rows, prompts, ask, batch=256):
-    """Zero-shot scores of rows of a store: prompts are C lists of texts, the score of a class is the mean
-    over its texts of the similarity with the ECG, or what the method makes of them -> (R, C) float32."""
+def score_records(run, store, rows, prompts, ask):
+    """class_scores of R rows of a store with C lists of texts."""
     method, scales = run.method, list(ask.scales or run.method.scales)
-    text = method.encode_text(worded(prompts))
-    if scales == ["rhythm"]:  # the vectors say it all
-        like = torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
-    else:
-        like = torch.cat([method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()
-                          for ecg in batches(store, rows, run.device, ask, batch=batch)])   # (R, texts)
-    return class_scores(method, like, prompts)
 
-
-def worded(prompts):
-    """C lists of texts -> all texts, worded as statements are."""
-    return [text.rstrip(". ") for row in prompts for text in row]
+    def compare(text):
+        if scales == ["rhythm"]:  # the vectors say it all
+            return torch.from_numpy(vectors(run, store, rows, ask)["rhythm"]) @ text.report.float().cpu().T
+        return torch.cat([method.similarity(method.encode_ecg(ecg), text, scales).float().cpu()
+                          for ecg in batches(store, rows, run.device, ask)])
+    return class_scores(method, prompts, compare)
 
 
 @torch.no_grad()
-def class_scores(method, like, prompts):
-    """Similarities with all texts of all classes (R, texts) -> score of each class (Method.any_of), (R, C)
-    float32 numpy; digits beyond the fifth, in which a batch's rounding would rank equal records, are cut."""
+def class_scores(method, prompts, compare):
+    """Zero-shot scores of C classes, by a list of texts each -> (R, C) float32. compare: TextViews of all T
+    texts -> (R, T) similarities, of which Method.any_of makes a class's score. Digits beyond the fifth, in
+    which a batch's rounding would rank equal records, are cut."""
+    like = compare(method.encode_text([text.rstrip(". ") for row in prompts for text in row]))
     scores = [method.any_of(part) for part in like.split([len(row) for row in prompts], 1)]
     return torch.stack(scores, 1).numpy().round(5)
 
@@ -409,8 +408,7 @@ def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
 # ---- metrics -----------------------------------------------------------------------------------------------
 
 def auroc_of_resamples(score, positive, weights):
-    """AUROC of one class in many bootstrap resamples; ties count half. score (R,), positive (R,) bool,
-    weights (K, R): how often each row was drawn -> (K,), NaN where positives or negatives are lacking."""
+    """AUROC of a class in K resamples, NaN if it has none: score (R,), positive (R,), weights (K, R)."""
     order = np.argsort(score, kind="stable")
     score, positive, weights = score[order], positive[order], weights[:, order]
     pos, neg = weights * positive, weights * ~positive
@@ -481,8 +479,8 @@ def share(hits, patients, name):
 
 
 def permutation_p(ours, others, labels):
-    """Paired permutation test of two groups' macro AUROC: lists of scores (R, C), as ranks, mean over the
-    runs of a group; record by record the two are exchanged -> p, two-sided."""
+    """Paired permutation test, record by record, of two groups' macro AUROC: a list of scores (R, C) of each;
+    their ranks are averaged over the runs of a group -> p, two-sided."""
     used = labels.any(0) & ~labels.all(0)
     a, b = (np.mean([rankdata(scores[:, used], axis=0) for scores in group], 0) for group in (ours, others))
     rng, positive = np.random.default_rng(0), labels[:, used]
@@ -524,13 +522,12 @@ GRID = [(scale, balance, c) for scale in (True, False) for balance in (None, "ba
 
 
 def fit_classes(x, labels, setting):
-    """A logistic regression a class: x (R, D), labels (R, C) -> function x -> log-odds (R, C). A class whose
-    rows are all of one kind has a constant, by Laplace's rule. setting: one of GRID."""
+    """A logistic regression a class, by one of GRID: x (R, D), labels (R, C) -> function x -> log-odds."""
     scale, balance, c = setting
     center, spread = (x.mean(0), x.std(0) + 1e-8) if scale else (0, 1)
     ready = lambda x: ((x - center) / spread).astype(np.float64)  # the solver needs the digits
     x, weights = ready(x), np.zeros((labels.shape[1], x.shape[1]))
-    biases = np.log((labels.sum(0) + 1) / ((~labels).sum(0) + 1))
+    biases = np.log((labels.sum(0) + 1) / ((~labels).sum(0) + 1))  # Laplace's, of a class of one kind
     for i in np.flatnonzero(labels.any(0) & ~labels.all(0)):
         head = LogisticRegression(C=c, class_weight=balance, solver="newton-cholesky").fit(x, labels[:, i])
         weights[i], biases[i] = head.coef_[0], head.intercept_[0]
@@ -566,7 +563,9 @@ def of_encoder(run, what, name, question, ask, make):
     """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
     own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
     key = repr((what, name, question.store.meta["plan"], vars(ask), [getattr(run.config, s) for s in own]))
-    return REFERENCES[key] if key in REFERENCES else REFERENCES.setdefault(key, make())
+    if key not in REFERENCES:
+        REFERENCES[key] = make()
+    return REFERENCES[key]
 
 
 def probe(run, name, ask):
@@ -660,7 +659,7 @@ def published_head(x, labels, x_val, val, x_test, test, protocol):
     return best[1]
 
 
-def with_labels(run, question, ratio, ask, fresh=False, batch=32):
+def with_labels(run, question, ratio, ask, fresh, batch=32):
     """Encoder and linear head trained with labels: AdamW, head 1e-3, encoder 1e-4, or 1e-3 from random
     weights; warm-up, cosine; leads dropped and records shifted as in the run's training. The epoch with the
     best AUROC on validation rows is tested. ask.epochs, or as many as 200 updates need."""
@@ -762,9 +761,8 @@ def recall(like, right, patients):
 
 
 def both_ways(ecg, text, texts, findings, patients):
-    """Retrieval among R records: ecg (R, dim), text (T, dim) vectors of distinct texts, texts (R,) which of
-    them is a record's, findings (T,) what each says. Equal texts are one candidate; of a text, the
-    best-ranked of its records counts."""
+    """Retrieval among R records: ecg (R, dim), text (T, dim) of distinct texts, texts (R,) which of them is a
+    record's, findings (T,) what each says. Of a text, the best-ranked of its records counts."""
     present, texts = np.unique(texts, return_inverse=True)
     like, said = ecg @ text[present].T, findings[present]                                  # (R, T), (T,)
     own, same, found = texts[:, None] == np.arange(len(present)), said[texts][:, None] == said, {}
@@ -941,16 +939,18 @@ def summary(metrics):
     return line | {"AUPRC": metrics.get("macro", {}).get("auprc"), "untrained": len(metrics["untrained"])}
 
 
+COLUMNS = {"positives": "positives", "auroc": "AUROC", "interval": "95 % interval", "auprc": "AUPRC",
+           "f1": "best F1"}
+
+
 def class_rows(metrics):
     """A result as a table of classes, their means below."""
-    rows = dict(metrics["classes"])
+    rows = {name: {"interval": "no negatives" if r["positives"] else "no positives"} | r
+            for name, r in metrics["classes"].items()}
     for mean, text in (("macro", "classes with positives"), ("macro_enough", f"at least {ENOUGH} positives")):
         if mean in metrics:
             rows[f"macro, {text} ({metrics[mean]['classes']})"] = {"positives": ""} | metrics[mean]
-    without = lambda r: {"interval": "no negatives" if r["positives"] else "no positives"}
-    return {name: {"positives": r["positives"], "AUROC": r.get("auroc"), "95 % interval": r["interval"],
-                   "AUPRC": r.get("auprc"), "best F1": r.get("f1")}
-            for name, r in ((name, r if "auroc" in r else r | without(r)) for name, r in rows.items())}
+    return {name: {title: r.get(key) for key, title in COLUMNS.items()} for name, r in rows.items()}
 
 
 def print_table(title, rows):
@@ -1009,8 +1009,7 @@ def file_name(text):
 
 
 def show(folder, task, name, rows, ask):
-    """Print a result, draw it (TASK_SET.png), and put it into results.json: an entry for each task, set and
-    options, none of which overwrites another."""
+    """Print a result, draw it, and put it into results.json: none of other options is overwritten."""
     options = {k: v for k, v in vars(ask).items() if task in OPTIONS.get(k, TASKS)}
     data_of_set = [spec for spec in ask.data if spec.partition(":")[0] == name.split("_")[0]]
     options["data"] = data_of_set or list(ask.data)
@@ -1030,8 +1029,9 @@ def show(folder, task, name, rows, ask):
     if heads:
         what = next(iter(lines.values())).get("what", "AUROC")
         plot(f"{task} {title}", {what: heads}, Path(folder) / f"{task}_{file_name(title)}.png")
-    plain = {row: {column: {k: v for k, v in m.items() if not isinstance(v, np.ndarray)}
-                   for column, m in columns.items()} for row, columns in rows.items()}
+    plain = {row: {} for row in rows}
+    for (row, column), m in flat(rows).items():
+        plain[row][column] = {k: v for k, v in m.items() if not isinstance(v, np.ndarray)}
     if rows:
         remember(folder, task, {title: {"options": options, "results": plain}})
 
@@ -1048,8 +1048,7 @@ def known_results(run):
 
 
 def remember(run, key, found):
-    """Add to an entry of a run's results.json; nothing, before all the work, to show that it can be done.
-    Errors: DataError."""
+    """Add to an entry of a run's results.json. Errors: DataError where that cannot be done."""
     if not Path(run).is_dir():
         raise data.DataError(f"{run}: not a run folder")
     with data.locked(Path(run) / ".results.lock"):  # of two evaluations at a time, none loses the other's
@@ -1062,7 +1061,7 @@ def report(folder, wanted, **options):
     """Do tasks on a run, {task: sets}, and show each -> {(task, set): rows}. What cannot be done is said in a
     sentence, and the others go on. Errors: DataError, ModelError where nothing can."""
     ask, results, fault = asking(**options), {}, None
-    for task in wanted:
+    for task in wanted:  # before all the work: can it be kept?
         remember(folder, task, {})
     run = open_run(folder, ask)
     if ask.split in ("train", "all") and run.config.data:
@@ -1100,9 +1099,8 @@ With ecg-language {version}:
 
 
 def export(run, folder):
-    """Write a run as a folder to publish, which load_run opens anywhere: weights, tokenizer, own code;
-    config.json with what a signal must be and the label sets' prompts; README.md, a model card with its
-    results so far. Nothing in it names a path of this machine. Errors: DataError."""
+    """Write a run as a folder to publish, which load_run opens anywhere and which names no path of this
+    machine; with what a signal must be, the label sets' prompts, and a model card. Errors: DataError."""
     (method, config), folder = load_run(run), Path(folder)
     if folder.exists():
         raise data.DataError(f"{folder} exists: choose another folder")
@@ -1141,8 +1139,7 @@ NO_MATTER = "name", "seed", "threads", "workers", "save_every", "compile", "wand
 
 def group_runs(configs):
     """Configs that differ in NO_MATTER only belong together -> {title: their places}, in order. A title is
-    the method and what sets the group apart from its others; each field's most common value goes without
-    saying (among equally common ones the first). A field that a config lacks is None."""
+    the method and each field that has not its most common value (of equally common ones the first)."""
     fields = [f for f in dict.fromkeys(f for config in configs for f in config) if f not in NO_MATTER]
     groups, titled = {}, {}
     for place, config in enumerate(configs):
@@ -1196,9 +1193,8 @@ def summarise(found, folders, configs):
 
 
 def compare(folders, wanted, **options):
-    """Do tasks on finished runs, put repetitions together (group_runs), print one table, write
-    comparison.json and comparison.png beside the first run. Plain files among `folders` (runs/*) are passed
-    over. Errors: DataError for a folder that is no finished run, or other records of one than of another."""
+    """Do tasks on finished runs, put repetitions together (group_runs), print one table, draw and keep it
+    beside the first run. Plain files among `folders` (runs/*) are passed over. Errors: DataError."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
     configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
     if not folders:
@@ -1208,30 +1204,33 @@ def compare(folders, wanted, **options):
             raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "
                                  f"{folder}, or leave it out")
     titles = {place: title for title, places in group_runs(configs).items() for place in places}
-    places, columns, records = {}, {}, {}  # of each group
+    table, records = defaultdict(lambda: defaultdict(dict)), {}  # {title: {label: {place of a run: metrics}}}
     for i, folder in enumerate(tqdm(folders, desc="runs")):
-        done = report(folder, wanted, **options)
-        every = [(*asked, *each) for asked, rows in done.items() for each in flat(rows).items()]
-        for task, name, (row, column), m in every:
-            title = f"{row} ({configs[i]['encoder']})" if row else titles[i]
-            label = name if task == "zeroshot" else f"{name} {task}, {column}"
-            found = columns.setdefault(title, {}).setdefault(label, [])
-            if not any(m is other for other in found):  # not what an earlier run has brought
-                found.append(m)
-                places.setdefault(title, {})[i] = None
-            number, other = records.setdefault(label, (m.get("records"), folder))
-            if number != m.get("records"):
-                raise data.DataError(f"{label} has {m['records']} records for {folder}, but {number} for "
-                                     f"{other}: name the same for all with --data")
-    groups = {title: summarise(columns[title], [folders[i] for i in those], [configs[i] for i in those])
-              for title, those in places.items()}
-    if not groups:  # --embed has no figures
-        return groups
-    first = next(iter(groups))
-    for title, label in [(title, label) for title in columns for label in columns[title] if title != first]:
-        those = [[m["scores"] for m in columns[t].get(label, ()) if "scores" in m] for t in (title, first)]
-        if all(those) and groups[title]["macro"][label]:
-            groups[title]["macro"][label]["p"] = permutation_p(*those, columns[title][label][0]["labels"])
+        for (task, name), rows in report(folder, wanted, **options).items():
+            for (row, column), m in flat(rows).items():
+                label = name if task == "zeroshot" else f"{name} {task}, {column}"
+                found = table[f"{row} ({configs[i]['encoder']})" if row else titles[i]][label]
+                if not any(m is other for other in found.values()):  # not what an earlier run has brought
+                    found[i] = m
+                asked = m.get("records", m.get("queries"))
+                number, other = records.setdefault(label, (asked, folder))
+                if number != asked:
+                    raise data.DataError(f"{label} has {asked} records for {folder}, but {number} for {other}: "
+                                         "name the same for all with --data")
+    if not table:  # --embed has no figures
+        return {}
+    groups = {}
+    for title, columns in table.items():
+        places = sorted(set().union(*columns.values()))
+        groups[title] = summarise({label: list(found.values()) for label, found in columns.items()},
+                                  [folders[i] for i in places], [configs[i] for i in places])
+    first, *others = groups
+    for title in others:
+        for label, figure in groups[title]["macro"].items():
+            sides = [[m for m in table[t][label].values() if "scores" in m] for t in (title, first)]
+            if figure and all(sides):
+                scores = [[m["scores"] for m in side] for side in sides]
+                figure["p"] = permutation_p(*scores, sides[0][0]["labels"])
     print("\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap "
           f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}\n\nthe same over "
           f"classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
@@ -1263,7 +1262,7 @@ def sets_for(task, names):
 
 
 def parse(argv):
-    """Command line -> {argument: value} of what was given."""
+    """Command line -> what was given."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
         description=__doc__, epilog=textwrap.fill(
@@ -1295,7 +1294,7 @@ def parse(argv):
     add("--epochs", type=int, help="of training with labels [10]")
     add("--beams", type=int, help="of --generate; 1: greedy")
     given = vars(parser.parse_args(argv))
-    ask, texts = asking(**{"leads": ()} | given), given.get("look", ("", "x"))[1:]
+    ask, texts = SimpleNamespace(**DEFAULTS | {"leads": ()} | given), given.get("look", ("", "x"))[1:]
     leads = {lead: data.lead_index(lead) for lead in ask.leads}
     for wrong, sentence in (
             (None in leads.values(), f"--leads {','.join(leads)}: leads are {', '.join(data.LEADS)}"),

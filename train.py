@@ -75,9 +75,8 @@ def described():
 
 # ---- data and batches --------------------------------------------------------------------------------------
 
-class Corpus:
-    """Texts in the shape of a data.Store whose records have no samples, for --method cardiolm. One text in
-    twenty, by its own hash, is kept from training."""
+class Corpus(data.Store):
+    """A store of texts, for --method cardiolm. One in twenty, by its own hash, is kept from training."""
 
     def __init__(self, specs, language):
         self.texts = data.corpus(specs, language)
@@ -87,9 +86,6 @@ class Corpus:
     def rows(self, split):
         kept = np.array([zlib.crc32(text.encode()) % 20 == 0 for text in self.texts])
         return np.flatnonzero(~kept if split == "train" else kept & (split == "test"))
-
-    def set_of(self, rows):
-        return np.zeros(len(rows), int)
 
     def microvolts(self, rows):
         return np.zeros((len(rows), 12, 0), np.int16)
@@ -101,10 +97,8 @@ class Corpus:
         return [f"text {row}" for row in rows]
 
 
-def open_source(config):
-    """(data.Store, data.Stores or Corpus; data.Tags of its records; data.Tags of what is true of them, none
-    where that is not known or not asked for; numbers of the training records that have any of the first):
-    what a run learns from. Tags are the statements of a report. Errors: DataError."""
+def open_records(config):
+    """Records that a run learns from. Errors: DataError."""
     truth = None
     if config.method == "cardiolm":
         store = Corpus(config.data, config.report_language)
@@ -115,8 +109,12 @@ def open_source(config):
         tags = data.report_tags(store, config.report_language)
         if "targets" in models.recipe(config.method)[0].settings and config.targets == "truth":
             truth = data.true_tags(store)
-    rows = store.rows("train")
-    return store, tags, truth or data.Tags.of([()] * len(tags)), rows[np.diff(tags.offsets)[rows] > 0]
+    return Records(store, tags, truth or data.Tags.of([()] * len(tags)), config)
+
+
+def tagged(tags, rows):
+    """Which of the rows have tags: (R,) bool."""
+    return np.diff(tags.offsets)[rows] > 0
 
 
 class Drawn(NamedTuple):
@@ -128,16 +126,33 @@ class Drawn(NamedTuple):
 
 class Records(torch.utils.data.Dataset):
     """(stage, epoch, rows) -> Drawn. What is random about a record follows from (seed, stage, epoch, row)
-    alone: any number of processes, and a resumed run, see the same. tags, truth: of open_source."""
-    UNSAID = 3  # true tags of a record that a step adds to those that its report says
+    alone: any number of processes, and a resumed run, see the same. tags: data.Tags, of the reports; truth:
+    of what is true, none where that is not known or not asked for; rows: training records with a report."""
 
     def __init__(self, store, tags, truth, config):
         self.store, self.tags, self.truth, self.config = store, tags, truth, config
+        self.rows = store.rows("train")
+        self.rows = self.rows[tagged(tags, self.rows)]
 
     def whole(self, row):
         """What a record's report says, and behind it what else is true."""
         said = self.tags[row]
         return said + [tag for tag in self.truth[row] if tag not in said]
+
+    def unknown(self):
+        """Training records whose truth is not known."""
+        return self.rows[~tagged(self.truth, self.rows)]
+
+    def reports(self):
+        return [models.join(self.whole(row)) for row in self.rows]
+
+    def step_texts(self):
+        """The texts that steps can be made of; none where they are too many to be listed."""
+        if self.config.text_unit == "report":
+            return [models.join(self.tags[row]) for row in self.rows]
+        if self.config.text_unit == "subset":
+            return []
+        return [tag for row in self.rows for tag in self.whole(row)]
 
     def __getitem__(self, key):
         stage, epoch, rows = key
@@ -147,11 +162,7 @@ class Records(torch.utils.data.Dataset):
         limit = int(self.config.shift * self.config.rate)
         for i, row in enumerate(rows):
             rng = np.random.default_rng((self.config.seed, stage, epoch, row))
-            said = self.tags[row]
-            chosen.append(sample_tags(said, self.config.text_unit, rng))
-            if self.config.text_unit == "tags":
-                unsaid = whole[i][len(said):]
-                chosen[-1] = said + [unsaid[n] for n in rng.permutation(len(unsaid))[:self.UNSAID]]
+            chosen.append(sample_tags(self.tags[row], whole[i], self.config.text_unit, rng))
             if self.config.lead_drop:
                 dropped[i] = rng.random(ecg.shape[1]) < self.config.lead_drop
             if limit:
@@ -161,24 +172,20 @@ class Records(torch.utils.data.Dataset):
         return Drawn(batch, torch.from_numpy(dropped), torch.from_numpy(steps))
 
 
-def sample_tags(tags, unit, rng):
-    """The tags that a step's text is made of: all, a random subset in random order, or one of them."""
-    if unit in ("report", "tags"):
-        return tags
-    count = 1 if unit == "tag" else rng.integers(1, len(tags) + 1)
-    return [tags[i] for i in rng.permutation(len(tags))[:count]]
-
-
-def step_texts(records, rows, unit):
-    """The texts that steps can be made of; none where they are too many to be listed. records: Records."""
+def sample_tags(said, whole, unit, rng):
+    """Tags that a step's text is made of: what the report says, with "tags" and three more that are true, a
+    random subset in random order, or one. whole: of Records."""
     if unit == "report":
-        return [models.join(records.tags[row]) for row in rows]
-    return [] if unit == "subset" else [tag for row in rows for tag in records.whole(row)]
+        return said
+    if unit == "tags":
+        unsaid = whole[len(said):]
+        return said + [unsaid[i] for i in rng.permutation(len(unsaid))[:3]]
+    count = 1 if unit == "tag" else rng.integers(1, len(said) + 1)
+    return [said[i] for i in rng.permutation(len(said))[:count]]
 
 
 def augment(drawn, device):
-    """Drawn -> models.Batch on the device, in mV: leads are zeroed, and records moved in time (zeros move in)
-    with their R peaks."""
+    """Drawn -> models.Batch on the device, in mV: leads zeroed, records moved in time with their R peaks."""
     ecg, peaks, dropped, steps = (x.to(device, non_blocking=True) for x in (
         drawn.batch.ecg, drawn.batch.peaks, drawn.dropped, drawn.steps))
     ecg, length = ecg.float().div_(1000).masked_fill_(dropped[:, :, None], 0), ecg.shape[2]
@@ -194,27 +201,22 @@ def augment(drawn, device):
     return drawn.batch._replace(ecg=ecg, peaks=peaks)
 
 
-class Keys:
-    """Keys of a stage for this process, from batch `first` on: in every epoch a seeded shuffle of the rows
-    that it learns from (data.epoch_rows), whole batches only, of each batch its share."""
+def keys(records, rows, number, epochs, first=0):
+    """Keys of Records for a stage of this process, from batch `first` on: in every epoch a seeded shuffle of
+    the rows that it learns from (data.epoch_rows), whole batches only, of each batch its share."""
+    def shuffled(epoch):
+        rng = np.random.default_rng((records.config.seed, number, epoch))
+        return rng.permutation(data.epoch_rows(records.store, rng, rows))
 
-    def __init__(self, store, rows, config, number, epochs, first=0):
-        self.store, self.rows, self.config = store, rows, config
-        self.number, self.epochs, self.first = number, epochs, first
-
-    def of_epoch(self, epoch):
-        rng = np.random.default_rng((self.config.seed, self.number, epoch))
-        return rng.permutation(data.epoch_rows(self.store, rng, self.rows))
-
-    def __iter__(self):
-        size, share = self.config.batch_size, self.config.batch_size // models.world()
-        batches = len(self.of_epoch(0)) // size
-        for place in range(self.first, self.epochs * batches):
-            epoch, batch = divmod(place, batches)
-            if batch == 0 or place == self.first:
-                order = self.of_epoch(epoch)
-            start = batch * size + rank() * share
-            yield self.number, epoch, order[start:start + share]
+    size = records.config.batch_size
+    share = size // models.world()
+    batches = len(shuffled(0)) // size
+    for place in range(first, epochs * batches):
+        epoch, batch = divmod(place, batches)
+        if batch == 0 or place == first:
+            order = shuffled(epoch)
+        start = batch * size + rank() * share
+        yield number, epoch, order[start:start + share]
 
 
 class Stage(NamedTuple):
@@ -225,23 +227,20 @@ class Stage(NamedTuple):
     batches: int  # an epoch
     rows: np.ndarray  # training records that it learns from
 
-    def epoch(self, update, config):
-        """Epochs that are over after an update of the run."""
-        return (update - self.first) * config.accumulate // self.batches
+    def validates(self, update, config):
+        """Are validation records looked at after an update of the run?"""
+        size, seen = self.batches * config.eval_every, (update - self.first) * config.accumulate
+        return size > 0 and (update == self.end or seen // size > (seen - config.accumulate) // size)
 
 
-def unknown_rows(truth, rows):
-    """Those whose truth is not known."""
-    return rows[np.diff(truth.offsets)[rows] == 0]
-
-
-def plan_stages(config, store, truth, rows):
+def plan_stages(records):
     """Stages of a run, for most methods one: the fine one learns from the records whose truth is not known,
     since the others have nothing to recover; where these make no batch, its epochs are the coarse one's.
     Errors: DataError where a stage has no update."""
-    plan = {name: (config.fine_epochs, unknown_rows(truth, rows)) if name == "fine" else (config.epochs, rows)
+    config, rows = records.config, records.rows
+    plan = {name: (config.fine_epochs, records.unknown()) if name == "fine" else (config.epochs, rows)
             for name in models.recipe(config.method)[0].stages}
-    count = lambda rows: len(data.epoch_rows(store, np.random.default_rng(0), rows))
+    count = lambda rows: len(data.epoch_rows(records.store, np.random.default_rng(0), rows))
     if "fine" in plan and len(plan["fine"][1]) < len(rows) and count(plan["fine"][1]) < config.batch_size:
         plan = {"coarse": (config.epochs + config.fine_epochs, rows)}
         if config.llm:
@@ -272,7 +271,7 @@ def ignore_interrupts(worker):
 # ---- processes: under torchrun several train together; process 0 alone prints, and writes into the run -----
 
 def start_processes():
-    """Join torchrun's processes, if there are any -> this one's device. Errors: DataError."""
+    """Join torchrun's processes, if there are any -> this one's device."""
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if cuda and local >= (gpus := torch.cuda.device_count()):
         raise data.DataError(f"process {local + 1} of this machine has no GPU: it has {gpus}; start as many")
@@ -286,12 +285,10 @@ def start_processes():
 
 
 def leave_processes():
-    """Leave torchrun's processes: one that ends with its group open can abort, and torchrun stops the others.
-    Gloo's threads need Python's lock to let go of their last work: a group that is freed under the lock
-    before they did waits for them for ever, so they get the time."""
+    """Leave torchrun's processes: one that ends with its group open can abort, and the others are stopped."""
     if models.world() > 1:
         dist.barrier()
-        time.sleep(0.2)
+        time.sleep(0.2)  # Gloo's threads need Python's lock, under which the group waits for them for ever
         dist.destroy_process_group()
 
 
@@ -305,7 +302,7 @@ def from_first(value=None):
 
 class Stop:
     """While it is entered, SIGINT and SIGTERM ask for a stop: the loop saves and leaves before its next
-    batch. A second one ends at once, but not under torchrun, where Ctrl-C comes twice (terminal, agent)."""
+    batch. A second one ends at once, but not under torchrun, where Ctrl-C comes twice."""
 
     def __enter__(self):
         self.asked = 0
@@ -332,9 +329,7 @@ class Stop:
 # ---- model and optimiser -----------------------------------------------------------------------------------
 
 def make_text(config, run, reports, device, fresh):
-    """(language model, tokenizer) of a run: loaded or, by default, made of what reports() gives, all training
-    reports.
-
+    """(language model, tokenizer) of a run: loaded or, by default, made of all training reports, reports().
     Process 0 of a fresh run makes it and keeps tokenizer and architecture in run/tokenizer; the others, and a
     resumed run, build it from there: their weights come from process 0 or from the checkpoint."""
     folder, made, language = run / "tokenizer", None, config.method == "cardiolm"
@@ -355,9 +350,8 @@ def make_text(config, run, reports, device, fresh):
 
 
 def start_from(init, method):
-    """Fill a method with what fits of other weights -> {name: tensor}, and say what does not. init: a run
-    folder, or what models.publication knows. Errors: DataError, ModelError where nothing of the ECG encoder
-    fits."""
+    """Fill a method with what fits of other weights, those of a run or published -> {name: tensor}, and say
+    what does not."""
     if published := models.publication(init):
         kind, (state, _) = published[0], evaluation.read_tensors(published[1])
         names = models.published()[kind]["names"]
@@ -383,7 +377,7 @@ def start_from(init, method):
 
 
 def far_texts(method, texts, run, device, fresh, batch=256):
-    """C-MELT's source of certain negatives: the different reports, compared by the mean word of the untrained
+    """C-MELT's source of certain negatives: different reports, compared by the mean word of the untrained
     text tower. Kept in run/negatives.pt, since a resumed run has another tower."""
     texts, path = sorted(set(texts)), run / "negatives.pt"
     if rank() == 0 and fresh:
@@ -398,7 +392,7 @@ def far_texts(method, texts, run, device, fresh, batch=256):
 
 def make_optimiser(method, config):
     """AdamW. Weight decay is on matrices that something is multiplied by, not on positions, class tokens,
-    queries and scales, whatever their shape. "scale" of a group: its share of the learning rate."""
+    queries and scales, whatever their shape; a group's "scale" is its share of the learning rate."""
     groups = defaultdict(list)
     for path, p in method.named_parameters():
         named = path.endswith(("weight", "project_beats", "vocabulary"))
@@ -430,6 +424,7 @@ class Blend:
         for name, x in self.start.items():
             self.live[name].lerp_(x, self.share)
         try:
+            self.fill(self.state["mean"])
             yield
         finally:
             for name, x in learned.items():
@@ -470,15 +465,14 @@ def new_folder(config, made_by):
 
 
 def read_lines(path, shape):
-    """Lines of a JSON-lines file, each of a shape (data.check); none where there is no file. What stands
-    behind the last line end was being written when a kill came. Errors: DataError."""
+    """Lines of a JSON-lines file, each of a shape (data.check); none where there is no file."""
     text = data.read_text(path) if path.exists() else ""
     return [data.check(data.parse_json(line, f"{path}, line {n}"), shape, f"{path}, line {n}")
-            for n, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1)]
+            for n, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1)]  # a kill cuts the last
 
 
 def write_lines(path, lines):
-    """Make a JSON-lines file of these lines -> the file, open for add_line, which tells wandb, too."""
+    """Make a JSON-lines file of these lines -> the file, open for add_line."""
     data.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return open(path, "a", buffering=1)
 
@@ -495,7 +489,7 @@ def add_line(file, line):
 
 
 def start_wandb(config, run):
-    """From now on add_line tells Weights & Biases what it writes. Errors: ModelError where it is missing."""
+    """From now on add_line tells Weights & Biases what it writes."""
     try:
         import wandb
     except ImportError as error:
@@ -510,8 +504,7 @@ def read_log(run):
 
 
 def plot_log(lines, path):
-    """Loss terms, learning rate and, where there are validation records, what they show; a grey line where a
-    stage begins."""
+    """Loss terms, learning rate, what validation records show; a grey line where a stage begins."""
     from matplotlib.figure import Figure
     updates, looks = ([line for line in lines if key in line] for key in ("terms", "validation"))
     figure, names = Figure(figsize=(15 if looks else 9, 4), layout="constrained"), list(updates[0]["terms"])
@@ -557,15 +550,14 @@ def save_checkpoint(run, method, optimiser, blend, update, watch):
 
 
 def read_checkpoint(run, save_every):
-    """checkpoint.pt of a run, None where there is none yet. Errors: DataError where it, or a file that goes
-    with it, is damaged or lost."""
+    """checkpoint.pt of a run, or None. Errors: DataError where it, or a file of it, is damaged or lost."""
     path = run / "checkpoint.pt"
     if not path.exists():
         log = read_log(run)
         if save_every and any(line["update"] >= save_every for line in log) or (
                 sum(line.get("seconds", 0) for line in log) > 2 * SAVE_SECONDS):
-            fault = "missing, and the run was beyond its first; restore it, or train anew"
-            raise data.DataError(f"{path}: {fault}")
+            raise data.DataError(f"{path}: missing, and the run was beyond its first; restore it, or train "
+                                 "anew")
         return None
     state, _ = evaluation.read_file(path)
     if state.keys() != {"model", "optimiser", "start", "update", "processes", "watch", "files"}:
@@ -591,26 +583,13 @@ def restore(state, run, method, optimiser):
 
 MOST_FEATURES, MOST_WORDS = 8, 10  # of one answer, of one feature
 LLM_TOKENS, LLM_BATCH = 192, 32    # of one answer (eight phrases take about 80), sets of tags asked at once
-QUESTION = """Which waveform features are most likely to be seen on a twelve-lead ECG with this report? Think
-of P wave, PR interval, QRS complex, ST segment, T wave, QT interval, rate and regularity of rhythm. Answer
-with nothing but a JSON list of at most 8 short English phrases in lower case.
-
-Report: atrial fibrillation; left ventricular hypertrophy
-Features: ["absent p waves", "fibrillatory baseline", "tall r waves in v5 and v6"]
-
-Report: first degree av block
-Features: ["pr interval longer than 200 ms", "upright p wave in ii before every qrs"]
-
-Report: {}
-Features:"""
 
 
 def ask_llm(run, name, reports, device):
-    """Ask a language model for the waveform features of R reports (lists of tags) -> R lists of phrases.
-
-    Each distinct set of tags is asked once, the longest first: too little memory shows at once. Answers are
-    kept in run/llm_answers.json by whole batches, so that a resumed run forms the same: padding moves the
-    last bits of a score, and so might change an answer. Errors: ModelError, DataError."""
+    """Ask a language model for the waveform features of R reports (lists of tags) -> R lists of phrases. Each
+    distinct set of tags is asked once, the longest first: too little memory shows at once. Answers are kept
+    in run/llm_answers.json by whole batches, so that a resumed run forms the same: padding moves the last
+    bits of a score, and so might change an answer. Errors: ModelError, DataError."""
     path, known = run / "llm_answers.json", {"model": name, "answers": {}}
     if path.exists():
         known = data.read_json(path, {"model": str, "answers": {str: str}})
@@ -645,7 +624,7 @@ def load_llm(name, device):
 
 def prompt_for(tokenizer, report):
     """The question about a report; a chat's if the model has a template for it."""
-    prompt = QUESTION.format(report)
+    prompt = "\n".join(data.knowledge()["question"]).format(report)
     if not tokenizer.chat_template:
         return prompt
     return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
@@ -664,8 +643,7 @@ def generate(lm, tokenizer, reports):
 
 
 def parse_features(answer):
-    """The first JSON list in an answer, behind its thoughts: phrases in lower case, each once, bounded in
-    length and number; None without such a list. Which of them suit an ECG, the coarse model decides."""
+    """Phrases of the first JSON list in an answer, behind its thoughts; None without such a list."""
     answer = answer.rpartition("</think>")[2]
     try:
         items, _ = json.JSONDecoder().raw_decode(answer, answer.index("["))
@@ -678,12 +656,13 @@ def parse_features(answer):
 
 
 @torch.no_grad()
-def recover_features(method, store, tags, rows, proposals, config, run, device):
+def recover_features(method, records, rows, proposals, run, device):
     """Enrich reports (FG-CLEP, METHODS 2.5): every waveform feature that is proposed for a report (R lists;
     None: by the knowledge table) is a candidate, scored by the coarse model against the record's own ECG. It
     is kept if its cosine reaches keep_threshold and, where it is a candidate of n records, if the ECG is one
     of the keep_share * n training ECGs with the highest cosine: so neither its popularity nor the level of
-    its cosines matters. Writes run/recovered.jsonl, a line each: row, id, feature, cosine, kept."""
+    its cosines matters. Writes run/recovered.jsonl."""
+    store, tags, config = records.store, records.tags, records.config
     knowledge, lines, names = data.Findings(), [], store.ids(rows)
     places = defaultdict(list)  # feature -> (place in rows, its line)
     for place, row in enumerate(rows):
@@ -707,19 +686,18 @@ def recover_features(method, store, tags, rows, proposals, config, run, device):
     write_lines(run / "recovered.jsonl", lines).close()
 
 
-def enrich(store, tags, rows, config, run):
-    """Tags of every record with the recovered features that were kept. Prints how many are, and on simulated
-    records how right, summed over all: run/recovery.json. Errors: DataError."""
+def enrich(records, rows, run):
+    """Tags with the recovered features that were kept; says how many, and of simulated ones how right."""
     shape = {"row": int, "feature": str, "cosine": float, "kept": bool}
-    lines, enriched, quality = read_lines(run / "recovered.jsonl", shape), list(tags), {}
+    lines, enriched, quality = read_lines(run / "recovered.jsonl", shape), list(records.tags), {}
     kept = [line for line in lines if line["kept"]]
     for line in kept:
         enriched[line["row"]].append(line["feature"])
     if rank() == 0:
         print(f"recovered features: {len(lines)} candidates, {len(kept)} kept")
-    if rank() == 0 and not config.llm:  # which has words of its own
-        missing = {row: set(features) - set(tags[row])
-                   for row, features in zip(rows, store.records["features"].iloc[rows]) if features}
+    if rank() == 0 and not records.config.llm:  # which has words of its own
+        true = records.store.records["features"].iloc[rows]
+        missing = {row: set(some) - set(records.tags[row]) for row, some in zip(rows, true) if some}
         for name, part in (("all candidates", lines), ("kept by the filter", kept)) if missing else ():
             part = [line for line in part if line["row"] in missing]
             hits = sum(line["feature"] in missing[line["row"]] for line in part)
@@ -737,19 +715,18 @@ LOOK_EVERY = {"cpu": 1, "cuda": 10}  # updates; between two looks at the losses 
 SAVE_SECONDS = 300                   # between checkpoints, unless --save-every says
 
 class Watch:
-    """Reports collapse while there is still time: of both towers on a fixed probe batch, and of the loss. A
-    tower that is flat at one look only has not collapsed: early in training they can be, and recover.
-    state (in checkpoints): the last 50 contrastive losses, and the towers flat at the last look."""
+    """Reports collapse of a tower, flat on a probe batch at two looks (at one it may recover), and a loss
+    that is stuck after the warm-up. state (in checkpoints): last 50 losses, towers flat at the last look."""
 
-    def __init__(self, probe, method, config):
-        self.probe, self.method, self.state = probe, method, {"recent": [], "flat": []}
+    def __init__(self, probe, method, config, warm=0):
+        self.probe, self.method, self.warm = probe, method, warm
+        self.state = {"recent": [], "flat": []}
         self.chance = method.contrast_sides * math.log(config.batch_size)
 
-    def note(self, lines, warm):
-        """Remember the contrastive losses of lines of log.jsonl, from update `warm` on."""
-        terms = [line["terms"] for line in lines if line["update"] > warm]
-        found = [some["contrast"] for some in terms if "contrast" in some]
-        self.state["recent"] = (self.state["recent"] + found)[-50:]
+    def note(self, line):
+        """A line of log.jsonl that has terms."""
+        if line["update"] > self.warm and "contrast" in line["terms"]:
+            self.state["recent"] = [*self.state["recent"][-49:], line["terms"]["contrast"]]
 
     @torch.no_grad()
     def look(self):
@@ -772,66 +749,55 @@ class Watch:
         return ""
 
 
-def questions_of(store, rows, split):
-    """What the label sets that a split can answer ask of some of its rows: a list of (name, places in rows,
-    labels (R, C), prompts: C lists of texts)."""
-    found = []
-    for name in data.sets_of(store, split):
-        records = store.records.iloc[rows]
-        mine = np.flatnonzero((records["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
-        classes, labels, keep = data.label_matrix(records.iloc[mine], name)
-        if keep.any():
-            prompts = data.class_prompts(name, classes, "descriptive", records.iloc[mine])
-            found.append((name, mine[keep], labels[keep], prompts))
-    return found
-
-
-@torch.no_grad()
-def look_at(method, store, tags, rows, device, questions):
-    """How training goes, on validation records with reports: R@1 and R@5 of each ECG's report among the
-    distinct ones, and the macro AUROC of the label sets that they answer (questions_of), by the rhythm."""
-    ecg = torch.from_numpy(evaluation.embed_records(method, store, rows, device, "validation")["rhythm"])
-    texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
-    like = ecg @ evaluation.embed_reports(method, texts).T
-    ranks = evaluation.ranks(like.numpy(), own[:, None] == np.arange(len(texts)))
-    like = {name: ecg[places] @ evaluation.embed_reports(method, evaluation.worded(prompts)).T
-            for name, places, _, prompts in questions}
-    auroc = {name: evaluation.mean_auroc(evaluation.class_scores(method, like[name], prompts), labels)
-             for name, _, labels, prompts in questions}
-    return {"R@1": float((ranks <= 1).mean()), "R@5": float((ranks <= 5).mean()), "texts": len(texts),
-            "auroc": {name: round(float(value), 4) for name, value in auroc.items()}}
-
-
 class Validation:
-    """Looks at the validation records that have a report, at most MOST, always the same: loss terms without
-    augmentation, in whole batches, then look_at. Nothing is chosen by it unless --keep best asks.
-    records: Records."""
-    MOST = 2000
+    """Looks at validation records with a report, 2,000 at most, always the same: loss terms without
+    augmentation, in whole batches, then figures. Nothing is chosen by it unless --keep best asks."""
 
-    def __init__(self, records, config, device):
-        tags, rows = records.tags, records.store.rows("val")
-        rows = rows[np.diff(tags.offsets)[rows] > 0]
-        self.rows = np.random.default_rng(config.seed).permutation(rows)[:self.MOST]
-        self.records, self.config, self.device = records, config, device
-        self.size = min(config.batch_size, len(self.rows))
-        self.questions = questions_of(records.store, self.rows, "val")
+    def __init__(self, records, device):
+        rows = records.store.rows("val")
+        rows = rows[tagged(records.tags, rows)]
+        self.rows = np.random.default_rng(records.config.seed).permutation(rows)[:2000]
+        self.records, self.config, self.device = records, records.config, device
+        self.questions = []  # of label sets: (name, places in rows, labels (R, C), C lists of texts)
+        for name in data.sets_of(records.store, "val"):
+            facts = records.store.records.iloc[self.rows]
+            mine = np.flatnonzero((facts["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
+            classes, labels, keep = data.label_matrix(facts.iloc[mine], name)
+            if keep.any():
+                prompts = data.class_prompts(name, classes, "descriptive", facts.iloc[mine])
+                self.questions.append((name, mine[keep], labels[keep], prompts))
 
     @torch.no_grad()
     def look(self, method):
         """-> {"loss", "terms", "R@1", "R@5", "texts", "auroc": {label set: value}}"""
         method.eval()
-        terms, count = defaultdict(float), len(self.rows) // self.size
+        size = min(self.config.batch_size, len(self.rows))
+        terms, count = defaultdict(float), len(self.rows) // size
         with models.alone(), torch.random.fork_rng(), autocast(self.config, self.device):
             torch.manual_seed(self.config.seed)
             for i in range(count):
-                drawn = self.records[0, 0, self.rows[i * self.size:(i + 1) * self.size]]
+                drawn = self.records[0, 0, self.rows[i * size:(i + 1) * size]]
                 drawn.dropped[:], drawn.steps[:] = False, 0
                 for name, value in method(augment(drawn, self.device)).items():
                     terms[name] += value.item() / count
-            store, tags = self.records.store, self.records.tags
-            found = look_at(method, store, tags, self.rows, self.device, self.questions)
+            found = self.figures(method)
         method.train()
         return {"loss": method.weighted(terms), "terms": terms, **found}
+
+    def figures(self, method):
+        """R@1 and R@5 of each ECG's report among the distinct ones, and the macro AUROC of label sets."""
+        store, tags, auroc = self.records.store, self.records.tags, {}
+        vectors = evaluation.embed_records(method, store, self.rows, self.device, "validation")
+        ecg = torch.from_numpy(vectors["rhythm"])
+        texts, own = np.unique([models.join(tags[row]) for row in self.rows], return_inverse=True)
+        like = ecg @ evaluation.embed_reports(method, texts).T
+        ranks = evaluation.ranks(like.numpy(), own[:, None] == np.arange(len(texts)))
+        for name, places, labels, prompts in self.questions:
+            compare = lambda text: ecg[places] @ text.report.float().cpu().T
+            scores = evaluation.class_scores(method, prompts, compare)
+            auroc[name] = round(float(evaluation.mean_auroc(scores, labels)), 4)
+        return {"R@1": float((ranks <= 1).mean()), "R@5": float((ranks <= 5).mean()), "texts": len(texts),
+                "auroc": auroc}
 
 
 def autocast(config, device):
@@ -840,9 +806,8 @@ def autocast(config, device):
 
 
 def do_update(method, optimiser, batches, config, device, stop):
-    """One update, from the gradients of config.accumulate batches -> {term: value} and gradient norm, which
-    stay on the device, and the records' rows; None where a stop was asked for: half an update is left
-    undone."""
+    """An update by config.accumulate batches -> {term: value} and gradient norm, still on the device, and the
+    records' rows; None where a stop was asked for: half an update is left undone."""
     terms, ids = defaultdict(float), []
     optimiser.zero_grad(set_to_none=True)
     for _ in range(config.accumulate):
@@ -870,13 +835,11 @@ def chunked(method, batch, config, device):
     """Loss terms of a batch, and their gradients, with config.chunk records in memory at a time (GradCache,
     Gao et al. 2021): the parts are encoded without gradient; the loss of all vectors gives the gradients of
     these; then the parts are encoded again, with the same random numbers, and gradients go on through them.
-
-    It is the gradient of parts that are encoded one by one and compared together: BatchNorm normalises a
-    part, and its running statistics see each part once."""
-    batch, found = method.plan(batch), []
+    BatchNorm normalises a part, and its running statistics see each part once."""
+    batch, found, cuda = method.plan(batch), [], device.type == "cuda"
     parts = list(batch.parts(config.chunk))
     for part in parts:
-        state = random_state(device)
+        state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
         with torch.no_grad(), autocast(config, device):
             found.append((state, *method.represent(part)))
     names = dict.fromkeys(name for _, vectors, _ in found for name in vectors)
@@ -888,10 +851,11 @@ def chunked(method, batch, config, device):
     pieces = {name: iter(whole[name].grad.split([len(piece) for piece in some]))
               for name, some in pieces.items() if whole[name].grad is not None}
     counts = {name: models.mean_count(sum(sums[name][1] for _, _, sums in found)) for name in found[0][2]}
-    after = random_state(device)
-    with models.replaying(method):
-        for part, (state, _, _) in zip(parts, found):
-            set_random_state(state, device)
+    with torch.random.fork_rng([device] if cuda else []), models.replaying(method):
+        for part, ((state, state_of_gpu), _, _) in zip(parts, found):
+            torch.set_rng_state(state)
+            if cuda:
+                torch.cuda.set_rng_state(state_of_gpu, device)
             with autocast(config, device):
                 vectors, sums = method.represent(part)
             own = {name: total / counts[name].to(total.dtype) for name, (total, _) in sums.items()}
@@ -901,7 +865,6 @@ def chunked(method, batch, config, device):
             torch.autograd.backward(ends + last, given + [None] * len(last))
             for name, value in own.items():
                 terms[name] = terms.get(name, 0) + value.detach()
-    set_random_state(after, device)
     return terms
 
 
@@ -911,16 +874,6 @@ def padded(pieces):
         longest = max(piece.shape[1] for piece in pieces)
         pieces = [models.lengthen(piece, longest) for piece in pieces]
     return torch.cat(pieces)
-
-
-def random_state(device):
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
 
 
 def average_gradients(parameters):
@@ -935,23 +888,19 @@ def average_gradients(parameters):
 
 
 class Ledger:
-    """Losses of the last updates, still on the device: to look at them is to wait for it, so that is done for
-    several at once, by all processes together. log: log.jsonl, open, or None; names: data.Store.ids."""
+    """Updates that wait for log.jsonl: (rest of the line, *what do_update gave). Losses are on the device:
+    to look at them is to wait for it, so that is done for several at once, by all processes together."""
 
-    def __init__(self, log, method, names):
-        self.log, self.method, self.names = log, method, names
+    def __init__(self, method, names, log=None, watch=None):
+        self.method, self.names, self.log, self.watch = method, names, log, watch
         self.waiting, self.since = [], time.perf_counter()
-
-    def add(self, line, terms, norm, ids):
-        """line: what log.jsonl says of an update besides."""
-        self.waiting.append((line, terms, norm, ids))
 
     def settle(self):
         """Write the lines of log.jsonl -> them. Errors: DataError where a loss or gradient is not finite."""
         waiting, self.waiting, lines = self.waiting, [], []
-        numbers = [torch.stack([*terms.values(), norm]) for _, terms, norm, _ in waiting]
-        numbers = models.mean_over_processes(torch.stack(numbers)).tolist() if numbers else []
-        seconds = round((time.perf_counter() - self.since) / max(1, len(waiting)), 6)
+        numbers = torch.stack([torch.stack([*terms.values(), norm]) for _, terms, norm, _ in waiting])
+        numbers = models.mean_over_processes(numbers).tolist()
+        seconds = round((time.perf_counter() - self.since) / len(waiting), 6)
         for (line, terms, _, ids), (*values, norm) in zip(waiting, numbers):
             terms = dict(zip(terms, values))
             loss = self.method.weighted(terms)
@@ -964,23 +913,17 @@ class Ledger:
             lines.append({**line, "loss": loss, "terms": terms, "grad_norm": norm, "seconds": seconds})
             if self.log:
                 add_line(self.log, lines[-1])
+            if self.watch:
+                self.watch.note(lines[-1])
         self.since = time.perf_counter()
         return lines
 
 
-class Beside(NamedTuple):
-    """What process 0 does beside training; the others nothing."""
-    log: object = None         # log.jsonl, open
-    watch: object = None       # Watch
-    validation: object = None  # Validation
-
-
-def train_stage(stage, done, method, optimiser, blend, batches, names, config, run, device, beside):
-    """Do the updates of a stage, of which the run has done some -> updates done. names: data.Store.ids."""
-    log, watch, validation = beside
-    batches, ledger, look, told = iter(batches), Ledger(log, method.train(), names), None, done + 20
+def train_stage(stage, done, method, optimiser, blend, batches, config, run, device, ledger, validation):
+    """Do what is left of a stage's updates -> updates of the run that are done."""
+    method.train()
+    batches, watch, look, told = iter(batches), ledger.watch, None, done + 20
     updates, saved, every = stage.end - stage.first, time.monotonic(), LOOK_EVERY[device.type]
-    warm = stage.first + config.warmup * updates  # until then every loss is stuck
     bar = tqdm(range(done, stage.end), stage.name, updates, initial=done - stage.first, disable=rank() > 0,
                unit="rec", unit_scale=config.batch_size * config.accumulate)
     with Stop() as stop, bar:
@@ -995,48 +938,45 @@ def train_stage(stage, done, method, optimiser, blend, batches, names, config, r
             if found is None:
                 break
             done = update + 1
-            ledger.add({"update": done, "stage": stage.name, "lr": rate}, *found)
+            ledger.waiting.append(({"update": done, "stage": stage.name, "lr": rate}, *found))
             save = bool(config.save_every) and done % config.save_every == 0
-            epochs = [stage.epoch(n, config) // max(1, config.eval_every) for n in (done, done - 1)]
-            validate = config.eval_every and (epochs[0] > epochs[1] or done == stage.end)
+            validate = stage.validates(done, config)
             if not (save or validate) and done % every:
                 continue
             lines = ledger.settle()
             if rank() > 0:
                 continue
-            if watch:
-                watch.note(lines, warm)
             if validation and validate:
                 with blend.used():
                     look = validation.look(method)
                     save |= config.keep == "best" and keep_best(run, method, stage, done, look["loss"])
-                add_line(log, {"update": done, "stage": stage.name, "validation": look})
+                add_line(ledger.log, {"update": done, "stage": stage.name, "validation": look})
             shown = {**lines[-1]["terms"], **({"val": look["loss"], "R@5": look["R@5"]} if look else {})}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
             if told <= done < stage.end:
                 bar.write(cost(method, blend, lines[-1]["seconds"], stage.end - done, device))
                 told = math.inf
             if watch and done % 50 == 0 and (warning := watch.look()):
-                add_line(log, {"update": done, "warning": warning})
+                add_line(ledger.log, {"update": done, "warning": warning})
                 bar.write(f"update {done}: {warning}")
             late = not config.save_every and time.monotonic() - saved > SAVE_SECONDS
             if done < stage.end and (save or late):
                 save_checkpoint(run, method, optimiser, blend, done, watch)
                 saved = time.monotonic()
             ledger.since = time.perf_counter()
-        lines = ledger.settle()
-        if watch:
-            watch.note(lines, warm)
+        if ledger.waiting:
+            ledger.settle()
         if rank() == 0:
             save_checkpoint(run, method, optimiser, blend, done, watch)
-        if rank() == 0 and done < stage.end:
-            bar.write(f"stopped and saved at update {done}; continue with: python train.py --resume {run}")
+            if done < stage.end:
+                bar.write(f"stopped and saved at update {done}; continue with: python train.py --resume "
+                          f"{run}")
     return done
 
 
 def keep_best(run, method, stage, update, loss):
-    """best.safetensors: the weights of a stage's lowest validation loss; log.jsonl has those before. -> is
-    this the lowest? (A checkpoint follows then: a resumed run must not find later weights here.)"""
+    """best.safetensors: the weights of a stage's lowest validation loss. -> is this the lowest? (A checkpoint
+    follows then: a resumed run must not find later weights here.)"""
     before = [line["validation"]["loss"] for line in read_log(run)
               if line.get("stage") == stage.name and "validation" in line and line["update"] < update]
     if lowest := loss < min(before, default=math.inf):
@@ -1055,24 +995,23 @@ def cost(method, blend, seconds, left, device):
             f"{(size(method.state_dict().values()) + beside) / 1e9:.2f} GB{memory}")
 
 
-def train(config, run, source, device):
-    """Train, or continue a run, to its end. Returns whether it came there: no, if it was stopped."""
-    store, tags, truth, rows = source
-    records, stages = Records(store, tags, truth, config), plan_stages(config, store, truth, rows)
-    reports, unknown = lambda: [models.join(records.whole(row)) for row in rows], unknown_rows(truth, rows)
+def train(records, stages, run, device):
+    """Train, or continue a run -> whether it came to its end, or was stopped."""
+    config, store, truth = records.config, records.store, records.truth
+    unknown = records.unknown()
     checkpoint, proposals = read_checkpoint(run, config.save_every), None
     if config.wandb and rank() == 0:
         start_wandb(config, run)
     if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
-        proposals = ask_llm(run, config.llm, [tags[row] for row in unknown], device)
-    text = make_text(config, run, reports, device, checkpoint is None)
+        proposals = ask_llm(run, config.llm, [records.tags[row] for row in unknown], device)
+    text = make_text(config, run, records.reports, device, checkpoint is None)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
     start = checkpoint["start"] if checkpoint else {}
     if config.init and checkpoint is None and rank() == 0:
         start = start_from(config.init, method)
     if isinstance(method, models.CMELT) and config.negatives == "far" and not config.as_published:
-        method.far = far_texts(method, reports(), run, device, checkpoint is None)
+        method.far = far_texts(method, records.reports(), run, device, checkpoint is None)
     for tensor in method.state_dict().values() if models.world() > 1 else ():
         dist.broadcast(tensor, 0)
     optimiser, cuda = make_optimiser(method, config), device.type == "cuda"
@@ -1081,7 +1020,7 @@ def train(config, run, source, device):
     log = watch = validation = None
     if rank() == 0:
         count = sum(p.numel() for p in method.parameters())
-        sets = ", ".join(f"{n} of {spec}" for spec, n in by_set(store, rows).items())
+        sets = ", ".join(f"{n} of {spec}" for spec, n in by_set(records).items())
         print(f"{config.method}: training records: {sets}; {stages[-1].end} updates, "
               f"{count / 1e6:.2f} M parameters, run {run}")
         if config.fine_epochs and stages[-1].name != "fine":
@@ -1099,52 +1038,53 @@ def train(config, run, source, device):
         if stage.name == "fine":
             if rank() == 0 and update == stage.first:  # a run that is resumed within the stage reads them
                 with blend.used():
-                    recover_features(method, store, tags, unknown, proposals, config, run, device)
+                    recover_features(method, records, unknown, proposals, run, device)
             from_first()
-            records = Records(store, enrich(store, tags, unknown, config, run), truth, config)
+            records = Records(store, enrich(records, unknown, run), truth, config)
         if getattr(method, "text", None) and method.text.frozen and "text_pooling" in method.settings:
             with autocast(config, device):
-                method.text.keep(step_texts(records, rows, config.text_unit),
-                                 lambda parts: tqdm(parts, "texts", leave=False))
+                method.text.keep(records.step_texts(), lambda parts: tqdm(parts, "texts", leave=False))
         decided = set(truth.table)  # what no record shows is a name that nobody has decided about
         method.know(list(dict.fromkeys(records.tags.table + truth.table)),
                     {tag: name for tag, name in data.meanings().items() if name in decided})
         read = (update - stage.first) * config.accumulate
         batches = torch.utils.data.DataLoader(
-            records, sampler=Keys(store, stage.rows, config, number, stage.epochs, read), batch_size=None,
+            records, sampler=keys(records, stage.rows, number, stage.epochs, read), batch_size=None,
             num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_interrupts)
         if rank() == 0 and hasattr(method, "encode_ecg"):  # a language model has no towers to watch
-            probe = records[next(iter(Keys(store, stage.rows, config, number, stage.epochs)))]
-            watch = Watch(augment(probe, device), method, config)
+            probe = augment(records[next(keys(records, stage.rows, number, stage.epochs))], device)
+            warm = stage.first + config.warmup * (stage.end - stage.first)
+            watch = Watch(probe, method, config, warm)
             if update > stage.first:
                 watch.state = checkpoint["watch"]
-            validation = Validation(records, config, device) if config.eval_every else None
+            validation = Validation(records, device) if config.eval_every else None
             if validation and len(validation.rows) < 2:
                 validation = None
                 print(f"{config.data}: fewer than two validation records with a report: no validation curve")
             if config.keep == "best" and not validation:
                 raise data.DataError("--keep best: there is nothing to choose by; it needs validation "
                                      "records, and --eval-every over 0")
-        update = train_stage(stage, update, method, optimiser, blend, batches, store.ids, config, run,
-                             device, Beside(log, watch, validation))
+        update = train_stage(stage, update, method, optimiser, blend, batches, config, run, device,
+                             Ledger(method, store.ids, log, watch), validation)
         if update < stage.end:
             return False
     if rank() == 0:
         with blend.used():
-            finish(config, run, store, rows, method, device)
+            finish(records, run, method, device)
     return True
 
 
-def by_set(store, rows):
-    """How many of the rows are of each data set: {spec: number}."""
-    return dict(zip([part.spec for part in store.parts],
-                    np.bincount(store.set_of(rows), minlength=len(store.parts)).tolist()))
+def by_set(records):
+    """How many records of each data set are learned from: {spec: number}."""
+    parts = records.store.parts
+    counts = np.bincount(records.store.set_of(records.rows), minlength=len(parts)).tolist()
+    return {part.spec: count for part, count in zip(parts, counts)}
 
 
-def finish(config, run, store, rows, method, device):
-    """Write weights, curves.png and training.json. Of that, seconds are of all sessions, records_per_second
-    of the median update (a busy machine makes some slow), the rest of the session that ended the run."""
-    lines, gpu = read_log(run), device if device.type == "cuda" else None
+def finish(records, run, method, device):
+    """Write weights, curves.png and training.json: seconds of all sessions, records_per_second of the median
+    update (a busy machine makes some slow), the rest of the session that ended the run."""
+    config, lines, gpu = records.config, read_log(run), device if device.type == "cuda" else None
     updates = [line for line in lines if "terms" in line]
     if config.keep == "best":
         looks = [line for line in lines if "validation" in line and line["stage"] == updates[-1]["stage"]]
@@ -1157,7 +1097,7 @@ def finish(config, run, store, rows, method, device):
         facts = {
             "parameters": sum(p.numel() for p in method.parameters()),
             "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
-            "records": len(rows), "records_by_set": by_set(store, rows), "seconds": sum(seconds),
+            "records": len(records.rows), "records_by_set": by_set(records), "seconds": sum(seconds),
             "records_per_second": config.batch_size * config.accumulate / float(np.median(seconds)),
             "peak_memory_gb": torch.cuda.max_memory_allocated(gpu) / 1e9 if gpu else None,
             "device": torch.cuda.get_device_name(gpu) if gpu else platform.processor() or platform.machine(),
@@ -1168,13 +1108,12 @@ def finish(config, run, store, rows, method, device):
     plot_log(lines, run / "curves.png")
     if config.method == "cardiolm":
         models.save_language_model(method, run / "language_model")
-        report_language(method, [store.texts[row] for row in store.rows("test")], run)
+        report_language(method, [records.store.texts[row] for row in records.store.rows("test")], run)
 
 
 @torch.no_grad()
 def report_language(method, texts, run, batch=64):
-    """How many hidden words of `texts` a CardioLM guesses; prints it and adds it to results.json. The
-    yardstick is to say the commonest word every time."""
+    """How many hidden words of `texts` a CardioLM guesses, for results.json; the yardstick: the commonest."""
     if not texts:
         print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from training")
         return
@@ -1202,7 +1141,7 @@ def absolute(spec):
 
 def main(argv=None):
     config, resumed, before = parse(argv)
-    device, language = start_processes(), config.method == "cardiolm"
+    device = start_processes()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1214,16 +1153,16 @@ def main(argv=None):
         config.init = os.path.abspath(config.init)
     for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
-    source = store, tags, truth, rows = open_source(config)
+    records = open_records(config)
+    store, stages = records.store, plan_stages(records)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
                "csrc": csrc.build_info().get("sources", "reference"),
                **{name: os.path.abspath(path) for name, path in models.own_files(config).items()}}
-    plan_stages(config, store, truth, rows)
     first, wanted = rank() == 0, {}
-    if first and not language:  # at the end a table of the data's own kind
+    if first and config.method != "cardiolm":  # at the end a table of the data's own kind
         if sets := data.sets_of(store):
             wanted = {"zeroshot": sets}
-        elif (np.diff(tags.offsets)[store.rows("test")] > 0).sum() > 1:
+        elif tagged(records.tags, store.rows("test")).sum() > 1:
             wanted = {"retrieve": store.sources()}
         else:
             print(f"{config.data}: its test records have neither labels nor reports: there will be no table")
@@ -1238,7 +1177,7 @@ def main(argv=None):
         if first and changed:
             print(f"{run} goes on with other versions: {'; '.join(changed)}; the last digits may be others")
         try:
-            finished = train(config, run, source, device)
+            finished = train(records, stages, run, device)
         except BaseException:
             if first and not resumed and not read_log(run) and not (run / "llm_answers.json").exists():
                 shutil.rmtree(run)  # nothing is lost

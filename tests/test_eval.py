@@ -190,15 +190,15 @@ def tiny(method, texts, **options):
     ("etp", {}, ["rhythm"], lambda one: one.mean(1)),  # log-mean-exp at the scale that FG-CLEP starts with, 10
     ("fgclep", {}, ["rhythm"], lambda one: np.log(np.exp(10 * one).mean(1)) / 10),
     ("fgclep", {"align": "word"}, ["rhythm", "token"], lambda one: np.log(np.exp(10 * one).mean(1)) / 10)])
-def test_a_class_scores_what_its_prompts_do(tmp_path, name, options, scales, joined):
+def test_a_class_scores_what_its_prompts_do(tmp_path, monkeypatch, name, options, scales, joined):
     """By the stored vectors and by the method's own similarity."""
     method = tiny(name, ["sinus rhythm.", "normal ecg."] * 4, **options)
     store = data.prepare("simulated", "5", tmp_path / "store")
     run = evaluation.Run(tmp_path, method, method.config, "cpu", "")
-    score = lambda prompts, batch: evaluation.score_records(
-        run, store, np.arange(5), prompts, evaluation.asking(scales=scales), batch)
-    both = score([["sinus rhythm", "normal ecg."], ["normal ecg"]], 2)
-    one = score([["sinus rhythm"], ["normal ecg"]], 5)
+    score = lambda prompts: evaluation.score_records(run, store, np.arange(5), prompts, evaluation.asking(scales=scales))
+    one, whole = score([["sinus rhythm"], ["normal ecg"]]), evaluation.batches
+    monkeypatch.setattr(evaluation, "batches", lambda *given: whole(*given, batch=2))
+    both = score([["sinus rhythm", "normal ecg."], ["normal ecg"]])
     assert both.shape == (5, 2) and np.allclose(both[:, 0], joined(one), atol=2e-5)
     assert np.allclose(both[:, 1], one[:, 1], atol=2e-5)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_a_class_scores_what_its_prompts_do(tmp_path, name, options, scales, joi
         assert np.allclose(one, method.similarity(views, text, scales), atol=2e-5)
     with pytest.raises(models.ModelError, match="has no beat scale, only rhythm"):
         scales = ["beat"]
-        score([["normal ecg"]], 5)
+        score([["normal ecg"]])
 
 
 def test_clear_errors(tmp_path, monkeypatch):
@@ -274,3 +274,8 @@ def test_written_reports_are_compared_as_sets(tmp_path, monkeypatch):
     etp = tiny("etp", ["normal ecg"] * 4)
     with pytest.raises(models.ModelError, match="a etp run writes no reports; --method melp does"):
         evaluation.generate(run._replace(method=etp, config=etp.config), "simulated", evaluation.asking())
+
+
+def test_an_option_that_is_mistyped_is_named():
+    with pytest.raises(data.DataError, match="there is no option 'fold'; there are data, prompts, .*folds"):
+        evaluation.asking(fold=[9])

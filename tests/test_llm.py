@@ -21,7 +21,7 @@ def tiny_llm(tmp_path_factory):
     """Folder with a Llama of random weights and a tokenizer of words: what it answers is garbage."""
     from transformers import LlamaConfig, LlamaForCausalLM
     folder = tmp_path_factory.mktemp("llm")
-    tokenizer = models.word_tokenizer([train.QUESTION] * 2)
+    tokenizer = models.word_tokenizer(["\n".join(data.knowledge()["question"])] * 2)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -138,7 +138,7 @@ def test_a_chat_template_is_used_where_there_is_one(tiny_llm):
 
 
 def test_the_worked_examples_are_those_of_the_knowledge_table():
-    examples = re.findall(r"Report: (.+)\nFeatures: (\[.+\])", train.QUESTION)
+    examples = re.findall(r"Report: (.+)\nFeatures: (\[.+\])", "\n".join(data.knowledge()["question"]))
     assert len(examples) == 2
     for report, answer in examples:
         features = train.parse_features(answer)
@@ -174,7 +174,8 @@ def recover(store, folder, answer, **options):
     config = toy_config("fgclep", llm="stub", **options)
     method = models.build_method(config, models.small_text_model(["sinus rhythm"] * 4, steps=1, dim=32, layers=1))
     proposals = [answer(row, tags[row]) for row in rows]
-    train.recover_features(method, store, tags, rows, proposals, config, folder, torch.device("cpu"))
+    records = train.Records(store, tags, data.Tags.of([()] * len(tags)), config)
+    train.recover_features(method, records, rows, proposals, folder, torch.device("cpu"))
     lines = [json.loads(line) for line in (folder / "recovered.jsonl").read_text().splitlines()]
     assert all(line["id"] == store.records["id"].iloc[line["row"]] for line in lines)
     return lines, rows, method.eval()

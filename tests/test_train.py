@@ -314,7 +314,7 @@ def test_the_watch_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     checkpoint = torch.load(run / "checkpoint.pt")
     torch.save(checkpoint | {"watch": state}, run / "checkpoint.pt")
     stage = train.train_stage
-    monkeypatch.setattr(train, "train_stage", lambda *a: seen.append(dict(a[-1].watch.state)) or stage(*a))
+    monkeypatch.setattr(train, "train_stage", lambda *a: seen.append(dict(a[-2].watch.state)) or stage(*a))
     train.main(["--resume", str(run)])
     assert seen == [state] and "watch" in torch.load(run / "checkpoint.pt")
 
@@ -382,12 +382,13 @@ def test_the_watch_tells_a_collapsed_tower_and_a_stuck_loss():
     assert watch.look() == ""
     flat.spread = 0.01
     assert watch.look() == "" and watch.look().startswith("COLLAPSE")
-    healthy = train.Watch(probe, Collapsed(1.0), config)
+    healthy = train.Watch(probe, Collapsed(1.0), config, warm=5)
     for _ in range(50):
-        healthy.note([{"update": 9, "terms": {"contrast": 1.0}}], 5)
+        healthy.note({"update": 9, "terms": {"contrast": 1.0}})
     assert healthy.look() == ""
     for _ in range(50):
-        healthy.note([{"update": 9, "terms": {"contrast": np.log(16)}}, {"update": 4, "terms": {"contrast": 9.0}}], 5)
+        healthy.note({"update": 9, "terms": {"contrast": np.log(16)}})
+        healthy.note({"update": 4, "terms": {"contrast": 9.0}})
     assert healthy.look().startswith("STUCK")
 
 
@@ -450,6 +451,8 @@ def test_a_run_is_drawn_towards_its_start_and_resumes(tmp_path, monkeypatch):
         asked = []
         patch.setattr(train.Stop, "anywhere", lambda self: asked.append(0) or len(asked) > 7)
         train.main([*args, "--name", "part"])
+    with pytest.raises(data.DataError, match="of a run with --init-share, .*: use that"):
+        evaluation.load_run("runs/whole", "runs/whole/checkpoint.pt")
     shutil.rmtree("runs/first")  # the checkpoint has the start
     train.main(["--resume", "runs/part"])
     again = load_file("runs/part/model.safetensors")
@@ -483,25 +486,26 @@ def test_weight_decay_is_on_matrices_only():
 
 def test_every_process_sees_its_share_of_the_same_batches(monkeypatch):
     config = small_config("etp", batch_size=8)
-    rows, store = np.arange(100, 137), SimpleNamespace(parts=[data.Part("x", 0, 200, 1)], set_of=lambda rows: np.zeros(len(rows), int))
-    whole = list(train.Keys(store, rows, config, 0, 3))[4:8]
-    assert {key[:2] for key in whole} == {(0, 1)} and [list(k[2]) for k in train.Keys(store, rows, config, 0, 2, 4)] == [
+    store = SimpleNamespace(parts=[data.Part("x", 0, 200, 1)], set_of=lambda rows: np.zeros(len(rows), int))
+    records = SimpleNamespace(store=store, rows=np.arange(100, 137), config=config)
+    whole = list(train.keys(records, records.rows, 0, 3))[4:8]
+    assert {key[:2] for key in whole} == {(0, 1)} and [list(k[2]) for k in train.keys(records, records.rows, 0, 2, 4)] == [
         list(k[2]) for k in whole]
     assert len(whole) == 4 and len({int(r) for key in whole for r in key[2]}) == 32
     monkeypatch.setattr(models, "world", lambda: 2)
     parts = []
     for rank in range(2):
         monkeypatch.setattr(train.dist, "get_rank", lambda rank=rank: rank)
-        parts.append(list(train.Keys(store, rows, config, 0, 2, 4)))
+        parts.append(list(train.keys(records, records.rows, 0, 2, 4)))
     for key, a, b in zip(whole, *parts):
         assert np.array_equal(key[2], np.concatenate([a[2], b[2]]))
 
 
 def test_text_units():
     tags = ["a", "b", "c"]
-    assert train.sample_tags(tags, "report", np.random.default_rng(0)) == tags
-    assert all(len(train.sample_tags(tags, "tag", np.random.default_rng(s))) == 1 for s in range(9))
-    subsets = [train.sample_tags(tags, "subset", np.random.default_rng(s)) for s in range(50)]
+    assert train.sample_tags(tags, tags, "report", np.random.default_rng(0)) == tags
+    assert all(len(train.sample_tags(tags, tags, "tag", np.random.default_rng(s))) == 1 for s in range(9))
+    subsets = [train.sample_tags(tags, tags, "subset", np.random.default_rng(s)) for s in range(50)]
     assert {len(s) for s in subsets} == {1, 2, 3} and all(set(s) <= set(tags) and len(set(s)) == len(s) for s in subsets)
 
 
@@ -544,7 +548,8 @@ def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, c
     (tmp_path / "recovered.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     store = SimpleNamespace(records=pd.DataFrame({"features": [["a"], ["c", "d", "y"], ["e"]]}))
     tags = data.Tags.of([["x"], ["y"], ["z"]])
-    enriched = train.enrich(store, tags, [0, 1], small_config("fgclep"), tmp_path)
+    records = SimpleNamespace(store=store, tags=tags, config=small_config("fgclep"))
+    enriched = train.enrich(records, [0, 1], tmp_path)
     assert list(enriched) == [["x", "a"], ["y", "a", "c"], ["z"]] and list(tags) == [["x"], ["y"], ["z"]]
     assert json.loads((tmp_path / "recovery.json").read_text()) == {
         "all candidates": {"features": 4, "precision": 0.5, "recall": 2 / 3},
@@ -556,14 +561,15 @@ def test_recovery_of_records_without_features_has_no_precision(tmp_path, capsys)
     """Of the two that candidates were made for, only the second has features to be compared with."""
     lines = [{"row": row, "id": str(row), "feature": "a", "cosine": 0.5, "kept": True} for row in (0, 1)]
     (tmp_path / "recovered.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    store, tags = SimpleNamespace(records=pd.DataFrame({"features": [[], ["a", "b"], ["a"]]})), data.Tags.of([["x"], ["y"], ["z"]])
-    train.enrich(store, tags, [0, 1], small_config("fgclep"), tmp_path)
+    store = SimpleNamespace(records=pd.DataFrame({"features": [[], ["a", "b"], ["a"]]}))
+    records = SimpleNamespace(store=store, tags=data.Tags.of([["x"], ["y"], ["z"]]), config=small_config("fgclep"))
+    train.enrich(records, [0, 1], tmp_path)
     found = json.loads((tmp_path / "recovery.json").read_text())
     assert found["kept by the filter"] == {"features": 1, "precision": 1.0, "recall": 0.5}
     (tmp_path / "recovery.json").unlink()
     (tmp_path / "recovered.jsonl").write_text(json.dumps(lines[0]) + "\n")
     capsys.readouterr()
-    train.enrich(store, tags, [0], small_config("fgclep"), tmp_path)
+    train.enrich(records, [0], tmp_path)
     assert "precision" not in capsys.readouterr().out and not (tmp_path / "recovery.json").exists()
 
 
@@ -695,7 +701,8 @@ def test_several_data_sets_in_one_run(tiny_store, tmp_path, monkeypatch, capsys)
     assert len(lines_of(tmp_path / "runs/x", "terms")) == 3 * ((number + round(more / 2)) // 16)
     assert f"training records: {number} of store:{tiny_store}, {more} of simulated:64; " in capsys.readouterr().out
     both = data.open_all(specs)
-    keys = list(train.Keys(both, np.concatenate([both.rows("train")]), small_config("etp", batch_size=16), 0, 2))
+    records = SimpleNamespace(store=both, rows=both.rows("train"), config=small_config("etp", batch_size=16))
+    keys = list(train.keys(records, records.rows, 0, 2))
     sets = [set(both.set_of(rows)) for _, _, rows in keys]
     assert {0, 1} in sets and all(len(set(rows)) == 16 for _, _, rows in keys)
     halves = [{r for _, e, rows in keys if e == epoch for r in rows if r >= len(store)} for epoch in (0, 1)]
@@ -704,8 +711,8 @@ def test_several_data_sets_in_one_run(tiny_store, tmp_path, monkeypatch, capsys)
 
 def test_validation_sees_no_training_record_and_changes_nothing(tiny_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    seen, look_at = [], train.look_at
-    monkeypatch.setattr(train, "look_at", lambda m, store, tags, rows, *more: seen.append(rows) or look_at(m, store, tags, rows, *more))
+    seen, figures = [], train.Validation.figures
+    monkeypatch.setattr(train.Validation, "figures", lambda self, method: seen.append(self.rows) or figures(self, method))
     store = data.open_data("simulated:200")
     args = ["--method", "merl", "--data", "simulated:200", *TINY]
     train.main([*args, "--name", "a"])
@@ -722,7 +729,11 @@ def test_validation_sees_no_training_record_and_changes_nothing(tiny_store, tmp_
 def test_validation_by_hand(tiny_store):
     """Retrieval and AUROC of vectors that say what the records are."""
     store = data.open_data("simulated:200")
-    tags, rows = data.report_tags(store), store.rows("val")
+    tags = data.report_tags(store)
+    records = train.Records(store, tags, data.Tags.of([()] * len(tags)), small_config("etp"))
+    validation = train.Validation(records, torch.device("cpu"))
+    rows = validation.rows
+    assert sorted(rows) == store.rows("val").tolist()
     texts, own = np.unique([models.join(tags[row]) for row in rows], return_inverse=True)
     classes, labels, _ = data.label_matrix(store.records.iloc[rows], "simulated")
     size = len(texts) + len(classes)
@@ -737,12 +748,11 @@ def test_validation_by_hand(tiny_store):
             place = [axis[t] if t in axis else next(len(texts) + c for c, row in enumerate(prompts) if t in row) for t in said]
             return models.TextViews(None, None, torch.eye(size)[place])
     ecg = np.concatenate([np.eye(len(texts))[own], 0.5 * labels], 1).astype(np.float32)
-    questions = train.questions_of(store, rows, "val")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": ecg})
-        found = train.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
+        found = validation.figures(Oracle())
         patch.setattr(evaluation, "embed_records", lambda *a: {"rhythm": -ecg})
-        wrong = train.look_at(Oracle(), store, tags, rows, torch.device("cpu"), questions)
+        wrong = validation.figures(Oracle())
     assert found["R@1"] == found["R@5"] == 1 and found["auroc"] == {"simulated": 1.0} and found["texts"] == len(texts)
     assert wrong["R@1"] == 0 and wrong["auroc"] == {"simulated": 0.0}
 
