@@ -136,8 +136,8 @@ def read_tensors(path):
     """(named tensors, metadata) in a file of read_file, or in a training checkpoint. Errors: DataError."""
     state, facts = read_file(path)
     if state.get("start"):
-        raise data.DataError(f"{path}: of a run with --init-share, whose weights are drawn towards their start "
-                             "when it saves model.safetensors: use that")
+        raise data.DataError(f"{path}: of a run with --init-share, whose weights are drawn towards their "
+                             "start when it saves model.safetensors: use that")
     for key in ("state_dict", "model", "model_state_dict"):  # what surrounds weights in a training checkpoint
         state = state[key] if isinstance(state.get(key), dict) else state
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -1215,8 +1215,8 @@ def compare(folders, wanted, **options):
                 asked = m.get("records", m.get("queries"))
                 number, other = records.setdefault(label, (asked, folder))
                 if number != asked:
-                    raise data.DataError(f"{label} has {asked} records for {folder}, but {number} for {other}: "
-                                         "name the same for all with --data")
+                    raise data.DataError(f"{label} has {asked} records for {folder}, but {number} for "
+                                         f"{other}: name the same for all with --data")
     if not table:  # --embed has no figures
         return {}
     groups = {}
