@@ -135,7 +135,7 @@ def read_file(path):
 def read_tensors(path):
     """(named tensors, metadata) in a file of read_file, or in a training checkpoint. Errors: DataError."""
     state, facts = read_file(path)
-    if state.get("start"):
+    if isinstance(state.get("start"), dict) and state["start"]:
         raise data.DataError(f"{path}: of a run with --init-share, whose weights are drawn towards their "
                              "start when it saves model.safetensors: use that")
     for key in ("state_dict", "model", "model_state_dict"):  # what surrounds weights in a training checkpoint
