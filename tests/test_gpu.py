@@ -15,7 +15,7 @@ import train
 from csrc import sigmoid, similarity
 from test_csrc import RATES, random_batch, real, recordings, strips  # noqa: F401 (a fixture)
 from test_model import NOTHING_RANDOM, toy_batch, toy_method
-from test_train import TINY, tiny_store  # noqa: F401 (a fixture)
+from test_train import SMALL, TINY, tiny_store  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -69,7 +69,7 @@ def test_a_run_is_stopped_and_resumed(tiny_store, tmp_path, monkeypatch):  # noq
 @pytest.mark.parametrize("method", ["cmelt", "melp"])
 def test_the_methods_with_transformers_train_in_bf16(tiny_store, tmp_path, monkeypatch, method):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    train.main(["--name", "gpu", "--method", method, "--data", f"store:{tiny_store}", *TINY])
+    train.main(["--name", "gpu", "--method", method, "--data", f"store:{tiny_store}", *(SMALL if method == "cmelt" else TINY)])
     assert (tmp_path / "runs/gpu/results.json").exists()
     if method == "melp":
         evaluation.main(["--generate", "--beams", "2", "--run", "runs/gpu"])
