@@ -33,13 +33,14 @@ ABLATION = {  # name of the runs -> flags; each but the last two adds a part of 
     "fgclep-soft-coarse": ["--fine-epochs", "0"],
 }
 LANGUAGE_MODEL = "bench-cardiolm"
+SIMULATED = ["--data", "simulated:16384", "--epochs", "8", "--fine-epochs", "4"]
 VARIANTS = {"cmelt-far": ["--method", "cmelt", "--negatives", "far"],  # N3S
             "melp-rpeak": ["--method", "melp", "--beats", "rpeak"],
             "melp-cardiolm": ["--method", "melp", "--text-model", f"runs/{LANGUAGE_MODEL}"],
-            "fgclep-simulated": ["--method", "fgclep", "--data", "simulated:4096"],
-            "fgclep-reports": ["--method", "fgclep", "--data", "simulated:4096", "--targets", "reports"],
-            "fgclep-mixed": ["--method", "fgclep", "--data", "{data},simulated:4096"],
-            "fgclep-init": ["--method", "fgclep", "--init", "runs/bench-fgclep-simulated-{seed}"]}
+            "fgclep-simulated": ["--method", "fgclep", *SIMULATED],
+            "fgclep-reports": ["--method", "fgclep", *SIMULATED, "--targets", "reports"],
+            "fgclep-mixed": ["--method", "fgclep", "--data", "{data},simulated:16384*0.25"],
+            "fgclep-init": ["--method", "fgclep", "--init", "runs/bench-fgclep-simulated-{seed}", "--init-share", "0.5"]}
 
 
 def train(name, flags):
