@@ -1819,7 +1819,7 @@ def configure(method=Config.method, preset=Config.preset, **given):
     for name in TYPES:
         check_setting(name, getattr(config, name))
     takes = encoder_settings(config.encoder)
-    for name in {"width", "patch"} & given.keys() - set(takes):
+    for name in sorted({"width", "patch"} & given.keys() - set(takes)):
         raise ModelError(f"{flag(name)} is not a setting of --encoder {config.encoder}: leave it out")
     if "patch" in takes and config.patch > SECONDS * config.rate:
         raise ModelError(f"--patch {config.patch} is longer than a record of {SECONDS * config.rate} samples")
