@@ -424,7 +424,6 @@ class Blend:
         for name, x in self.start.items():
             self.live[name].lerp_(x, self.share)
         try:
-            self.fill(self.state["mean"])
             yield
         finally:
             for name, x in learned.items():
