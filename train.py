@@ -421,9 +421,9 @@ class Blend:
     def used(self):
         """Within, the blend is in the method."""
         learned = {name: self.live[name].clone() for name in self.start}
-        for name, x in self.start.items():
-            self.live[name].lerp_(x, self.share)
         try:
+            for name, x in self.start.items():
+                self.live[name].lerp_(x, self.share)
             yield
         finally:
             for name, x in learned.items():
