@@ -1679,7 +1679,7 @@ class Config:
     """The small default, made for two CPU cores; a method's own and --preset paper are in METHODS."""
     method: str = "fgclep"  # etp|merl|cmelt|melp|fgclep; FILE.py:Class; cardiolm: for --text-model
     preset: Literal["small", "paper"] = "small"  # paper: the method's published recipe
-    data: str = "simulated:16384*0.2"  # simulated[:N], ptbxl|mimic|cpsc2018|csn|georgia|wfdb|store:DIR,
+    data: str = "simulated:8192*0.35"  # simulated[:N], ptbxl|mimic|cpsc2018|csn|georgia|wfdb|store:DIR,
                                        # csv:FILE; A,B*2: see docs/training.md
     init: str = ""  # weights to start from: a run folder, or merl:FILE, melp:FILE, dbeta:FILE as published
     init_share: Share = 0.0  # of these in the weights that are saved (train.Blend)
