@@ -982,6 +982,18 @@ def test_mimic_ids_that_were_floats_and_rows_that_occur_twice(tmp_path):
 
 # ---- a store is kept while its source and its makers are the same -------------------------------------------------------
 
+@pytest.mark.parametrize("value", ["NaN", "-1", "101", "Infinity"])
+def test_a_likelihood_is_from_0_to_100(value):
+    assert data.labels_of('{"SR": 0, "AFIB": 100}', "x") == {"SR": 0, "AFIB": 100}
+    with pytest.raises(data.DataError, match="x: the likelihood of SR, .* is not from 0 to 100; write codes"):
+        data.labels_of(f'{{"SR": {value}}}', "x")
+
+
+def test_an_age_is_a_plain_number():
+    assert data.person(" 71.0 ", "m") == dict(age="71", sex="M") and data.person("1_0", "F") == dict(age="", sex="F")
+    assert data.person("121", "") == data.person("nan", "x") == dict(age="", sex="")
+
+
 @pytest.mark.parametrize("kind", ["another name", "segments"])
 def test_a_signal_file_of_another_name_that_changed_is_seen(tmp_path, kind):
     source, folder = csv_source(tmp_path / "src", 3), tmp_path / "src"
