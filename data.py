@@ -897,27 +897,32 @@ def survey(settings):
     if settings["source"] == "simulated":  # the settings say all
         return digest.hexdigest(), int(settings["src"]), int(settings["src"])
     for row in SOURCES[settings["source"]](settings):
-        found = []
-        for file in files_of(row["path"]) if "path" in row else ():
-            with contextlib.suppress(OSError, ValueError):
-                status = os.stat(file)
-                found.append((file.removeprefix(row["path"]), status.st_size, status.st_mtime_ns))
+        found = stamps(row["path"]) if "path" in row else []
         digest.update(json.dumps([row, found]).encode())
         total, usable = total + 1, usable + ("skip" not in row)
     return digest.hexdigest(), total, usable
 
 
-def files_of(path):
-    """What the WFDB record at path is read from, as far as can be told: its header, and the signal file of
-    its name, as nearly all have it; else the signal files and segments that the header names."""
-    usual = [path + suffix for suffix in (".hea", ".dat", ".mat")]
-    with contextlib.suppress(OSError, ValueError):  # whatever is wrong with it is said when it is read
-        if not any(map(os.path.exists, usual[1:])):
+def stamps(path):
+    """Ending, size and time of change of what the WFDB record at path is read from: its header and the signal
+    file of its name, as nearly all have it; else the signal files and segments that the header names."""
+    found = []
+
+    def note(*files):
+        for file in files:
+            with contextlib.suppress(OSError, ValueError):
+                status = os.stat(file)
+                found.append((file.removeprefix(path), status.st_size, status.st_mtime_ns))
+
+    named = lambda record: [record + suffix for suffix in (".hea", ".dat", ".mat")]
+    note(*named(path))
+    if len(found) == 1:
+        with contextlib.suppress(OSError, ValueError):  # whatever is wrong with it is said when it is read
             header = read_header(path)
-            segments = [beside(path, name) for name, _ in header.segments if name != "~"]
-            usual += [leads[0].file for leads in header.files]
-            usual += [segment + suffix for segment in segments for suffix in (".hea", ".dat", ".mat")]
-    return usual
+            note(*(leads[0].file for leads in header.files))
+            for name, _ in header.segments:
+                note(*named(beside(path, name)))
+    return found
 
 
 def build(settings, plan, total, dst, workers):
@@ -1395,7 +1400,8 @@ KNOWLEDGE = {  # the shape of prompts.json
 @lru_cache
 def knowledge():
     """prompts.json: findings by SCP code or name, codes as the sources write them (-> SNOMED number or
-    finding), label sets with their prompts, classes joined for transfer, lexicon, the simulator's tables."""
+    finding), label sets with their prompts, classes joined for transfer, lexicon, the simulator's tables, the
+    question of --llm."""
     return read_knowledge(os.path.join(HERE, "prompts.json"))
 
 
