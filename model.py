@@ -395,10 +395,13 @@ def encoder_class(name):
     return load_class(name, nn.Module) if is_file(name) else ENCODERS[name][0]
 
 
+OF_ENCODERS = "width", "patch"  # settings that an encoder has if its class takes arguments of these names
+
+
 def encoder_settings(name):
-    """Those of --width and --patch that an encoder has: its class takes arguments of these names."""
+    """Those of OF_ENCODERS that an encoder has. Errors: ModelError."""
     arguments = inspect.signature(encoder_class(name)).parameters
-    return [setting for setting in ("width", "patch") if setting in arguments]
+    return [setting for setting in OF_ENCODERS if setting in arguments]
 
 
 def build_encoder(name, leads, samples, **settings):
@@ -1819,7 +1822,7 @@ def configure(method=Config.method, preset=Config.preset, **given):
     for name in TYPES:
         check_setting(name, getattr(config, name))
     takes = encoder_settings(config.encoder)
-    for name in sorted({"width", "patch"} & given.keys() - set(takes)):
+    for name in [name for name in OF_ENCODERS if name in given and name not in takes]:
         raise ModelError(f"{flag(name)} is not a setting of --encoder {config.encoder}: leave it out")
     if "patch" in takes and config.patch > SECONDS * config.rate:
         raise ModelError(f"--patch {config.patch} is longer than a record of {SECONDS * config.rate} samples")
@@ -1839,7 +1842,7 @@ def settings_of(config):
     the config.json that they are written to, and has no folder."""
     mine = [*recipe(config.method)[0].settings, *encoder_settings(config.encoder)]
     settings = {name: value for name, value in dataclasses.asdict(config).items()
-                if name in mine or not owners(name) and name not in ("width", "patch")}
+                if name in mine or not owners(name) and name not in OF_ENCODERS}
     return settings | {name: os.path.basename(settings[name]) for name in own_files(config)}
 
 

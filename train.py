@@ -413,21 +413,21 @@ class Blend:
 
     def __init__(self, method, share, start):
         learned = {name: p.detach() for name, p in method.named_parameters() if p.requires_grad}  # tied: once
-        self.share, self.live = share, learned | dict(method.named_buffers())
-        self.start = {name: start[name].to(x) for name, x in self.live.items()
-                      if share and name in start and x.is_floating_point()}
+        self.share, live = share, learned | dict(method.named_buffers())
+        self.live = {name: x for name, x in live.items() if share and name in start and x.is_floating_point()}
+        self.start = {name: start[name].to(x) for name, x in self.live.items()}
 
     @contextlib.contextmanager
     def used(self):
         """Within, the blend is in the method."""
-        learned = {name: self.live[name].clone() for name in self.start}
+        learned = {name: x.clone() for name, x in self.live.items()}
         try:
-            for name, x in self.start.items():
-                self.live[name].lerp_(x, self.share)
+            for name, x in self.live.items():
+                x.lerp_(self.start[name], self.share)
             yield
         finally:
-            for name, x in learned.items():
-                self.live[name].copy_(x)
+            for name, x in self.live.items():
+                x.copy_(learned[name])
 
 
 def rate_at(update, updates, config):
@@ -997,12 +997,11 @@ def cost(method, blend, seconds, left, device):
 def train(records, stages, run, device):
     """Train, or continue a run -> whether it came to its end, or was stopped."""
     config, store, truth = records.config, records.store, records.truth
-    unknown = records.unknown()
     checkpoint, proposals = read_checkpoint(run, config.save_every), None
     if config.wandb and rank() == 0:
         start_wandb(config, run)
     if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
-        proposals = ask_llm(run, config.llm, [records.tags[row] for row in unknown], device)
+        proposals = ask_llm(run, config.llm, [records.tags[row] for row in records.unknown()], device)
     text = make_text(config, run, records.reports, device, checkpoint is None)
     torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
     method = models.build_method(config, text).to(device)
@@ -1015,6 +1014,7 @@ def train(records, stages, run, device):
         dist.broadcast(tensor, 0)
     optimiser, cuda = make_optimiser(method, config), device.type == "cuda"
     blend = Blend(method, config.init_share, start)
+    del start  # a share of 0 keeps no copy of the weights
     update = restore(checkpoint, run, method, optimiser) if checkpoint else 0
     log = watch = validation = None
     if rank() == 0:
@@ -1037,9 +1037,9 @@ def train(records, stages, run, device):
         if stage.name == "fine":
             if rank() == 0 and update == stage.first:  # a run that is resumed within the stage reads them
                 with blend.used():
-                    recover_features(method, records, unknown, proposals, run, device)
+                    recover_features(method, records, stage.rows, proposals, run, device)
             from_first()
-            records = Records(store, enrich(records, unknown, run), truth, config)
+            records = Records(store, enrich(records, stage.rows, run), truth, config)
         if getattr(method, "text", None) and method.text.frozen and "text_pooling" in method.settings:
             with autocast(config, device):
                 method.text.keep(records.step_texts(), lambda parts: tqdm(parts, "texts", leave=False))
