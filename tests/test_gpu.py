@@ -14,8 +14,10 @@ import test_similarity
 import train
 from csrc import sigmoid, similarity
 from test_csrc import RATES, random_batch, real, recordings, strips  # noqa: F401 (a fixture)
-from test_model import NOTHING_RANDOM, toy_batch, toy_method
-from test_train import SMALL, TINY, tiny_store  # noqa: F401 (a fixture)
+from test_model import (CHUNKED, NOTHING_RANDOM, test_chunks_give_the_gradients_of_all_at_once as compare_chunks, toy_batch,
+                        toy_method)
+from test_train import (SMALL, TINY, test_a_mixed_run_recovers_for_real_records_only,  # noqa: F401 (here on a GPU)
+                        test_a_run_is_drawn_towards_its_start_and_resumes, tiny_store)  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -38,13 +40,18 @@ def test_loss_and_gradients_are_those_of_the_cpu(monkeypatch, name, options):
         assert (g - grads[1][n]).abs().max() < 2e-3 * top, (n, ((g - grads[1][n]).abs().max() / top).item())
 
 
-@pytest.mark.parametrize("flags", [[], ["--compile"], ["--accumulate", "2"], ["--precision", "float32"],
+@pytest.mark.parametrize("name, options", CHUNKED)
+def test_chunks_give_the_gradients_of_all_at_once(name, options):
+    compare_chunks(name, options, 3, "cuda")
+
+
+@pytest.mark.parametrize("flags", [[], ["--targets", "truth"], ["--compile"], ["--accumulate", "2"], ["--precision", "float32"],
                                    ["--method", "merl", "--workers", "2"], ["--method", "etp", "--compile"],
                                    ["--method", "merl", "--chunk", "6"], ["--method", "melp", "--recompute"]])
 def test_training_runs_to_its_table(tiny_store, tmp_path, monkeypatch, flags):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     train.main(["--name", "gpu", "--data", f"store:{tiny_store}", *TINY, *flags,
-                *["--fine-epochs", "1", "--targets", "reports"] * ("--method" not in flags)])
+                *["--fine-epochs", "1"] * ("--method" not in flags), *["--targets", "reports"] * (not {"--method", "--targets"} & {*flags})])
     assert (tmp_path / "runs/gpu/results.json").exists()
     log = [json.loads(line) for line in open(tmp_path / "runs/gpu/log.jsonl")]
     assert [line["update"] for line in log if "terms" in line] == list(range(1, log[-1]["update"] + 1))

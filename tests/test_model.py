@@ -385,24 +385,24 @@ def one_by_one(method, batch, size):
 
 @pytest.mark.parametrize("size", [3, 1, 8])
 @pytest.mark.parametrize("name, options", CHUNKED)
-def test_chunks_give_the_gradients_of_all_at_once(name, options, size):
+def test_chunks_give_the_gradients_of_all_at_once(name, options, size, device="cpu"):
     """To ten digits, with dropout, masks and negatives drawn again alike, and BatchNorm counted once."""
     if size == 1 and name == "merl":
         pytest.skip("BatchNorm of one record has no variance to speak of")
     results = []
     for how in ("all at once", "chunks"):
-        method = toy_method(name, **options).double()
+        method = toy_method(name, **options, precision="float32").double().to(device)
         for module in method.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.1
         if name == "merl":
             method.config.uma_dropout = 0.3
         batch = toy_batch()
-        batch = batch._replace(ecg=batch.ecg.double())
+        batch = batch._replace(ecg=batch.ecg.double().to(device), peaks=batch.peaks.to(device))
         torch.manual_seed(3)
         if how == "chunks":
             method.config.chunk, method.config.accumulate = size, 1
-            terms = train.chunked(method, batch, method.config, torch.device("cpu"))
+            terms = train.chunked(method, batch, method.config, torch.device(device))
         else:
             terms = one_by_one(method, batch, size)
             method.weighted(terms).backward()
