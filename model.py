@@ -175,10 +175,10 @@ class BatchNorm(nn.SyncBatchNorm):
     nn.SyncBatchNorm cannot run. x: (B, C) or (B, C, T)."""
 
     def forward(self, x):
-        if x.is_cuda and x.dim() == 3:  # (B, C, 1, T): the kernels for channels last are twice as fast
-            return super().forward(x.unsqueeze(2)).squeeze(2)
         if world() == 1 or not self.training or x.is_cuda:
-            return super().forward(x)
+            if x.dim() == 2:
+                return super().forward(x)
+            return super().forward(x.unsqueeze(2)).squeeze(2)  # (B, C, 1, T): kernels for channels last
         f, axes = wide(x), [0] if x.dim() == 2 else [0, 2]
         count = f.numel() / f.shape[1] * world()
         mean = all_reduce(f.sum(axes, keepdim=True)) / count                   # (1, C) or (1, C, 1)
@@ -208,13 +208,11 @@ def replaying(model):
 
 
 class Conv(nn.Conv1d):
-    """nn.Conv1d without bias. x: (B, C, T). On a GPU computed as a 2-D one, in and out in the order (B, T, C)
-    of memory, which what is elementwise keeps: cuDNN need not turn every tensor round, a fifth of a ResNet's
-    time."""
+    """nn.Conv1d without bias. x: (B, C, T). Computed as a 2-D one, in and out in the order (B, T, C) of memory
+    (channels last), which what is elementwise keeps: a ResNet takes less than half the time on a GPU, and 0.7
+    to 0.85 of it on a CPU."""
 
     def forward(self, x):
-        if not x.is_cuda:
-            return super().forward(x)
         x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         stride, padding = (1, *self.stride), (0, *self.padding)
         return F.conv2d(x, self.weight.unsqueeze(2), None, stride, padding).squeeze(2)

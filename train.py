@@ -403,7 +403,7 @@ def make_optimiser(method, config):
             groups[config.weight_decay if decays else 0.0, scale].append(p)
     groups = [{"params": groups[decay, scale], "weight_decay": decay, "scale": scale}
               for decay, scale in sorted(groups, reverse=True)]
-    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=groups[0]["params"][0].is_cuda)
+    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=True)
 
 
 class Blend:
