@@ -1128,7 +1128,8 @@ def measured(known):
             shown = entry(title.split()[0], found["options"] | {"data": ()})
             for place, m in flat(found["results"]).items():
                 figure, how = figure_text(over_runs([m])), ", ".join(filter(None, (task, *place)))
-                yield f"| {how} | {shown} | {m.get('what', 'AUROC')} {figure} | {m.get('records', '-')} |"
+                yield f"| {how} | {shown} | {m.get('what', 'AUROC')} {figure} | "\
+                      f"{m.get('records', m.get('queries', '-'))} |"
 
 
 # ---- many runs ---------------------------------------------------------------------------------------------
@@ -1272,6 +1273,7 @@ def parse(argv):
     for task, function in TASKS.items():
         note = " ".join(function.__doc__.split("\n\n")[0].split()).replace("%", "%%")
         add(f"--{task}", nargs="*" if task in ("transfer", "generate") else "+", metavar="SET", help=note)
+    add("--task", nargs="+", metavar=("FILE.py:FUNCTION", "SET"), help="a task of your own: docs/fork.md")
     add("--look", nargs="+", metavar=("RECORD", "TEXT"), help="where it is seen in a WFDB record, SPEC:ID")
     add("--run", help="run folder [the newest in runs/]")
     add("--export", metavar="DIR", help="a folder to publish: weights, config, tokenizer, model card")
@@ -1294,6 +1296,13 @@ def parse(argv):
     add("--epochs", type=int, help="of training with labels [10]")
     add("--beams", type=int, help="of --generate; 1: greedy")
     given = vars(parser.parse_args(argv))
+    if "task" in given:
+        spec, *sets = given.pop("task")
+        name = spec.rpartition(":")[2]
+        ours = [task for task, function in TASKS.items() if function.__module__ == __name__]
+        if name in (*ours, *DEFAULTS, "look", "run", "export", "compare"):
+            parser.error(f"--task {spec}: there is a --{name} here: give your function another name")
+        TASKS[name], given[name] = models.load_own(spec), sets
     ask, texts = SimpleNamespace(**DEFAULTS | {"leads": ()} | given), given.get("look", ("", "x"))[1:]
     leads = {lead: data.lead_index(lead) for lead in ask.leads}
     for wrong, sentence in (

@@ -208,9 +208,9 @@ def replaying(model):
 
 
 class Conv(nn.Conv1d):
-    """nn.Conv1d without bias. x: (B, C, T). Computed as a 2-D one, in and out in the order (B, T, C) of memory
-    (channels last), which what is elementwise keeps: a ResNet takes less than half the time on a GPU, and 0.7
-    to 0.85 of it on a CPU."""
+    """nn.Conv1d without bias. x: (B, C, T). Computed as a 2-D one, in and out in the order (B, T, C) of
+    memory (channels last), which what is elementwise keeps: a ResNet takes less than half the time on a GPU,
+    and 0.7 to 0.85 of it on a CPU."""
 
     def forward(self, x):
         x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
@@ -390,7 +390,7 @@ def encoder_class(name):
     """Errors: ModelError."""
     if not is_file(name) and name not in ENCODERS:
         raise ModelError(f"unknown --encoder {name!r}: use {', '.join(ENCODERS)}, or FILE.py:Class")
-    return load_class(name, nn.Module) if is_file(name) else ENCODERS[name][0]
+    return load_own(name, nn.Module) if is_file(name) else ENCODERS[name][0]
 
 
 OF_ENCODERS = "width", "patch"  # settings that an encoder has if its class takes arguments of these names
@@ -428,7 +428,7 @@ def build_own(cls, leads, samples, settings):
     return encoder.train()
 
 
-# ---- FILE.py:Class, a method or an encoder of one's own ----------------------------------------------------
+# ---- FILE.py:NAME, a method, an encoder or a task of one's own ---------------------------------------------
 
 def is_file(name):
     return ".py:" in name
@@ -440,14 +440,16 @@ def own_files(config):
             if is_file(spec := getattr(config, name))}
 
 
-def load_class(spec, kind):
-    """The subclass of kind that "FILE.py:Class" names; the file is run, again only if it has changed, and may
-    import model. Errors: ModelError."""
+def load_own(spec, kind=None):
+    """The subclass of kind, or the function, that "FILE.py:NAME" names; the file is run, again only if it has
+    changed, and may import model, and eval. Errors: ModelError."""
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         raise ModelError(f"{spec}: there is no file {path}")
     found = getattr(load_file(os.path.abspath(path), os.stat(path).st_mtime_ns), name, None)
-    if not isinstance(found, type) or not issubclass(found, kind):
+    if kind is None and not callable(found):
+        raise ModelError(f"{path} has no function {name}")
+    if kind and not (isinstance(found, type) and issubclass(found, kind)):
         raise ModelError(f"{path} has no class {name} made from {kind.__module__}.{kind.__name__}")
     return found
 
@@ -1778,7 +1780,7 @@ def recipe(method):
         if method not in METHODS:
             raise ModelError(f"unknown method {method!r}: use {', '.join(METHODS)}, or FILE.py:Class")
         return METHODS[method]
-    cls = load_class(method, Method)
+    cls = load_own(method, Method)
     of = {known: defaults for known, *defaults in METHODS.values()}
     small, paper = next((of[base] for base in cls.__mro__ if base in of), ({}, {}))
     return cls, small | cls.small, paper | cls.paper

@@ -127,12 +127,12 @@ class Drawn(NamedTuple):
 class Records(torch.utils.data.Dataset):
     """(stage, epoch, rows) -> Drawn. What is random about a record follows from (seed, stage, epoch, row)
     alone: any number of processes, and a resumed run, see the same. tags: data.Tags, of the reports; truth:
-    of what is true, none where that is not known or not asked for; rows: training records with a report."""
+    of what is true, none where that is not known or not asked for; rows, val_rows: training and validation
+    records with a report."""
 
     def __init__(self, store, tags, truth, config):
         self.store, self.tags, self.truth, self.config = store, tags, truth, config
-        self.rows = store.rows("train")
-        self.rows = self.rows[tagged(tags, self.rows)]
+        self.rows, self.val_rows = (rows[tagged(tags, rows)] for rows in map(store.rows, ("train", "val")))
 
     def whole(self, row):
         """What a record's report says, and behind it what else is true."""
@@ -142,6 +142,10 @@ class Records(torch.utils.data.Dataset):
     def unknown(self):
         """Training records whose truth is not known."""
         return self.rows[~tagged(self.truth, self.rows)]
+
+    def validated(self):
+        """Will a run look at validation records? It needs two."""
+        return self.config.eval_every > 0 and len(self.val_rows) > 1
 
     def reports(self):
         return [models.join(self.whole(row)) for row in self.rows]
@@ -261,6 +265,9 @@ def plan_stages(records):
     if config.chunk and 1 in (config.chunk, share % config.chunk):
         raise data.DataError(f"--chunk {config.chunk} of {share} records leaves a chunk of one, which "
                              "BatchNorm cannot normalise: choose another")
+    if config.keep == "best" and not records.validated():
+        raise data.DataError("--keep best: there is nothing to choose by; it needs two validation records "
+                             "with a report, and --eval-every over 0")
     return stages
 
 
@@ -753,9 +760,7 @@ class Validation:
     augmentation, in whole batches, then figures. Nothing is chosen by it unless --keep best asks."""
 
     def __init__(self, records, device):
-        rows = records.store.rows("val")
-        rows = rows[tagged(records.tags, rows)]
-        self.rows = np.random.default_rng(records.config.seed).permutation(rows)[:2000]
+        self.rows = np.random.default_rng(records.config.seed).permutation(records.val_rows)[:2000]
         self.records, self.config, self.device = records, records.config, device
         self.questions = []  # of label sets: (name, places in rows, labels (R, C), C lists of texts)
         for name in data.sets_of(records.store, "val"):
@@ -1056,13 +1061,9 @@ def train(records, stages, run, device):
             watch = Watch(probe, method, config, warm)
             if update > stage.first:
                 watch.state = checkpoint["watch"]
-            validation = Validation(records, device) if config.eval_every else None
-            if validation and len(validation.rows) < 2:
-                validation = None
+            validation = Validation(records, device) if records.validated() else None
+            if config.eval_every and not validation:
                 print(f"{config.data}: fewer than two validation records with a report: no validation curve")
-            if config.keep == "best" and not validation:
-                raise data.DataError("--keep best: there is nothing to choose by; it needs validation "
-                                     "records, and --eval-every over 0")
         update = train_stage(stage, update, method, optimiser, blend, batches, config, run, device,
                              Ledger(method, store.ids, log, watch), validation)
         if update < stage.end:

@@ -712,6 +712,32 @@ def own_classes(folder, **words):
     return path
 
 
+def test_a_task_of_ones_own(run, simulated, tmp_path, monkeypatch, capsys):
+    """The one in docs/fork.md, computed anew by hand; what is no task is a sentence."""
+    monkeypatch.setattr(evaluation, "TASKS", {**evaluation.TASKS})
+    code = re.search(r"```python\n(from eval .*?)```", (ROOT / "docs/fork.md").read_text(), re.S)[1]
+    (tmp_path / "my.py").write_text(code + "\nprobe = nearest\n")
+    start = f"--run {run} --data simulated:200"
+    ask(f"{start} --task my.py:nearest simulated")
+    assert "nearest" in capsys.readouterr().out
+    [found] = evaluation.known_results(run)["nearest"].values()
+    opened = evaluation.open_run(run, asking())
+    q = evaluation.ask_set("simulated", opened.config, asking(data=["simulated:200"]))
+    unit = lambda part: [x / np.linalg.norm(x) for x in evaluation.embed_records(opened.method, q.store, part.rows, "cpu")["features"]]
+    known = unit(q.train)
+    guessed = np.array([q.train.labels[max(range(len(known)), key=lambda i: known[i] @ x)] for x in unit(q.test)])
+    used = q.test.labels.any(0) & ~q.test.labels.all(0)
+    expected = roc_auc_score(q.test.labels[:, used], guessed[:, used].astype(float))
+    assert found["results"][""]["nearest"]["macro"]["auroc"] == pytest.approx(expected)
+    for spec, sentence in (("my.py:missing", "my.py has no function missing"), ("other.py:x", "there is no file other.py"),
+                           ("nearest", "nearest: there is no file")):
+        with pytest.raises(models.ModelError, match=sentence):
+            ask(f"{start} --task {spec} simulated")
+    with pytest.raises(SystemExit):
+        ask(f"{start} --task my.py:probe simulated")
+    assert "there is a --probe here" in capsys.readouterr().err
+
+
 def test_several_tasks_end_to_end(run, tmp_path, capsys):
     """The run's own data are gone; what cannot be done does not keep the others from being done."""
     classes = own_classes(tmp_path, AFIB="atrial fibrillation", NORM="normal ecg", PVC="ventricular ectopics")

@@ -771,6 +771,7 @@ def test_the_best_weights_are_kept_where_that_is_asked_for(tmp_path, monkeypatch
         "update": looks[1]["update"], "of": "train", "lowest validation loss": 1.0}
     with pytest.raises(data.DataError, match="--keep best: there is nothing to choose by"):
         train.main(["--method", "etp", "--data", f"store:{tiny_store}", "--keep", "best", "--eval-every", "0", *TINY])
+    assert [run.name for run in (tmp_path / "runs").iterdir()] == ["x"]
 
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path, monkeypatch, capsys, tiny_store):
