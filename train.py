@@ -363,8 +363,11 @@ def start_from(init, method):
         kind, (state, _) = published[0], evaluation.read_tensors(published[1])
         names = models.published()[kind]["names"]
         state = models.with_our_leads(models.rename(state, names), kind)
+        before = models.configure(models.published()[kind]["method"], "paper", data="")
     else:
-        state, _ = evaluation.read_tensors(Path(init) / "model.safetensors")
+        (before, _), (state, facts) = evaluation.read_config(init), evaluation.read_tensors(
+            Path(init) / "model.safetensors")
+        data.compare_checksums(init, json.loads(facts.get("files", "{}")))  # words of another would be silent
     ours = method.state_dict()
     taken = {name: value.reshape(ours[name].shape) for name, value in state.items()
              if name in ours and models.same_shape(value, ours[name])}
@@ -380,6 +383,9 @@ def start_from(init, method):
     for what, names in parts.items():
         if names:
             print(f"  {len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
+    for name in ("rate", "normalise"):  # the weights fit, but what they have seen was another signal
+        if (was := getattr(before, name)) != (now := getattr(method.config, name)):
+            print(f"  learned with {models.flag(name)} {was}: this run has {now}")
     return taken
 
 

@@ -784,17 +784,22 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, monkeypatch, capsys,
     train.main(["--method", "fgclep", "--name", "first", *args])
     first = load_file(tmp_path / "runs/first/model.safetensors")
     capsys.readouterr()
-    train.main(["--method", "merl", "--name", "second", "--init", "runs/first", *args])
+    train.main(["--method", "merl", "--name", "second", "--init", "runs/first", "--normalise", "record", *args])
     out, second = capsys.readouterr().out, made[-1]
     same = {k for k in second if k in first and second[k].shape == first[k].shape}
     assert all(torch.equal(second[k], first[k]) for k in same) and {k for k in first if k.startswith(("ecg.", "text."))} <= same
     assert "--init " in out and "left as they were made: down.bias" in out and "project_ecg" in out
+    assert "learned with --normalise mv: this run has record" in out and "--rate" not in out
     words = [json.loads((tmp_path / f"runs/{name}/tokenizer/tokenizer.json").read_text())["model"] for name in ("first", "second")]
     assert words[0] == words[1]
     with pytest.raises(models.ModelError, match="nothing of its ECG encoder fits a vit_tiny"):
         train.main(["--method", "etp", "--init", "runs/first", "--encoder", "vit_tiny", *args[:2], *SMALL])
     with pytest.raises(data.DataError, match="not a run folder"):
         train.main(["--method", "etp", "--init", "runs/none", *args])
+    with open(tmp_path / "runs/first/tokenizer/tokenizer.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(data.DataError, match="tokenizer.json: damaged, and the rest was made with it"):
+        train.main(["--method", "etp", "--init", "runs/first", *args])
 
 
 def test_the_language_model_learns_at_a_rate_of_its_own():
