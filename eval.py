@@ -1111,8 +1111,9 @@ def export(run, folder):
     sets = {name: {c: row["prompts"] for c, row in data.label_set(name).items()}
             for name in data.LABEL_SETS if name not in data.OCCURRING}
     made_by = {k: v for k, v in read_config(run)[1].items() if k not in models.own_files(config)}
-    here = "data", "init", "text_model", "name", "llm"
-    settings = {k: "" if k in here else v for k, v in models.settings_of(config).items()}
+    settings = models.settings_of(config)
+    here = dict.fromkeys(("data", "init", "text_model", "name", "llm"), "") | {"init_share": 0.0}
+    settings |= {k: v for k, v in here.items() if k in settings}
     settings |= {"made_by": made_by, "about": signal | {"label_sets": sets}}
     data.write_text(folder / "config.json", json.dumps(settings, indent=1))
     data.write_text(folder / "README.md", CARD.format(

@@ -864,6 +864,9 @@ def test_signals_that_are_none(change, words):
 
 
 def test_a_run_is_exported(run, tmp_path, monkeypatch):
+    """Also one that was drawn towards its start, which lies elsewhere."""
+    began = {"init": str(tmp_path / "first"), "init_share": 0.5}
+    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | began))
     ask(f"--run {run} --data simulated:200 --zeroshot simulated --split all --export published")
     known = evaluation.known_results(run)["zeroshot"]["simulated data=simulated:200 split=all"]["results"]
     shutil.rmtree(run)
