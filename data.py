@@ -1952,8 +1952,9 @@ class Findings:
 # Every wave is a Gaussian lobe with a direction in space (x to the left, y down, z to the back; mV). The
 # dipole becomes I, II, V1-V6 by Dower's matrix (Dower et al., Clin Cardiol 1980; Edenbrandt & Pahlm, J
 # Electrocardiol 1988), perturbed for every patient; the other limb leads follow from I and II. A disease
-# changes lobes or the clock that fires them. Labels come from the drawn parameters and the noise-free beat:
-# they say what the record shows; a report may say less. No recording is used when it runs.
+# changes lobes or the clock that fires them: rows of prompts.json, "simulator", see docs/simulator.md. Labels
+# come from the drawn parameters and the noise-free beat: they say what the record shows; a report may say
+# less. No recording is used when it runs.
 
 SIMULATED = 4096  # records, if no number is given
 EVENLY = 0.5      # share of the records of which one of the tables TOP is drawn evenly over its findings
@@ -1965,7 +1966,6 @@ LIMBS = np.eye(12, 8, -4)  # I, II, V1..V6 -> twelve leads
 LIMBS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
 LOBES = "QRLSEJHT"
 Q, R, L, S, E, J, H, T = range(8)  # septum, apex, free wall, base, extra; ST; rise and top of T
-# prompts.json, "simulator", has a row for what each finding does: docs/simulator.md explains them.
 
 
 @lru_cache(1)
@@ -2161,8 +2161,7 @@ def _amplitudes(v, w, leads):
 
 def _measure(c, p):
     """The noise-free beat as a cardiologist measures it: (n, 12) in mV, or (n, 1) in s, degrees, 1/min."""
-    step, d = .004, p["qrs"][:, None, None]
-    t = np.arange(0, .6, step)
+    step, d, t = .004, p["qrs"][:, None, None], np.arange(0, .6, .004)
     center, width = (x[..., None] for x in _times(p, np.ones(CHUNK)))
     lobes = np.exp(-.5 * ((t - center) / width).astype(np.float32) ** 2)
     beat = (LIMBS @ _amplitudes(p["v"], p["w"], p["leads"]).swapaxes(1, 2)).astype(np.float32) @ lobes
@@ -2195,8 +2194,7 @@ def _label(c, p, m):
     ill = np.any([on for name, on in f.items() if name in findings and name not in table["harmless"]], 0)
     f["NORM"] = c["sinus"] & (p["rate"] > 45) & (p["rate"] < 110) & ~ill
     f["abnormal ecg"] = ~f["NORM"]
-    names, codes, features = np.array(list(f), object), [], []
-    shapes = waveform_features()
+    names, codes, features, shapes = np.array(list(f), object), [], [], waveform_features()
     for on in np.array(list(f.values())).T:
         found = list(names[on])
         codes.append({k: 100.0 for k in found if k in findings})
@@ -2217,8 +2215,7 @@ def _rhythm(rng, c, p, seconds):
     runs, period = c["BIGU"] | c["TRIGU"], np.where(c["BIGU"], 2, 3)
     early = ventricular | c["PAC"] | c["SVARR"]
     often, due = np.where(c["SVARR"], .3, .12), uni(.15, .7) * seconds  # by then, one early beat is sure
-    ratio, cycle = p["ratio"], p["cycle"]
-    grow = c["2AVB"] * c["wenckebach"] * uni(.04, .09)
+    ratio, cycle, grow = p["ratio"], p["cycle"], c["2AVB"] * c["wenckebach"] * uni(.04, .09)
     t, gap, since, out = -1.5 - uni(0, 1.2) * base, base, np.zeros(n), []
     was = met = sinus & False
     for k in range(beats):
@@ -2302,8 +2299,7 @@ def _fire_all(rng, c, p, clock, rate, samples):
     for when, on in ((clock["qrs"], c["PACE"]), (clock["p"], both)):
         i, _, at = events(when, on[:, None])
         fire(i, at, -.04, waves(at, np.full((len(i), 1), -.006), .3 / rate, spike[i], -.04, .03))
-    i, at = np.concatenate(peaks, 1)
-    rows = np.concatenate(rows)  # each has a one in the matrix, so that waves add up where they meet
+    (i, at), rows = np.concatenate(peaks, 1), np.concatenate(rows)  # of waves, which add up where they meet
     place = csc_array((np.ones(rows.size, np.float32), rows, np.arange(rows.size + 1, dtype=np.int32)),
                       (CHUNK * (samples + 2 * pad), rows.size))
     out = (place @ np.concatenate(fired)).reshape(CHUNK, -1, 8)[:, pad:-pad].swapaxes(1, 2)
@@ -2392,10 +2388,9 @@ def _report(rng, codes, features):
     findings = knowledge()["findings"]
     spoken = lambda k: (.9 if findings[k].get("diagnostic") or k in ("PVC", "PAC") else
                         .7 if "form" in findings[k] else .2)
-    rhythm = [k for k in codes if findings[k].get("rhythm")]
+    rhythm, said = [k for k in codes if findings[k].get("rhythm")], []
     rest = [k for k in codes if not findings[k].get("rhythm") and rng.random() < spoken(k)]
     rng.shuffle(rest)
-    said = []
     for k in rhythm + rest:
         words = [findings[k]["name"]] * 6 + findings[k]["also"][:6]
         word = words[rng.integers(len(words))]
