@@ -483,22 +483,24 @@ def load_signals(signals, fs, leads, rate):
     """A WFDB record's path, or an array (L, N) in mV at fs Hz with the names of its L leads; or a list of
     such, or an array (B, L, N) -> (B, 12, N) float32 mV as a store keeps them. Errors: DataError."""
     several = isinstance(signals, (list, tuple)) or np.ndim(signals) == 3
-    found = [load_record(one, rate) if isinstance(one, (str, os.PathLike)) else
-             load_record("the array", rate, read=of_array(one, fs, leads))
+    found = [load_record(os.fspath(one).removesuffix(".hea"), rate) if isinstance(one, (str, os.PathLike))
+             else load_record("the array", rate, read=of_array(one, fs, leads))
              for one in (signals if several else [signals])]
+    if not found:
+        raise DataError("there is no signal: the list is empty")
     return np.stack([ecg for ecg, *_ in found]) / np.float32(1000)
 
 
 def of_array(signal, fs, leads):
     """An array as load_record reads it. Errors: DataError."""
-    x, (low, high) = np.asarray(signal, np.float32), RATES
+    x, (low, high), known = np.asarray(signal, np.float32), RATES, isinstance(fs, (int, float, np.number))
     unknown, largest = [str(lead) for lead in leads if lead_index(lead) is None], abs(x).max(initial=0)
     for wrong, fault in (
-            (not fs or not low <= fs <= high, f"fs is {fs}: it must be the rate, {low} to {high} Hz"),
+            (not known or not low <= fs <= high, f"fs is {fs!r}: it must be the rate, {low} to {high} Hz"),
             (x.ndim != 2 or len(x) != len(leads), f"it must be ({len(leads)}, samples), a row for each of "
              f"{', '.join(map(str, leads))}"),
             (unknown, f"unknown leads {', '.join(unknown)}; known are {', '.join(LEADS)}"),
-            (fs and x.shape[-1] < MIN_SECONDS * fs, f"too short: it must have {MIN_SECONDS:g} s"),
+            (known and x.shape[-1] < MIN_SECONDS * fs, f"too short: it must have {MIN_SECONDS:g} s"),
             (not np.isfinite(x).all(), "it holds NaN or infinity: interpolate, or cut it off"),
             (not 0.05 < largest < 32, f"its largest value is {largest:g}: it must be in mV")):
         if wrong:

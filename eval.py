@@ -388,7 +388,6 @@ def embed_reports(method, texts):
     return torch.cat([method.encode_text(part.tolist()).report.float().cpu() for part in parts])
 
 
-
 def embed(method, signals, fs=None, leads=data.LEADS):
     """encode, of B signals (see data.load_signals), as --embed does. Errors: DataError."""
     ecg = torch.from_numpy(data.load_signals(signals, fs, leads, method.config.rate))
@@ -399,6 +398,10 @@ def embed(method, signals, fs=None, leads=data.LEADS):
 def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
     """Similarity of B signals (see data.load_signals) with C texts -> (B, C) float32: comparable over signals
     only. scales: rhythm, beat, token or some of them; None: the method's own. Errors: DataError."""
+    if isinstance(texts, str) or not len(texts) or not all(
+            isinstance(text, str) and data.WORD.search(text) for text in texts):
+        raise data.DataError(f"texts are {texts!r}: they must be a list of texts with words, such as "
+                             "['atrial fibrillation']")
     ecg = torch.from_numpy(data.load_signals(signals, fs, leads, method.config.rate))
     text = method.encode_text([text.lower().strip(" .") for text in texts])
     views = method.encode_ecg(ecg.to(text.report.device))

@@ -834,7 +834,7 @@ def test_the_notebook_in_the_readme(run, tmp_path):
     assert code.count("\n") == 5 and names["vectors"]["rhythm"].shape == (1, 8) and names["scores"].shape == (1, 2)
     ask(f"--run runs/x --embed csv --data csv:{source}")
     kept, method = np.load("runs/x/embeddings/csv.npz"), names["method"]
-    several = evaluation.embed(method, [f"wfdb/r{i}" for i in range(3)])
+    several = evaluation.embed(method, ["wfdb/r0.hea", *(f"wfdb/r{i}" for i in (1, 2))])
     mirrored = [dict(signals=record.signal[::-1], fs=record.fs, leads=record.names[::-1]) for record in map(read, range(3))]
     for i, given in enumerate(mirrored):
         for name in ("rhythm", "features"):
@@ -852,7 +852,8 @@ def test_the_notebook_in_the_readme(run, tmp_path):
     (dict(fs=None), "fs is None: it must be the rate"), (dict(fs=5), "fs is 5: it must be"), (dict(fs=2000), "too short: it must have 4 s"),
     (dict(signals=np.full((2, 5000), np.nan)), "it holds NaN"), (dict(signals=np.full((2, 5000), 900)), "must be in mV"),
     (dict(signals=np.zeros((2, 0))), "too short"), (dict(signals=np.zeros(5000)), "a row for each of I, II"),
-    (dict(signals="nowhere"), "nowhere.hea: file is missing")])
+    (dict(signals="nowhere"), "nowhere.hea: file is missing"), (dict(signals=[]), "the list is empty"),
+    (dict(fs="500"), "fs is '500': it must be the rate")])
 def test_signals_that_are_none(change, words):
     method = untrained("etp")
     wave = np.sin(np.arange(5000) / 40) * np.ones((2, 1))
@@ -861,6 +862,12 @@ def test_signals_that_are_none(change, words):
     assert evaluation.embed(method, **good | {"signals": np.stack([wave] * 3)})["rhythm"].shape == (3, 16)
     with pytest.raises(data.DataError, match=words):
         evaluation.embed(method, **good | change)
+
+
+@pytest.mark.parametrize("texts", ["sinus rhythm", [], [" . "], [3], [["sinus rhythm"]]])
+def test_texts_that_are_none(texts):
+    with pytest.raises(data.DataError, match="they must be a list of texts with words"):
+        evaluation.score(untrained("etp"), texts, np.ones((12, 5000)), 500)
 
 
 def test_a_run_is_exported(run, tmp_path, monkeypatch):
