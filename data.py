@@ -1620,7 +1620,7 @@ def find_store(name, config, specs=()):
         raise DataError(f"{'more than one' if fitting else 'none'} of {', '.join(given)} is of {name}; "
                         "name its data with --data")
     place = os.environ.get("PTBXL", os.path.join("data", "ptbxl"))
-    if source != "simulated" and source != "ptbxl" and not anything:
+    if source not in ("simulated", "ptbxl") and (source == "own" or not anything):
         raise DataError(f"where are the records of {name}? say it with --data SOURCE:PATH")
     if source != "simulated" and not os.path.exists(os.path.join(place, "ptbxl_database.csv")):
         raise DataError(f"PTB-XL is not in {place}: download it (3 GB, free, CC BY 4.0) from "

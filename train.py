@@ -1159,6 +1159,9 @@ def main(argv=None):
         config.init = os.path.abspath(config.init)
     for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
+    if resumed and not config.data:
+        raise data.DataError(f"{resumed}: an exported run, whose data are not named: train on from it with "
+                             f"--init {resumed}")
     records = open_records(config)
     store, stages = records.store, plan_stages(records)
     made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],

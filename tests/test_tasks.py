@@ -890,6 +890,10 @@ def test_a_run_is_exported(run, tmp_path, monkeypatch):
     shutil.move("published", "elsewhere")
     method, config = evaluation.load_run("elsewhere")
     assert evaluation.embed(method, np.sin(np.arange(1000) / 9) * np.ones((12, 1)), 100)["rhythm"].shape == (1, 8)
+    with pytest.raises(data.DataError, match="elsewhere: an exported run, .* train on from it with --init elsewhere"):
+        train.main(["--resume", "elsewhere"])
+    with pytest.raises(data.DataError, match="where are the records of own[?] say it with --data"):
+        ask("--run elsewhere --zeroshot csv")
     with pytest.raises(data.DataError, match="elsewhere exists: choose another folder"):
         evaluation.export("elsewhere", "elsewhere")
     for line, words in (("--export b --ckpt w", "--export takes a run's own weights"), ("--compare a --export b", "drop --run")):
