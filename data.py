@@ -833,7 +833,9 @@ def open_data(spec, rate=100, cache=None, **options):
 def open_all(text, rate=100, **options):
     """Store of a data spec, or Stores of several with commas between (see split_specs), each with *SHARE
     behind it, if it is not to be drawn once an epoch. rate, options, errors: of open_data."""
-    specs, shares = zip(*map(split_share, split_specs(text) or [text]))
+    if not (found := split_specs(text)):
+        raise DataError("no data are named: say which, by --data SOURCE:PATH")
+    specs, shares = zip(*map(split_share, found))
     stores = [open_data(spec, rate, **options) for spec in specs]
     return stores[0] if shares == (1,) else Stores(specs, stores, shares)
 

@@ -1306,6 +1306,8 @@ def parse(argv):
         ours = [task for task, function in TASKS.items() if function.__module__ == __name__]
         if name in (*ours, *DEFAULTS, "look", "run", "export", "compare"):
             parser.error(f"--task {spec}: there is a --{name} here: give your function another name")
+        if not sets:
+            parser.error(f"--task {spec}: name a set, too")
         TASKS[name], given[name] = models.load_own(spec), sets
     ask, texts = SimpleNamespace(**DEFAULTS | {"leads": ()} | given), given.get("look", ("", "x"))[1:]
     leads = {lead: data.lead_index(lead) for lead in ask.leads}

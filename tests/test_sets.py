@@ -459,7 +459,7 @@ def test_shares(three):
     ("simulated:8*x", "simulated:8[*]x: the share 'x' is not a number over 0 and up to 1000"), ("simulated:8*0", "the share '0'"),
     ("simulated:8*-1", "the share '-1'"), ("simulated:8*1001", "'1001'"), ("simulated:8*nan", "'nan'"), ("simulated:8*", "share ''"),
     ("simulated:8*inf,simulated:9", "'inf'"), ("simulated:8,simulated:8", "simulated:8: the same records as simulated:8; .*[*]2"),
-    ("simulated,simulated:9,simulated:4096*2", "simulated:4096: the same records as simulated;"), ("", "no such data"),
+    ("simulated,simulated:9,simulated:4096*2", "simulated:4096: the same records as simulated;"), ("", "no data are named"),
     ("simulated:8,ptb:x", "no such data|No such file"), ("simulated:8,csv:nowhere.csv*2", "nowhere.csv: No such file")])
 def test_bad_sets_are_one_sentence(tmp_path, monkeypatch, text, message):
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))

@@ -736,6 +736,9 @@ def test_a_task_of_ones_own(run, simulated, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         ask(f"{start} --task my.py:probe simulated")
     assert "there is a --probe here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ask(f"{start} --task my.py:nearest")
+    assert "--task my.py:nearest: name a set, too" in capsys.readouterr().err
 
 
 def test_several_tasks_end_to_end(run, tmp_path, capsys):
@@ -894,6 +897,8 @@ def test_a_run_is_exported(run, tmp_path, monkeypatch):
         train.main(["--resume", "elsewhere"])
     with pytest.raises(data.DataError, match="where are the records of own[?] say it with --data"):
         ask("--run elsewhere --zeroshot csv")
+    with pytest.raises(data.DataError, match="no data are named"):
+        ask("--run elsewhere --generate")
     with pytest.raises(data.DataError, match="elsewhere exists: choose another folder"):
         evaluation.export("elsewhere", "elsewhere")
     for line, words in (("--export b --ckpt w", "--export takes a run's own weights"), ("--compare a --export b", "drop --run")):
