@@ -2405,11 +2405,10 @@ def _report(rng, codes, features):
 
 
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
-READS = (open_file, read_record, read_header, parse_lead, beside, measure, read_signals, read_segments,
-         lead_index, to_twelve, repair, microvolts, load_record, work,
-         read_csv, without_zero, split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX,
-         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING,
-         NEGATED_LIST, WORD, SENTENCE_END, COMMA)
+READS = (survey, stamps, open_file, read_record, read_header, parse_lead, beside, measure, read_signals,
+         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, read_csv, without_zero,
+         split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS,
+         CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST, WORD, SENTENCE_END, COMMA)
 MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block, _diagnoses,

@@ -1061,6 +1061,7 @@ def test_what_makes_a_store_is_named(monkeypatch):
     named = {part.__name__ for parts in data.MAKERS.values() for part in parts if callable(part)}
     left = {name for name, f in vars(data).items() if getattr(f, "__module__", "") == "data" and callable(f)} - named
     assert not left & {name for name in left if name.startswith(("read_format", "_"))}, left
+    assert {"survey", "stamps"} <= named  # another way to look at a source makes another store, and no refusal
 
 
 def test_damage_is_noticed_when_asked(many, tmp_path):
