@@ -1956,9 +1956,8 @@ class Findings:
 # Every wave is a Gaussian lobe with a direction in space (x to the left, y down, z to the back; mV). The
 # dipole becomes I, II, V1-V6 by Dower's matrix (Dower et al., Clin Cardiol 1980; Edenbrandt & Pahlm, J
 # Electrocardiol 1988), perturbed for every patient; the other limb leads follow from I and II. A disease
-# changes lobes or the clock that fires them: rows of prompts.json, "simulator", see docs/simulator.md. Labels
-# come from the drawn parameters and the noise-free beat: they say what the record shows; a report may say
-# less. No recording is used when it runs.
+# changes lobes or the clock that fires them, by rows of prompts.json (docs/simulator.md). Labels come from
+# what is drawn and the noise-free beat, and say what the record shows; a report may say less.
 
 SIMULATED = 4096  # records, if no number is given
 EVENLY = 0.5      # share of the records of which one of the tables TOP is drawn evenly over its findings
@@ -2165,7 +2164,8 @@ def _amplitudes(v, w, leads):
 
 def _measure(c, p):
     """The noise-free beat as a cardiologist measures it: (n, 12) in mV, or (n, 1) in s, degrees, 1/min."""
-    step, d, t = .004, p["qrs"][:, None, None], np.arange(0, .6, .004)
+    step, d = .004, p["qrs"][:, None, None]
+    t = np.arange(0, .6, step)
     center, width = (x[..., None] for x in _times(p, np.ones(CHUNK)))
     lobes = np.exp(-.5 * ((t - center) / width).astype(np.float32) ** 2)
     beat = (LIMBS @ _amplitudes(p["v"], p["w"], p["leads"]).swapaxes(1, 2)).astype(np.float32) @ lobes

@@ -145,6 +145,14 @@ def read_tensors(path):
     return state, facts
 
 
+def read_weights(run):
+    """Named tensors of a run folder, whose tokenizer and own code are still those of the weights. Errors:
+    DataError."""
+    state, facts = read_tensors(Path(run) / "model.safetensors")
+    data.compare_checksums(run, json.loads(facts.get("files", "{}")))
+    return state
+
+
 def load_run(run, checkpoint=None, device="cpu", text_model=""):
     """(method in eval mode, its config) of a run folder. checkpoint: other weights than its own, or NAME:FILE
     as the authors published them (open_published), whatever the run. Errors: DataError, ModelError."""
@@ -158,8 +166,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
     if not (checkpoint or weights.exists()):
         raise data.DataError(f"{weights} is missing: the run did not finish; continue it with: python "
                              f"train.py --resume {run}")
-    state, facts = read_tensors(weights)
-    data.compare_checksums(run, {} if checkpoint else json.loads(facts.get("files", "{}")))
+    state = read_tensors(checkpoint)[0] if checkpoint else read_weights(run)
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
     try:
         method.load_state_dict(state)
@@ -1132,8 +1139,8 @@ def measured(known):
             shown = entry(title.split()[0], found["options"] | {"data": ()})
             for place, m in flat(found["results"]).items():
                 figure, how = figure_text(over_runs([m])), ", ".join(filter(None, (task, *place)))
-                yield f"| {how} | {shown} | {m.get('what', 'AUROC')} {figure} | "\
-                      f"{m.get('records', m.get('queries', '-'))} |"
+                asked = m.get("records", m.get("queries", "-"))
+                yield f"| {how} | {shown} | {m.get('what', 'AUROC')} {figure} | {asked} |"
 
 
 # ---- many runs ---------------------------------------------------------------------------------------------
