@@ -190,16 +190,16 @@ def locked(path, wait=True):
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose a folder that can") from error
     with open(handle, "rb"):  # closes it
-        mine = True
+        acquired = True
         try:
             if fcntl is None:
                 raise OSError("this system has none")
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            mine = False
+            acquired = False
         except OSError as error:
             print(f"{path}: no file locks here ({error}); do not start the same work twice", file=sys.stderr)
-        yield mine
+        yield acquired
 
 
 def guarded(main, *errors):
@@ -695,7 +695,7 @@ class Tags:
         self.table, self.numbers, self.offsets, self.folder = table, numbers, offsets, folder
 
     @classmethod
-    def of(cls, lists):
+    def from_lists(cls, lists):
         """Tags of lists of strings."""
         table = {}
         packed = pack([table.setdefault(text, len(table)) for text in one] for one in lists)
@@ -759,7 +759,7 @@ def index(folder):
     """What training reads of records.csv, as numbers -> {file: bytes}. split.u8: places in SPLITS; peaks.i32
     and .i64: see pack; statements.i32, .i64 and .json: the numbers, offsets and table of Tags."""
     records = read_records(folder, ["split", "statements", "peaks"])
-    tags = Tags.of(map(json.loads, records["statements"]))
+    tags = Tags.from_lists(map(json.loads, records["statements"]))
     peaks, first = pack(map(json.loads, records["peaks"]))
     arrays = {"split.u8": np.array([SPLITS.index(split) for split in records["split"]], DTYPES["u8"]),
               "peaks.i32": peaks, "peaks.i64": first, "statements.i32": tags.numbers,
@@ -1185,17 +1185,17 @@ def own_rows(settings):
         patient = without_zero(line.get("patient", "")) or record
         split = line.get("split", "").strip() or split_by(patient, 0.8, 0.1)
         age, sex = line.get("age", ""), line.get("sex", "")
-        told = person(age, sex)
+        details = person(age, sex)
         fault = ("has no name" if not record else "occurs twice" if os.path.normpath(path) in seen else
                  f"has split {split!r}, not train, val or test" if split not in ("train", "val", "test") else
-                 f"has age {age!r}, which is no number of years" if age.strip() and not told["age"] else
-                 f"has sex {sex!r}, which is neither F nor M" if sex.strip() and not told["sex"] else None)
+                 f"has age {age!r}, which is no number of years" if age.strip() and not details["age"] else
+                 f"has sex {sex!r}, which is neither F nor M" if sex.strip() and not details["sex"] else None)
         if fault:
             raise DataError(f"{src}: record {record} {fault}")
         seen.add(os.path.normpath(path))
         codes = labels_of(line.get("labels", "").strip(), f"{src}: labels of record {record}")
         yield dict(id=record, patient=patient, split=split, fold="", source="csv", codes=codes, path=path,
-                   report=line["report"], statements=split_statements(line["report"]), **told)
+                   report=line["report"], statements=split_statements(line["report"]), **details)
 
 
 def labels_of(text, where):
@@ -1243,8 +1243,8 @@ def header_rows(settings):
                 head = file.read(MAX_HEADER).decode("utf-8", "replace")
         except OSError:
             head = ""  # what is wrong with it is said when the record is read
-        said = {key.lower(): value.strip() for key, value in COMMENT.findall(head)}
-        codes = [code for part in said.get("dx", "").split(",") if (code := part.strip())]
+        comments = {key.lower(): value.strip() for key, value in COMMENT.findall(head)}
+        codes = [code for part in comments.get("dx", "").split(",") if (code := part.strip())]
         if not codes:
             labels = next((listed[at] for folder in path.parents if (at := folder / path.stem) in listed), [])
             codes = [REFERENCE.get(without_zero(label)) for label in labels]
@@ -1252,7 +1252,7 @@ def header_rows(settings):
                 refuse(root, f"REFERENCE.csv labels {path.stem} {', '.join(labels)}; they are 1 to 9")
         name = path.relative_to(root).with_suffix("").as_posix() if source == "wfdb" else path.stem
         yield dict(id=name, patient=name, split=split_of(source, name), fold="",
-                   path=str(path.with_suffix("")), **person(said.get("age", ""), said.get("sex", "")),
+                   path=str(path.with_suffix("")), **person(comments.get("age", ""), comments.get("sex", "")),
                    **named([numbers.get(code, code) for code in codes], source))
 
 
@@ -1329,9 +1329,9 @@ def code_rows(settings):
     if not len(gold) == len(people) == count:
         refuse(name, f"{count} tracings, but annotations/gold_standard.csv has {len(gold)} rows and "
                      f"attributes.csv {len(people)}")
-    for i, (row, told) in enumerate(zip(gold, people)):
+    for i, (row, details) in enumerate(zip(gold, people)):
         yield dict(id=str(i), patient=str(i), split="test", fold="", path=f"{name}#{i}", number=i, unit=unit,
-                   changed=os.stat(name).st_mtime_ns, **person(told["age"], told["sex"]),
+                   changed=os.stat(name).st_mtime_ns, **person(details["age"], details["sex"]),
                    **named([c for c, on in zip(classes, row) if on], "code"))
 
 
@@ -1841,7 +1841,8 @@ def report_tags(store, language="english"):
         raise DataError(f"unknown report language {language!r}: use {', '.join(LANGUAGES)}")
     if language == "english":
         return store.tags
-    return Tags.of(map(translate if language == "translated" else split_statements, store.records["report"]))
+    read = translate if language == "translated" else split_statements
+    return Tags.from_lists(map(read, store.records["report"]))
 
 
 def true_tags(store):
@@ -1850,9 +1851,9 @@ def true_tags(store):
     if isinstance(store, Stores):
         return Tags.join([true_tags(one) for one in store.stores])
     if store.sources() != ["simulated"]:
-        return Tags.of([()] * len(store))
+        return Tags.from_lists([()] * len(store))
     findings, records = knowledge()["findings"], store.records
-    return Tags.of([*(findings[code]["name"] for code in codes), *features]
+    return Tags.from_lists([*(findings[code]["name"] for code in codes), *features]
                    for codes, features in zip(records["codes"], records["features"]))
 
 
@@ -1942,8 +1943,8 @@ class Findings:
     def named(self, statements):
         """Keys of the findings that the statements name, each once."""
         for statement in set(statements) - self.known.keys():
-            said, *_ = self.parse(statement)
-            self.known[statement] = [key for templates, key in said if not any(map(negates, templates))]
+            phrases, *_ = self.parse(statement)
+            self.known[statement] = [key for templates, key in phrases if not any(map(negates, templates))]
         return list(dict.fromkeys(key for statement in statements for key in self.known[statement]))
 
     def candidates(self, statements):
@@ -2299,8 +2300,8 @@ def _fire_all(rng, c, p, clock, rate, samples):
     shape = np.where(other[i, k, None, None], strange[i], p["p"][i])
     fire(i, at, -.05, waves(at, p_center[i], p_width[i], shape, -.05, .2))
     spike = p["spike"][:, None] @ leads * .1 * rate ** .5
-    both = c["PACE"] & p["dual"] & (rng.random(CHUNK) < .6)
-    for when, on in ((clock["qrs"], c["PACE"]), (clock["p"], both)):
+    paced = c["PACE"] & p["dual"] & (rng.random(CHUNK) < .6)
+    for when, on in ((clock["qrs"], c["PACE"]), (clock["p"], paced)):
         i, _, at = events(when, on[:, None])
         fire(i, at, -.04, waves(at, np.full((len(i), 1), -.006), .3 / rate, spike[i], -.04, .03))
     (i, at), rows = np.concatenate(peaks, 1), np.concatenate(rows)  # of waves, which add up where they meet
@@ -2392,16 +2393,16 @@ def _report(rng, codes, features):
     findings = knowledge()["findings"]
     spoken = lambda k: (.9 if findings[k].get("diagnostic") or k in ("PVC", "PAC") else
                         .7 if "form" in findings[k] else .2)
-    rhythm, said = [k for k in codes if findings[k].get("rhythm")], []
+    rhythm, statements = [k for k in codes if findings[k].get("rhythm")], []
     rest = [k for k in codes if not findings[k].get("rhythm") and rng.random() < spoken(k)]
     rng.shuffle(rest)
     for k in rhythm + rest:
         words = [findings[k]["name"]] * 6 + findings[k]["also"][:6]
         word = words[rng.integers(len(words))]
         doubt = findings[k].get("diagnostic") and k != "NORM" and rng.random() < .07
-        said.append(("possible ", "probable ")[rng.integers(2)] + word if doubt else word)
+        statements.append(("possible ", "probable ")[rng.integers(2)] + word if doubt else word)
     shown = rng.permutation(features)[:rng.integers(1, 5)] if rng.random() < .4 else []
-    return (said or [findings[next(iter(codes))]["name"]]) + [str(x) for x in shown]
+    return (statements or [findings[next(iter(codes))]["name"]]) + [str(x) for x in shown]
 
 
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache

@@ -160,7 +160,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
         return open_published(*found, text_model, device)
     run, (config, _) = Path(run), read_config(run)
     weights = Path(checkpoint or run / "model.safetensors")
-    if config.method == "cardiolm":
+    if not models.recipe(config.method)[0].needs_ecg:
         raise models.ModelError(f"{run} is a language model without an ECG encoder: give it to another run "
                                 f"with --text-model {run}")
     if not (checkpoint or weights.exists()):
@@ -680,8 +680,8 @@ def with_labels(run, question, ratio, ask, fresh, batch=32):
     head = torch.nn.Linear(2 * method.ecg.dim, len(question.classes)).to(device)
     per_epoch = math.ceil(len(drawn) / batch)
     epochs, limit = max(ask.epochs, math.ceil(200 / per_epoch)), int(c.shift * c.rate)
-    both, best = torch.nn.ModuleList([head, method.ecg]), (-1, None)
-    optimiser = torch.optim.AdamW([{"params": part.parameters()} for part in both])
+    learned, best = torch.nn.ModuleList([head, method.ecg]), (-1, None)
+    optimiser = torch.optim.AdamW([{"params": part.parameters()} for part in learned])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, epochs * per_epoch, pct_start=0.1,
                                                    cycle_momentum=False)
     odds = lambda ecg: head(pool(method.encode_tokens(ecg)))
@@ -706,8 +706,8 @@ def with_labels(run, question, ratio, ask, fresh, batch=32):
         if (epoch + 1) % max(1, epochs // ask.epochs) == 0 or epoch == epochs - 1:
             quality = mean_auroc(predict(question.val.rows), question.val.labels)
             if quality > best[0]:
-                best = quality, copy.deepcopy(both.state_dict())
-    both.load_state_dict(best[1])
+                best = quality, copy.deepcopy(learned.state_dict())
+    learned.load_state_dict(best[1])
     return supervised_metrics(question, drawn, predict(question.test.rows))
 
 
@@ -770,13 +770,13 @@ def recall(like, right, patients):
         "median rank": float(np.median(rank)), "queries": len(like), "candidates": like.shape[1]}
 
 
-def both_ways(ecg, text, texts, findings, patients):
+def both_directions(ecg, text, texts, findings, patients):
     """Retrieval among R records: ecg (R, dim), text (T, dim) of distinct texts, texts (R,) which of them is a
     record's, findings (T,) what each says. Of a text, the best-ranked of its records counts."""
     present, texts = np.unique(texts, return_inverse=True)
-    like, said = ecg @ text[present].T, findings[present]                                  # (R, T), (T,)
-    own, same, found = texts[:, None] == np.arange(len(present)), said[texts][:, None] == said, {}
-    first = patients[own.argmax(0)]
+    like, findings = ecg @ text[present].T, findings[present]                              # (R, T), (T,)
+    own, same = texts[:, None] == np.arange(len(present)), findings[texts][:, None] == findings  # (R, T)
+    first, found = patients[own.argmax(0)], {}
     for title, right in (("", own), (", same findings", same)):
         found[f"ECG -> report{title}"] = recall(like, right, patients)
         found[f"report -> ECG{title}"] = recall(like.T, right.T, first)
@@ -794,7 +794,7 @@ def retrieve(run, name, ask):
     findings = np.array([" ".join(sorted(read.named(tags[rows[i]]))) or f"none {i}" for i in first])
     text = embed_reports(run.method, distinct).numpy()
     ecg, patients = vectors(run, store, rows, ask)["rhythm"], store.records["patient"].to_numpy()[rows]
-    among = lambda some: both_ways(ecg[some], text, texts[some], findings, patients[some])
+    among = lambda some: both_directions(ecg[some], text, texts[some], findings, patients[some])
     columns = among(np.arange(len(rows)))
     if len(rows) > 1000:
         pools = [among(np.random.default_rng(draw).permutation(len(rows))[:1000]) for draw in range(10)]
@@ -829,9 +829,9 @@ def embed_set(run, name, ask):
 def overlap(written, truth):
     """Micro F1, precision and recall of sets: both lists of R sets."""
     hits = sum(len(a & b) for a, b in zip(written, truth))
-    said, true = sum(map(len, written)), sum(map(len, truth))
-    return {"what": "F1", "value": 2 * hits / max(1, said + true), "precision": hits / max(1, said),
-            "recall": hits / max(1, true)}
+    claims, facts = sum(map(len, written)), sum(map(len, truth))
+    return {"what": "F1", "value": 2 * hits / max(1, claims + facts), "precision": hits / max(1, claims),
+            "recall": hits / max(1, facts)}
 
 
 def bleu(written, truth):
@@ -873,12 +873,12 @@ def generate(run, name, ask, batch=64):
     train = [tuple(tags[row]) for row in np.flatnonzero(store.records["split"] == "train") if tags[row]]
     common = list(Counter(train or map(tuple, truth)).most_common(1)[0][0])
     words, found = lambda reports: [models.join(report).split() for report in reports], {}
-    for title, said in (("", written), ("commonest report", [common] * len(rows))):
-        codes = [[set(read.named(report)) for report in reports] for reports in (said, truth)]
-        facts = {"BLEU-4": bleu(words(said), words(truth)), "ROUGE-L": rouge_l(words(said), words(truth)),
-                 "records": len(rows), "different": len(set(map(tuple, said)))}
+    for title, given in (("", written), ("commonest report", [common] * len(rows))):
+        codes = [[set(read.named(report)) for report in reports] for reports in (given, truth)]
+        facts = {"BLEU-4": bleu(words(given), words(truth)), "ROUGE-L": rouge_l(words(given), words(truth)),
+                 "records": len(rows), "different": len(set(map(tuple, given)))}
         found[title] = {"findings": overlap(*codes) | facts,
-                        "statements": overlap(list(map(set, said)), list(map(set, truth)))}
+                        "statements": overlap(list(map(set, given)), list(map(set, truth)))}
     return found
 
 
@@ -899,8 +899,8 @@ def open_record(record, rate):
     rows = np.flatnonzero(store.records["id"] == name)
     if not len(rows):
         raise data.DataError(f"{store.path}: holds no record {name!r}")
-    said = "; ".join(store.records["statements"].iloc[rows[0]])
-    return store.ecg(rows[:1])[0], f"{data.source_of(store)} {name}: {said}"
+    statements = "; ".join(store.records["statements"].iloc[rows[0]])
+    return store.ecg(rows[:1])[0], f"{data.source_of(store)} {name}: {statements}"
 
 
 @torch.no_grad()
@@ -924,9 +924,10 @@ def look(run, record, texts, ask):
         weight = models.attention_over_time(run.method, signal, text)
     except models.ModelError as error:
         print(error)
-    said = [", higher than ".join([f"{t}: {r.pop('similarity'):.3f}", *r.values()]) for t, r in rows.items()]
+    labels = [", higher than ".join([f"{t}: {r.pop('similarity'):.3f}", *r.values()])
+              for t, r in rows.items()]
     peaks = [p for p in segment_beats(signal, run.config.rate)[0][0].tolist() if p >= 0]
-    data.plot_seen(ecg, run.config.rate, textwrap.shorten(title, 150), dict(zip(said, weight)), peaks, path)
+    data.plot_seen(ecg, run.config.rate, textwrap.shorten(title, 150), dict(zip(labels, weight)), peaks, path)
     print(f"drawn in {path}")
 
 

@@ -56,25 +56,25 @@ class TextViews(NamedTuple):
 class Batch(NamedTuple):
     """What a method's loss sees: B records of one process."""
     ecg: torch.Tensor  # (B, L, N) float32 mV
-    chosen: list       # B lists of tags: the record's text in this step (--text-unit)
+    sampled: list      # B lists of tags: of which the record's text is made in this step (--text-unit)
     tags: list         # B lists of tags: the record's whole report
     ids: list          # B record names, for messages
     peaks: torch.Tensor  # (B, K) int32 R peaks in samples of ecg, -1 behind the last
     exact: list = ()  # B bools: tags are all that is true of the record; (): of none
-    said: Optional[list] = None  # the texts to be encoded, where they are not one a record
-    everyone: Optional[tuple] = None  # chosen and tags of all processes, who says what (FG-CLEP.plan)
+    captions: Optional[list] = None   # the texts to be encoded, where they are not one a record
+    gathered: Optional[tuple] = None  # of all processes: see FGCLEP.plan
 
     @property
     def texts(self):
-        return [join(tags) for tags in self.chosen] if self.said is None else self.said
+        return [join(tags) for tags in self.sampled] if self.captions is None else self.captions
 
     def parts(self, size):
-        """Batches of at most `size` records; other texts are shared out evenly."""
-        starts, said = range(0, len(self.ids), size), self.said
-        share = -(-len(said) // len(starts)) if said is not None else 0
+        """Batches of at most `size` records; captions are shared out evenly."""
+        starts = range(0, len(self.ids), size)
+        share = -(-len(self.captions or ()) // len(starts))
         for n, i in enumerate(starts):
-            records = (part[i:i + size] for part in self[:6])
-            yield Batch(*records, said if said is None else said[n * share:(n + 1) * share], self.everyone)
+            captions = self.captions and self.captions[n * share:(n + 1) * share]
+            yield Batch(*(part[i:i + size] for part in self[:6]), captions, self.gathered)
 
 
 def join(tags):
@@ -135,11 +135,11 @@ def gather_lists(rows, number):
         return rows
     size = torch.tensor([len(rows), max(map(len, rows))])
     dist.all_reduce(size, dist.ReduceOp.MAX)
-    mine = torch.full((int(size[0]), int(size[1])), -1)
+    numbers = torch.full((int(size[0]), int(size[1])), -1)
     for i, row in enumerate(rows):
-        mine[i, :len(row)] = torch.tensor([number[tag] for tag in row])
-    parts, tags = [torch.empty_like(mine) for _ in range(world())], list(number)
-    dist.all_gather(parts, mine)
+        numbers[i, :len(row)] = torch.tensor([number[tag] for tag in row])
+    parts, tags = [torch.empty_like(numbers) for _ in range(world())], list(number)
+    dist.all_gather(parts, numbers)
     return [[tags[n] for n in row if n >= 0] for row in torch.cat(parts).tolist()]
 
 
@@ -407,10 +407,10 @@ def build_encoder(name, leads, samples, **settings):
     normalised ECGs (B, leads, samples) -> (B, T, dim), of any T; dim is its attribute. settings: width, patch
     (others than the encoder's are not looked at: configure refuses them). Errors: ModelError."""
     cls = encoder_class(name)
-    mine = {setting: settings[setting] for setting in encoder_settings(name) if setting in settings}
+    settings = {setting: settings[setting] for setting in encoder_settings(name) if setting in settings}
     if is_file(name):
-        return build_own(cls, leads, samples, mine)
-    return cls(ENCODERS[name][1], leads, samples, **mine)
+        return build_own(cls, leads, samples, settings)
+    return cls(ENCODERS[name][1], leads, samples, **settings)
 
 
 def build_own(cls, leads, samples, settings):
@@ -492,7 +492,7 @@ class TextTower(nn.Module):
             layers = next(m for m in lm.modules() if isinstance(m, nn.ModuleList))
             for layer in list(layers)[len(layers) - trainable_layers:]:
                 layer.requires_grad_(True)
-        self.kept, self.row = None, {}  # pooled vectors of texts: see keep
+        self.cached, self.row = None, {}  # pooled vectors of texts: see cache
         if pooling == "pooler" and (getattr(lm, "pooler", None) is None or getattr(lm, "new_pooler", False)):
             raise ModelError("this text model has no pooler of its own: use --text-pooling mean or cls")
         if pooling != "pooler" and hasattr(lm, "pooler"):
@@ -521,18 +521,18 @@ class TextTower(nn.Module):
         return states[rows], words[rows], pooled[rows]
 
     @torch.no_grad()
-    def keep(self, texts, bar=iter, size=256):
+    def cache(self, texts, bar=iter, size=256):
         """Of a frozen tower: encode texts now, each different one once, the longest first; forward looks them
         up from then on. On a GPU in half precision: bf16 has made them."""
         self.eval()
         texts = sorted(set(texts), key=lambda text: (-len(text), text))
         parts = [self.encode(texts[i:i + size])[2] for i in bar(range(0, len(texts), size))]
-        self.kept = torch.cat([part.half() if part.is_cuda else part for part in parts])
+        self.cached = torch.cat([part.half() if part.is_cuda else part for part in parts])
         self.row = {text: i for i, text in enumerate(texts)}
 
     def forward(self, texts):
         rows = [self.row.get(text) for text in texts]
-        return self.encode(texts)[2] if None in rows else self.kept[rows].float()
+        return self.encode(texts)[2] if None in rows else self.cached[rows].float()
 
 
 def tokenise(tower, texts, **options):
@@ -848,14 +848,29 @@ class Objective(nn.Module):
     small, paper = {}, {}  # defaults, and --preset paper, of a class in a file; else see METHODS
     stages = ("train",)  # "fine", if there is one, has config.fine_epochs
     weights = {}         # of the loss terms, where not 1
+    needs_ecg = True     # False: texts are enough
+    needs_far_texts = False  # attribute far: a FarTexts of all training reports
+    head = "AutoModel"   # class of transformers that its text model is of
 
     def __init__(self, config):
         super().__init__()
         self.config = config
 
-    def know(self, tags, meaning):
+    @staticmethod
+    def default_text_model(texts, config, device, bar):
+        """(language model, tokenizer) where --text-model names none, made of the training reports."""
+        return small_text_model(texts, config.seed, config.mlm_steps, device=device, bar=bar)
+
+    def set_vocabulary(self, tags, meaning):
         """tags: all that batches can have, in the same order in every process. meaning: {tag: what it
         says, in other words}, of those that are known to be true or not where all truth is."""
+
+    def cache_texts(self, texts, bar):
+        """Before a stage: texts() are those that its steps can be made of, if they can be listed."""
+
+    def finish(self, run, texts):
+        """What it leaves in a run besides weights -> {key: facts} of results.json. texts: of test records."""
+        return {}
 
     def plan(self, batch):
         return batch
@@ -892,7 +907,7 @@ class Objective(nn.Module):
 
 class CardioLM(Objective):
     """MELP's first stage: a language model of texts alone. text: (masked-language model, tokenizer)."""
-    settings = ("word_mask",)
+    settings, needs_ecg, head = ("word_mask",), False, "AutoModelForMaskedLM"
 
     def __init__(self, config, text):
         super().__init__(config)
@@ -917,11 +932,31 @@ class CardioLM(Objective):
         total, count, _ = self.guess(batch.texts)
         return {}, {"mlm": (total, count)}
 
+    @staticmethod
+    def default_text_model(texts, config, device, bar):
+        return new_bert(texts, config.seed)
 
-def save_language_model(method, folder):
-    """Write a CardioLM as a Hugging Face folder, which any --text-model takes."""
-    method.lm.save_pretrained(folder)
-    method.tokenizer.save_pretrained(folder)
+    @torch.no_grad()
+    def finish(self, run, texts, batch=64):
+        """A Hugging Face folder, which any --text-model takes; how many hidden words of the texts it guesses,
+        and as a yardstick, how often the commonest would be right."""
+        self.lm.save_pretrained(run / "language_model")
+        self.tokenizer.save_pretrained(run / "language_model")
+        if not texts:
+            print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from "
+                  "training")
+            return {}
+        self.eval()
+        torch.manual_seed(0)  # training is over
+        parts = [self.guess(texts[i:i + batch]) for i in range(0, len(texts), batch)]
+        loss, count, right = (sum(float(part[i]) for part in parts) for i in range(3))
+        pieces = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        counts = np.unique(np.concatenate(pieces), return_counts=True)[1]
+        facts = {"texts": len(texts), "loss": loss / count, "accuracy": right / count,
+                 "commonest": float(counts.max() / counts.sum())}
+        print(f"masked words of {len(texts)} texts not trained on: {100 * facts['accuracy']:.1f} % right "
+              f"(always the commonest word: {100 * facts['commonest']:.1f} %), loss {facts['loss']:.3f}")
+        return {"language": facts}
 
 
 class Method(Objective):
@@ -978,6 +1013,10 @@ class Method(Objective):
                 again(module)
         if not self.text.frozen and self.text.lm.supports_gradient_checkpointing:
             self.text.lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def cache_texts(self, texts, bar):
+        if self.text.frozen and "text_pooling" in self.settings:  # the others need more than pooled vectors
+            self.text.cache(texts(), bar)
 
     def any_of(self, like):
         """Similarities with the texts of a class (R, texts) -> its score (R,)."""
@@ -1253,6 +1292,7 @@ class CMELT(Method):
         super().__init__(config, text)
         d, heads, eps = config.dim, heads_for(config.dim, config.dim // 64), 1e-12  # BERT's eps: 1e-5 shows
         self.text.mask = not config.as_published
+        self.needs_far_texts = config.negatives == "far" and not config.as_published
         self.cls = nn.Parameter(0.02 * torch.randn(self.ecg.dim))
         self.project_ecg, self.project_text = nn.Linear(self.ecg.dim, d), nn.Linear(self.text.dim, d)
         self.pool_ecg, self.pool_text, self.pool_fused_ecg, self.pool_fused_text = (
@@ -1305,8 +1345,8 @@ class CMELT(Method):
         order = torch.rand(frames.shape[:2], device=frames.device).argsort(1)
         states, hidden = self.masked_states(frames, order)
 
-        chosen, aligned = self.with_negatives(batch)
-        tokens = tokenise(self.text, [join(tags) for tags in chosen])
+        sampled, aligned = self.with_negatives(batch)
+        tokens = tokenise(self.text, [join(tags) for tags in sampled])
         ids, labels = mask_words(tokens["input_ids"], tokens["words"], self.text.tokenizer,
                                  self.config.word_mask)
         words = self.project_text(self.text.run({**tokens, "input_ids": ids}).last_hidden_state)
@@ -1329,18 +1369,18 @@ class CMELT(Method):
     def with_negatives(self, batch):
         """The records' texts (B lists of tags), about half replaced by what a far text says and the record's
         does not, and which are still their own (B,) bool."""
-        chosen, aligned = list(batch.chosen), torch.ones(len(batch.ids), dtype=torch.bool)
+        sampled, aligned = list(batch.sampled), torch.ones(len(batch.ids), dtype=torch.bool)
         if self.config.negatives != "none":
-            number = min(len(chosen), round(0.5 * len(chosen) + torch.rand(()).item()))
-            rows = torch.randperm(len(chosen))[:number]
+            number = min(len(sampled), round(0.5 * len(sampled) + torch.rand(()).item()))
+            rows = torch.randperm(len(sampled))[:number]
             aligned[rows] = False
-        if self.config.negatives == "far" and not self.config.as_published:
+        if self.needs_far_texts:
             for row, text in zip(rows.tolist(), self.far.draw([join(batch.tags[row]) for row in rows])):
                 tags = [tag for tag in text.split(". ") if tag not in batch.tags[row]]
                 aligned[row] = not tags
                 if tags:  # as many as the record's text has: the length must not give it away
-                    chosen[row] = [tags[i] for i in torch.randperm(len(tags))[:len(batch.chosen[row])]]
-        return chosen, aligned.to(batch.ecg.device)
+                    sampled[row] = [tags[i] for i in torch.randperm(len(tags))[:len(batch.sampled[row])]]
+        return sampled, aligned.to(batch.ecg.device)
 
 
 class QuickGELU(nn.Module):
@@ -1414,7 +1454,7 @@ class FGCLEP(ETP):
 
     def __init__(self, config, text):
         super().__init__(config, text)
-        self.scales, self.number, self.meaning = self.ALIGN[config.align], {}, {}  # see know
+        self.scales, self.number, self.meaning = self.ALIGN[config.align], {}, {}  # see set_vocabulary
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)), requires_grad=config.fn_mode != "l1")
         if config.align != "rhythm":
             self.project_tokens = nn.Linear(self.ecg.dim, config.dim)
@@ -1446,22 +1486,23 @@ class FGCLEP(ETP):
         scale = self.learned_scale().float().cpu()
         return (torch.logsumexp(scale * like, 1) - math.log(like.shape[1])) / scale
 
-    def know(self, tags, meaning):
+    def set_vocabulary(self, tags, meaning):
         self.number, self.meaning = {tag: i for i, tag in enumerate(tags)}, meaning
 
     def plan(self, batch):
-        """Unit tags: every distinct tag that is said in the batch is a text; processes share them. Besides,
-        which texts are said of a record whose truth is not known, and of one where it is: (2, C) bool."""
+        """gathered of the batch: tags of the C texts that it is contrasted with, tags of all records, and
+        which texts are stated of a record whose truth is not known, and of one where it is, (2, C) bool. Unit
+        tags: the texts are the distinct tags that are sampled in the batch; processes share them."""
         batch = batch._replace(exact=batch.exact or [False] * len(batch.ids))
-        tags, chosen = gather_lists(batch.tags, self.number), gather_lists(batch.chosen, self.number)
+        tags, sampled = gather_lists(batch.tags, self.number), gather_lists(batch.sampled, self.number)
         exact = gather(torch.tensor(batch.exact).float()) > 0
         if self.config.text_unit != "tags":
-            return batch._replace(everyone=(chosen, tags, torch.stack([~exact, exact])))
-        texts = list(dict.fromkeys(tag for row in chosen for tag in row))
-        place, said = {text: i for i, text in enumerate(texts)}, torch.zeros(2, len(texts), dtype=torch.bool)
-        for row, kind in zip(chosen, exact.long().tolist()):
-            said[kind, [place[tag] for tag in row]] = True
-        return batch._replace(said=share_out(texts), everyone=([[text] for text in texts], tags, said))
+            return batch._replace(gathered=(sampled, tags, torch.stack([~exact, exact])))
+        texts = list(dict.fromkeys(tag for row in sampled for tag in row))
+        place, stated = {text: i for i, text in enumerate(texts)}, torch.zeros(2, len(texts)).bool()
+        for row, kind in zip(sampled, exact.long().tolist()):
+            stated[kind, [place[tag] for tag in row]] = True
+        return batch._replace(captions=share_out(texts), gathered=([[text] for text in texts], tags, stated))
 
     def represent(self, batch):
         ecg = self.encode_ecg(batch.ecg)
@@ -1473,13 +1514,13 @@ class FGCLEP(ETP):
         return vectors, {}
 
     def compare(self, vectors, batch):
-        chosen, tags, said = batch.everyone
-        report, words, count = (x if x is None else x[:len(chosen)] for x in (
+        text_tags, tags, stated = batch.gathered
+        report, words, count = (x if x is None else x[:len(text_tags)] for x in (
             gather(vectors.get(name)) for name in ("text", "words", "word_count")))
         text = TextViews(words, report[:, None], report, count)
         ecg = EcgViews(vectors.get("tokens"), vectors.get("tokens"), vectors["ecg"])
-        target = self.targets(report, chosen, batch, tags)  # (b, C)
-        weight = self.asked(chosen, said, batch).to(target)
+        target = self.targets(report, text_tags, batch, tags)  # (b, C)
+        weight = self.loss_mask(text_tags, stated, batch).to(target)
         # with a prior the cosine need not say how frequent a text is, only of which records it is true
         count = mean_over_processes(weight.sum(0)).clamp(min=1e-6)
         frequency = mean_over_processes((target * weight).sum(0)) / count
@@ -1494,43 +1535,43 @@ class FGCLEP(ETP):
                 terms["sigmoid" + name] = soft_sigmoid(self.learned_scale() * cosines + prior, target, weight)
         return terms
 
-    def asked(self, chosen, said, batch):
-        """Which records are asked about which texts: (b, C) bool. One whose truth is not known only about
-        what such records say: a report does not deny what reports leave out. One whose truth is known about
-        what such records say, and about all that it decides."""
-        known = torch.tensor([all(tag in self.meaning for tag in row) for row in chosen])
-        return torch.where(torch.tensor(batch.exact)[:, None], said[1] | known, said[0])
+    def loss_mask(self, text_tags, stated, batch):
+        """Which texts the loss looks at, record by record: (b, C) bool. Where the truth is not known, only
+        what such records state: a report does not deny what reports leave out. Where it is known, what such
+        records state, and all that their truth decides."""
+        decided = torch.tensor([all(tag in self.meaning for tag in row) for row in text_tags])
+        return torch.where(torch.tensor(batch.exact)[:, None], stated[1] | decided, stated[0])
 
     @torch.no_grad()
-    def targets(self, t, chosen, batch, everyone):
+    def targets(self, text, text_tags, batch, all_tags):
         """Soft targets S (b, C): how far text l is true of record k, of this process. similarity tags: share
         of the text that the record's report contains, or its truth; half: (1 + cos(t_k, t_l)) / 2, as
-        published: unrelated texts get 1/2; cos: max(cos, 0). fn_mode none: the identity. t (C, dim), chosen:
-        of the texts; batch: the records, everyone: tags of those of all processes."""
+        published: unrelated texts get 1/2; cos: max(cos, 0). fn_mode none: the identity. text (C, dim);
+        all_tags: of the records of all processes."""
         own = slice(rank() * len(batch.tags), (rank() + 1) * len(batch.tags))
         if self.config.fn_mode == "none":
-            return torch.eye(len(t), device=t.device)[own]
+            return torch.eye(len(text), device=text.device)[own]
         if self.config.similarity == "tags":
-            return tag_containment(chosen, batch.tags, everyone, t.device, batch.exact, self.meaning)
-        cosines = cosine(t[own], t)
+            return tag_containment(text_tags, batch.tags, all_tags, text.device, batch.exact, self.meaning)
+        cosines = cosine(text[own], text)
         return (1 + cosines) / 2 if self.config.similarity == "half" else cosines.clamp(min=0)
 
 
-def tag_containment(chosen, tags, everyone=None, device="cpu", exact=(), meaning={}):
+def tag_containment(text_tags, tags, all_tags=None, device="cpu", exact=(), meaning={}):
     """S[k, l] = mean over tags a of text l of max over tags b of record k of w(words of a in b) / w(of a),
-    (B, C): 1 where record k says all of text l. chosen: C lists of tags, tags: B lists.
+    (B, C): 1 where record k says all of text l. text_tags: C lists of tags, tags: B lists.
 
-    w sums over words log(N / records that use the word) + 0.05, of the N records of everyone (default: tags):
+    w sums over words log(N / records that use the word) + 0.05, of the N records of all_tags (default: tags):
     "sinus rhythm" says little of "sinus tachycardia", but "lateral ischemia" nearly all of "probable lateral
     ischemia".
 
     exact: B bools. Of such a record the tags are all that is true: an a that has a meaning ({tag: name}) is
     worth 1 where a b means the same, and else 0."""
-    everyone = tags if everyone is None else everyone
-    number = {tag: i for i, tag in enumerate(dict.fromkeys(tag for row in (*chosen, *tags) for tag in row))}
-    used = Counter(word for row in everyone for word in set().union(*map(words_of, row)))
+    all_tags = tags if all_tags is None else all_tags
+    number = {tag: i for i, tag in enumerate(dict.fromkeys(t for row in (*text_tags, *tags) for t in row))}
+    used = Counter(word for row in all_tags for word in set().union(*map(words_of, row)))
     place = {word: i for i, word in enumerate(dict.fromkeys(w for tag in number for w in words_of(tag)))}
-    weight = torch.tensor([math.log(len(everyone) / max(1, used[w])) + 0.05 for w in place], device=device)
+    weight = torch.tensor([math.log(len(all_tags) / max(1, used[w])) + 0.05 for w in place], device=device)
     words = members([[place[word] for word in words_of(tag)] for tag in number], len(place), device)  # (U, W)
     cover = (words * weight) @ words.T / (words @ weight)[:, None]        # (a, b): share of a in b
     longest = max(map(len, tags))
@@ -1545,7 +1586,7 @@ def tag_containment(chosen, tags, everyone=None, device="cpu", exact=(), meaning
         known = torch.tensor([tag in meaning for tag in number], device=device)[:, None]
         exact = torch.tensor(exact, device=device)
         best[exact] = best_of(torch.where(known, same, cover), rows[exact])
-    in_text = members([[number[tag] for tag in row] for row in chosen], len(number), device)          # (C, U)
+    in_text = members([[number[tag] for tag in row] for row in text_tags], len(number), device)       # (C, U)
     return best @ in_text.T / in_text.sum(1)                              # (B, C)
 
 
@@ -1710,7 +1751,7 @@ class Config:
     text_pooling: Literal["mean", "cls", "pooler"] = "mean"  # model.TextTower
     text_max_length: Annotated[int, 3, 10**6] = 128  # tokens
     mlm_steps: CountOr0 = 150  # masked-language-model updates of the small BERT
-    text_unit: Literal["report", "subset", "tag", "tags"] = "report"  # said of a record; tags: fgclep's, all
+    text_unit: Literal["report", "subset", "tag", "tags"] = "report"  # a step's text; tags: fgclep's, all
     report_language: Literal["english", "original", "translated"] = "english"  # original: as written
   # loss
     temperature: Annotated[float, 1e-3, 1e3] = 0.07  # fixed softmax temperature
@@ -1840,9 +1881,9 @@ def configure(method=Config.method, preset=Config.preset, **given):
 def settings_of(config):
     """Those of a Config that its method has -> dictionary, which configure takes back; a FILE.py lies beside
     the config.json that they are written to, and has no folder."""
-    mine = [*recipe(config.method)[0].settings, *encoder_settings(config.encoder)]
+    special = [*recipe(config.method)[0].settings, *encoder_settings(config.encoder)]
     settings = {name: value for name, value in dataclasses.asdict(config).items()
-                if name in mine or not owners(name) and name not in OF_ENCODERS}
+                if name in special or not owners(name) and name not in OF_ENCODERS}
     return settings | {name: os.path.basename(settings[name]) for name in own_files(config)}
 
 

@@ -99,17 +99,17 @@ class Corpus(data.Store):
 
 def open_records(config):
     """Records that a run learns from. Errors: DataError."""
-    truth = None
-    if config.method == "cardiolm":
+    cls, truth = models.recipe(config.method)[0], None
+    if not cls.needs_ecg:
         store = Corpus(config.data, config.report_language)
-        tags = data.Tags.of([text] for text in store.texts)
+        tags = data.Tags.from_lists([text] for text in store.texts)
     else:
         store = data.open_all(config.data, config.rate)
         store.verify()
         tags = data.report_tags(store, config.report_language)
-        if "targets" in models.recipe(config.method)[0].settings and config.targets == "truth":
+        if "targets" in cls.settings and config.targets == "truth":
             truth = data.true_tags(store)
-    return Records(store, tags, truth or data.Tags.of([()] * len(tags)), config)
+    return Records(store, tags, truth or data.Tags.from_lists([()] * len(tags)), config)
 
 
 def tagged(tags, rows):
@@ -117,15 +117,15 @@ def tagged(tags, rows):
     return np.diff(tags.offsets)[rows] > 0
 
 
-class Drawn(NamedTuple):
-    """A batch as it is read, and what is random about it."""
+class RawBatch(NamedTuple):
+    """A batch as it is read, and its augmentation."""
     batch: models.Batch    # ecg (B, L, N) int16 microvolts, peaks as stored
     dropped: torch.Tensor  # (B, L) bool: leads to be zeroed
-    steps: torch.Tensor    # (B,) samples to be moved by
+    shifts: torch.Tensor   # (B,) samples to be moved by
 
 
 class Records(torch.utils.data.Dataset):
-    """(stage, epoch, rows) -> Drawn. What is random about a record follows from (seed, stage, epoch, row)
+    """(stage, epoch, rows) -> RawBatch. What is random about a record follows from (seed, stage, epoch, row)
     alone: any number of processes, and a resumed run, see the same. tags: data.Tags, of the reports; truth:
     of what is true, none where that is not known or not asked for; rows, val_rows: training and validation
     records with a report."""
@@ -134,21 +134,21 @@ class Records(torch.utils.data.Dataset):
         self.store, self.tags, self.truth, self.config = store, tags, truth, config
         self.rows, self.val_rows = (rows[tagged(tags, rows)] for rows in map(store.rows, ("train", "val")))
 
-    def whole(self, row):
-        """What a record's report says, and behind it what else is true."""
-        said = self.tags[row]
-        return said + [tag for tag in self.truth[row] if tag not in said]
+    def all_tags(self, row):
+        """Those of a record's report, and behind them what else is true."""
+        reported = self.tags[row]
+        return reported + [tag for tag in self.truth[row] if tag not in reported]
 
-    def unknown(self):
+    def rows_without_truth(self):
         """Training records whose truth is not known."""
         return self.rows[~tagged(self.truth, self.rows)]
 
-    def validated(self):
-        """Will a run look at validation records? It needs two."""
+    def can_validate(self):
+        """It takes two records, and --eval-every."""
         return self.config.eval_every > 0 and len(self.val_rows) > 1
 
     def reports(self):
-        return [models.join(self.whole(row)) for row in self.rows]
+        return [models.join(self.all_tags(row)) for row in self.rows]
 
     def step_texts(self):
         """The texts that steps can be made of; none where they are too many to be listed."""
@@ -156,53 +156,53 @@ class Records(torch.utils.data.Dataset):
             return [models.join(self.tags[row]) for row in self.rows]
         if self.config.text_unit == "subset":
             return []
-        return [tag for row in self.rows for tag in self.whole(row)]
+        return [tag for row in self.rows for tag in self.all_tags(row)]
 
     def __getitem__(self, key):
         stage, epoch, rows = key
-        ecg, chosen = torch.from_numpy(self.store.microvolts(rows)), []
-        whole = [self.whole(row) for row in rows]
-        dropped, steps = np.zeros(ecg.shape[:2], bool), np.zeros(len(rows), np.int64)
+        ecg, sampled = torch.from_numpy(self.store.microvolts(rows)), []
+        tags = [self.all_tags(row) for row in rows]
+        dropped, shifts = np.zeros(ecg.shape[:2], bool), np.zeros(len(rows), np.int64)
         limit = int(self.config.shift * self.config.rate)
         for i, row in enumerate(rows):
             rng = np.random.default_rng((self.config.seed, stage, epoch, row))
-            chosen.append(sample_tags(self.tags[row], whole[i], self.config.text_unit, rng))
+            sampled.append(sample_tags(self.tags[row], tags[i], self.config.text_unit, rng))
             if self.config.lead_drop:
                 dropped[i] = rng.random(ecg.shape[1]) < self.config.lead_drop
             if limit:
-                steps[i] = rng.integers(-limit, limit + 1)
-        batch = models.Batch(ecg, chosen, whole, list(rows), torch.from_numpy(self.store.peaks(rows)),
+                shifts[i] = rng.integers(-limit, limit + 1)
+        batch = models.Batch(ecg, sampled, tags, list(rows), torch.from_numpy(self.store.peaks(rows)),
                              [len(self.truth.numbers_of(row)) > 0 for row in rows])
-        return Drawn(batch, torch.from_numpy(dropped), torch.from_numpy(steps))
+        return RawBatch(batch, torch.from_numpy(dropped), torch.from_numpy(shifts))
 
 
-def sample_tags(said, whole, unit, rng):
-    """Tags that a step's text is made of: what the report says, with "tags" and three more that are true, a
-    random subset in random order, or one. whole: of Records."""
+def sample_tags(reported, tags, unit, rng):
+    """Tags that a step's text is made of: those of the report, with unit "tags" and three more that are true,
+    a random subset in random order, or one. tags: see Records.all_tags."""
     if unit == "report":
-        return said
+        return reported
     if unit == "tags":
-        unsaid = whole[len(said):]
-        return said + [unsaid[i] for i in rng.permutation(len(unsaid))[:3]]
-    count = 1 if unit == "tag" else rng.integers(1, len(said) + 1)
-    return [said[i] for i in rng.permutation(len(said))[:count]]
+        others = tags[len(reported):]
+        return reported + [others[i] for i in rng.permutation(len(others))[:3]]
+    count = 1 if unit == "tag" else rng.integers(1, len(reported) + 1)
+    return [reported[i] for i in rng.permutation(len(reported))[:count]]
 
 
-def augment(drawn, device):
-    """Drawn -> models.Batch on the device, in mV: leads zeroed, records moved in time with their R peaks."""
-    ecg, peaks, dropped, steps = (x.to(device, non_blocking=True) for x in (
-        drawn.batch.ecg, drawn.batch.peaks, drawn.dropped, drawn.steps))
+def augment(raw, device):
+    """RawBatch -> models.Batch on the device, in mV: leads zeroed, records moved with their R peaks."""
+    ecg, peaks, dropped, shifts = (x.to(device, non_blocking=True) for x in (
+        raw.batch.ecg, raw.batch.peaks, raw.dropped, raw.shifts))
     ecg, length = ecg.float().div_(1000).masked_fill_(dropped[:, :, None], 0), ecg.shape[2]
-    if drawn.steps.any():
-        source = torch.arange(length, device=device) - steps[:, None]                # (B, N)
+    if raw.shifts.any():
+        source = torch.arange(length, device=device) - shifts[:, None]               # (B, N)
         outside = (source < 0) | (source >= length)
         ecg = ecg.gather(2, source.clamp(0, length - 1)[:, None].expand_as(ecg))
         ecg.masked_fill_(outside[:, None], 0)
-        moved = peaks + steps[:, None].int()
+        moved = peaks + shifts[:, None].int()
         lost = (peaks < 0) | (moved < 0) | (moved >= length)
         peaks = moved.masked_fill(lost, length).sort(1).values  # the lost behind the others
         peaks = peaks.masked_fill(peaks == length, -1)
-    return drawn.batch._replace(ecg=ecg, peaks=peaks)
+    return raw.batch._replace(ecg=ecg, peaks=peaks)
 
 
 def keys(records, rows, number, epochs, first=0):
@@ -242,8 +242,8 @@ def plan_stages(records):
     since the others have nothing to recover; where these make no batch, its epochs are the coarse one's.
     Errors: DataError where a stage has no update."""
     config, rows = records.config, records.rows
-    plan = {name: (config.fine_epochs, records.unknown()) if name == "fine" else (config.epochs, rows)
-            for name in models.recipe(config.method)[0].stages}
+    plan = {name: (config.fine_epochs, records.rows_without_truth()) if name == "fine" else
+            (config.epochs, rows) for name in models.recipe(config.method)[0].stages}
     count = lambda rows: len(data.epoch_rows(records.store, np.random.default_rng(0), rows))
     if "fine" in plan and len(plan["fine"][1]) < len(rows) and count(plan["fine"][1]) < config.batch_size:
         plan = {"coarse": (config.epochs + config.fine_epochs, rows)}
@@ -251,11 +251,11 @@ def plan_stages(records):
             raise data.DataError("--llm: all that is true of these records is known, or of all but a few: "
                                  "nothing is to be recovered; leave it out, or add --targets reports")
     stages, end = [], 0
-    for name, (epochs, mine) in plan.items():
-        batches = count(mine) // config.batch_size
+    for name, (epochs, learned) in plan.items():
+        batches = count(learned) // config.batch_size
         first, end = end, end + epochs * batches // config.accumulate
         if epochs:
-            stages.append(Stage(name, epochs, first, end, batches, mine))
+            stages.append(Stage(name, epochs, first, end, batches, learned))
     if config.batch_size % models.world() or any(stage.first == stage.end for stage in stages):
         raise data.DataError(
             f"{count(rows)} training records with a report an epoch, batches of {config.batch_size} by "
@@ -265,7 +265,7 @@ def plan_stages(records):
     if config.chunk and 1 in (config.chunk, share % config.chunk):
         raise data.DataError(f"--chunk {config.chunk} of {share} records leaves a chunk of one, which "
                              "BatchNorm cannot normalise: choose another")
-    if config.keep == "best" and not records.validated():
+    if config.keep == "best" and not records.can_validate():
         raise data.DataError("--keep best: there is nothing to choose by; it needs two validation records "
                              "with a report, and --eval-every over 0")
     return stages
@@ -339,21 +339,18 @@ def make_text(config, run, reports, device, fresh):
     """(language model, tokenizer) of a run: loaded or, by default, made of all training reports, reports().
     Process 0 of a fresh run makes it and keeps tokenizer and architecture in run/tokenizer; the others, and a
     resumed run, build it from there: their weights come from process 0 or from the checkpoint."""
-    folder, made, language = run / "tokenizer", None, config.method == "cardiolm"
-    head = "AutoModelForMaskedLM" if language else "AutoModel"
+    folder, cls, text = run / "tokenizer", models.recipe(config.method)[0], None
     if rank() == 0 and fresh:
         if config.text_model:
-            made = models.load_text_model(config.text_model, head)
+            text = models.load_text_model(config.text_model, cls.head)
         elif config.init and not models.publication(config.init):  # its weights are of its words
-            made = models.rebuild_text_model(Path(config.init) / "tokenizer", head)
-        elif language:
-            made = models.new_bert(reports(), config.seed)
+            text = models.rebuild_text_model(Path(config.init) / "tokenizer", cls.head)
         else:
-            made = models.small_text_model(reports(), config.seed, config.mlm_steps, device=device,
-                                           bar=lambda steps: tqdm(steps, desc="language model"))
-        models.save_text_model(*made, folder)
+            text = cls.default_text_model(reports(), config, device,
+                                          lambda steps: tqdm(steps, desc="language model"))
+        models.save_text_model(*text, folder)
     from_first()
-    return made or models.rebuild_text_model(folder, head)
+    return text or models.rebuild_text_model(folder, cls.head)
 
 
 def start_from(init, method):
@@ -417,7 +414,7 @@ def make_optimiser(method, config):
     return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=True)
 
 
-class Blend:
+class Interpolation:
     """What of a method is validated and saved: its weights and, by a share, those of --init that it started
     from, as in robust fine-tuning (WiSE-FT, Wortsman et al. 2022): the start knows what the new data do not
     show. start (in checkpoints): {name: tensor} of --init, as far as they have fitted."""
@@ -429,8 +426,8 @@ class Blend:
         self.start = {name: start[name].to(x) for name, x in self.live.items()}
 
     @contextlib.contextmanager
-    def used(self):
-        """Within, the blend is in the method."""
+    def applied(self):
+        """Within, the method has the interpolated weights."""
         learned = {name: x.clone() for name, x in self.live.items()}
         try:
             for name, x in self.live.items():
@@ -549,14 +546,6 @@ def save_weights(method, run, name="model.safetensors"):
     files = data.checksums(run, ("tokenizer/*", "*.py"))
     facts = {"tensors": evaluation.crc_of_tensors(state), "files": json.dumps(files)}
     data.write_atomic(Path(run) / name, lambda path: save_file(state, path, facts))
-
-
-def save_checkpoint(run, method, optimiser, blend, update, watch):
-    """checkpoint.pt, with checksums of the other files that a resumed run reads."""
-    state = {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "update": update,
-             "start": blend.start, "processes": models.world(), "watch": watch.state if watch else {},
-             "files": data.checksums(run, ("tokenizer/*", "*.py", "recovered.jsonl", "negatives.pt"))}
-    data.write_atomic(run / "checkpoint.pt", lambda path: torch.save(state, path))
 
 
 def read_checkpoint(run, save_every):
@@ -716,30 +705,31 @@ def enrich(records, rows, run):
             print(f"  {name:<20} {len(part):7d} features   precision {precision:.3f}   recall {recall:.3f}")
         if quality:
             data.write_text(run / "recovery.json", json.dumps(quality, indent=1))
-    return data.Tags.of(enriched)
+    return data.Tags.from_lists(enriched)
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
-LOOK_EVERY = {"cpu": 1, "cuda": 10}  # updates; between two looks at the losses nothing waits for the GPU
-SAVE_SECONDS = 300                   # between checkpoints, unless --save-every says
+LOG_EVERY = {"cpu": 1, "cuda": 10}  # updates; between two readings of the losses nothing waits for the GPU
+SAVE_SECONDS = 300                  # between checkpoints, unless --save-every says
+
 
 class Watch:
-    """Reports collapse of a tower, flat on a probe batch at two looks (at one it may recover), and a loss
-    that is stuck after the warm-up. state (in checkpoints): last 50 losses, towers flat at the last look."""
+    """Reports collapse of a tower, flat on a probe batch at two checks (at one it may recover), and a loss
+    that is stuck after the warm-up. state (in checkpoints): last 50 losses, towers flat at the last check."""
 
-    def __init__(self, probe, method, config, warm=0):
-        self.probe, self.method, self.warm = probe, method, warm
+    def __init__(self, probe, method, config, warmup_end=0):
+        self.probe, self.method, self.warmup_end = probe, method, warmup_end
         self.state = {"recent": [], "flat": []}
         self.chance = method.contrast_sides * math.log(config.batch_size)
 
     def note(self, line):
         """A line of log.jsonl that has terms."""
-        if line["update"] > self.warm and "contrast" in line["terms"]:
+        if line["update"] > self.warmup_end and "contrast" in line["terms"]:
             self.state["recent"] = [*self.state["recent"][-49:], line["terms"]["contrast"]]
 
     @torch.no_grad()
-    def look(self):
+    def check(self):
         """Sentence on what looks wrong, or ""."""
         self.method.eval()
         views = {"ECG": self.method.encode_ecg(self.probe.ecg).rhythm,
@@ -760,8 +750,8 @@ class Watch:
 
 
 class Validation:
-    """Looks at validation records with a report, 2,000 at most, always the same: loss terms without
-    augmentation, in whole batches, then figures. Nothing is chosen by it unless --keep best asks."""
+    """Validation records with a report, 2,000 at most, always the same: loss terms without augmentation, in
+    whole batches, then figures. Nothing is chosen by it unless --keep best asks."""
 
     def __init__(self, records, device):
         self.rows = np.random.default_rng(records.config.seed).permutation(records.val_rows)[:2000]
@@ -769,14 +759,14 @@ class Validation:
         self.questions = []  # of label sets: (name, places in rows, labels (R, C), C lists of texts)
         for name in data.sets_of(records.store, "val"):
             facts = records.store.records.iloc[self.rows]
-            mine = np.flatnonzero((facts["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
-            classes, labels, keep = data.label_matrix(facts.iloc[mine], name)
+            places = np.flatnonzero((facts["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
+            classes, labels, keep = data.label_matrix(facts.iloc[places], name)
             if keep.any():
-                prompts = data.class_prompts(name, classes, "descriptive", facts.iloc[mine])
-                self.questions.append((name, mine[keep], labels[keep], prompts))
+                prompts = data.class_prompts(name, classes, "descriptive", facts.iloc[places])
+                self.questions.append((name, places[keep], labels[keep], prompts))
 
     @torch.no_grad()
-    def look(self, method):
+    def evaluate(self, method):
         """-> {"loss", "terms", "R@1", "R@5", "texts", "auroc": {label set: value}}"""
         method.eval()
         size = min(self.config.batch_size, len(self.rows))
@@ -784,9 +774,9 @@ class Validation:
         with models.alone(), torch.random.fork_rng(), autocast(self.config, self.device):
             torch.manual_seed(self.config.seed)
             for i in range(count):
-                drawn = self.records[0, 0, self.rows[i * size:(i + 1) * size]]
-                drawn.dropped[:], drawn.steps[:] = False, 0
-                for name, value in method(augment(drawn, self.device)).items():
+                raw = self.records[0, 0, self.rows[i * size:(i + 1) * size]]
+                raw.dropped[:], raw.shifts[:] = False, 0
+                for name, value in method(augment(raw, self.device)).items():
                     terms[name] += value.item() / count
             found = self.figures(method)
         method.train()
@@ -816,7 +806,7 @@ def autocast(config, device):
 def do_update(method, optimiser, batches, config, device, stop):
     """An update by config.accumulate batches -> {term: value} and gradient norm, still on the device, and the
     records' rows; None where a stop was asked for: half an update is left undone."""
-    terms, ids = defaultdict(float), []
+    terms, rows = defaultdict(float), []
     optimiser.zero_grad(set_to_none=True)
     for _ in range(config.accumulate):
         if stop.anywhere():
@@ -830,13 +820,13 @@ def do_update(method, optimiser, batches, config, device, stop):
             (method.weighted(losses) / config.accumulate).backward()
         for name, value in losses.items():
             terms[name] += value.detach().float() / config.accumulate
-        ids += batch.ids
+        rows += batch.ids
     trained = [p for group in optimiser.param_groups for p in group["params"]]
     average_gradients(trained)
     norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
     optimiser.step()
     method.limit_scales()
-    return terms, norm, ids
+    return terms, norm, rows
 
 
 def chunked(method, batch, config, device):
@@ -895,187 +885,248 @@ def average_gradients(parameters):
             p.grad.copy_(mean.view_as(p))
 
 
-class Ledger:
-    """Updates that wait for log.jsonl: (rest of the line, *what do_update gave). Losses are on the device:
-    to look at them is to wait for it, so that is done for several at once, by all processes together."""
+class UpdateLog:
+    """Updates that wait for log.jsonl: (rest of the line, *what do_update gave). Losses are on the device: to
+    read them is to wait for it, so that is done for several at once, by all processes together."""
 
-    def __init__(self, method, names, log=None, watch=None):
-        self.method, self.names, self.log, self.watch = method, names, log, watch
+    def __init__(self, method, names, file=None, watch=None):
+        self.method, self.names, self.file, self.watch = method, names, file, watch
         self.waiting, self.since = [], time.perf_counter()
 
-    def settle(self):
+    def flush(self):
         """Write the lines of log.jsonl -> them. Errors: DataError where a loss or gradient is not finite."""
         waiting, self.waiting, lines = self.waiting, [], []
         numbers = torch.stack([torch.stack([*terms.values(), norm]) for _, terms, norm, _ in waiting])
         numbers = models.mean_over_processes(numbers).tolist()
         seconds = round((time.perf_counter() - self.since) / len(waiting), 6)
-        for (line, terms, _, ids), (*values, norm) in zip(waiting, numbers):
+        for (line, terms, _, rows), (*values, norm) in zip(waiting, numbers):
             terms = dict(zip(terms, values))
             loss = self.method.weighted(terms)
             for what, value in (("loss", loss), ("gradient", norm)):
                 if not math.isfinite(value):
                     raise data.DataError(
                         f"the {what} is {value} at update {line['update']}; records of its batch: "
-                        f"{', '.join(self.names(ids))}. Look at their signals (python data.py plot), or "
+                        f"{', '.join(self.names(rows))}. Look at their signals (python data.py plot), or "
                         "lower --lr")
             lines.append({**line, "loss": loss, "terms": terms, "grad_norm": norm, "seconds": seconds})
-            if self.log:
-                add_line(self.log, lines[-1])
+            if self.file:
+                add_line(self.file, lines[-1])
             if self.watch:
                 self.watch.note(lines[-1])
         self.since = time.perf_counter()
         return lines
 
 
-def train_stage(stage, done, method, optimiser, blend, batches, config, run, device, ledger, validation):
-    """Do what is left of a stage's updates -> updates of the run that are done."""
-    method.train()
-    batches, watch, look, told = iter(batches), ledger.watch, None, done + 20
-    updates, saved, every = stage.end - stage.first, time.monotonic(), LOOK_EVERY[device.type]
-    bar = tqdm(range(done, stage.end), stage.name, updates, initial=done - stage.first, disable=rank() > 0,
-               unit="rec", unit_scale=config.batch_size * config.accumulate)
-    with Stop() as stop, bar:
-        for update in bar:
-            rate = rate_at(update - stage.first, updates, config)
-            for group in optimiser.param_groups:
-                group["lr"] = rate * group["scale"]
-            # every process draws numbers of its own, and a resumed run needs the state of none
-            seed = np.random.SeedSequence((config.seed, rank(), update)).generate_state(1, np.uint64)
-            torch.manual_seed(int(seed[0]))
-            found = do_update(method, optimiser, batches, config, device, stop)
-            if found is None:
-                break
-            done = update + 1
-            ledger.waiting.append(({"update": done, "stage": stage.name, "lr": rate}, *found))
-            save = bool(config.save_every) and done % config.save_every == 0
-            validate = stage.validates(done, config)
-            if not (save or validate) and done % every:
-                continue
-            lines = ledger.settle()
-            if rank() > 0:
-                continue
-            if validation and validate:
-                with blend.used():
-                    look = validation.look(method)
-                    save |= config.keep == "best" and keep_best(run, method, stage, done, look["loss"])
-                add_line(ledger.log, {"update": done, "stage": stage.name, "validation": look})
-            shown = {**lines[-1]["terms"], **({"val": look["loss"], "R@5": look["R@5"]} if look else {})}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
-            if told <= done < stage.end:
-                bar.write(cost(method, blend, lines[-1]["seconds"], stage.end - done, device))
-                told = math.inf
-            if watch and done % 50 == 0 and (warning := watch.look()):
-                add_line(ledger.log, {"update": done, "warning": warning})
-                bar.write(f"update {done}: {warning}")
-            late = not config.save_every and time.monotonic() - saved > SAVE_SECONDS
-            if done < stage.end and (save or late):
-                save_checkpoint(run, method, optimiser, blend, done, watch)
-                saved = time.monotonic()
-            ledger.since = time.perf_counter()
-        if ledger.waiting:
-            ledger.settle()
-        if rank() == 0:
-            save_checkpoint(run, method, optimiser, blend, done, watch)
-            if done < stage.end:
-                bar.write(f"stopped and saved at update {done}; continue with: python train.py --resume "
-                          f"{run}")
-    return done
+class Trainer:
+    """A run while it is trained: records, method, optimiser, and how many updates are done (update).
+    checkpoint: where it goes on, or None. Errors: ModelError, DataError."""
 
+    def __init__(self, records, run, device, checkpoint):
+        self.records, self.config, self.run, self.device = records, records.config, run, device
+        config, fresh = self.config, checkpoint is None
+        text = make_text(config, run, records.reports, device, fresh)
+        torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
+        self.method = method = models.build_method(config, text).to(device)
+        start = {} if fresh else checkpoint["start"]
+        if config.init and fresh and rank() == 0:
+            start = start_from(config.init, method)
+        if method.needs_far_texts:
+            method.far = far_texts(method, records.reports(), run, device, fresh)
+        for tensor in method.state_dict().values() if models.world() > 1 else ():
+            dist.broadcast(tensor, 0)
+        self.optimiser = make_optimiser(method, config)
+        self.interpolation = Interpolation(method, config.init_share, start)
+        self.update = 0 if fresh else restore(checkpoint, run, method, self.optimiser)
+        self.watch_state = None if fresh else checkpoint["watch"]
+        if config.compile:
+            method.compile_encoder()
+        if config.recompute:
+            method.recompute()
 
-def keep_best(run, method, stage, update, loss):
-    """best.safetensors: the weights of a stage's lowest validation loss. -> is this the lowest? (A checkpoint
-    follows then: a resumed run must not find later weights here.)"""
-    before = [line["validation"]["loss"] for line in read_log(run)
-              if line.get("stage") == stage.name and "validation" in line and line["update"] < update]
-    if lowest := loss < min(before, default=math.inf):
-        save_weights(method, run, "best.safetensors")
-    return lowest
-
-
-def cost(method, blend, seconds, left, device):
-    """Sentence on what the rest of a stage will take."""
-    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
-    beside = size(blend.start.values()) + 2 * size(p for p in method.parameters() if p.requires_grad)  # Adam
-    cuda = device.type == "cuda"
-    memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if cuda else ""
-    arrival = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
-    return (f"{seconds:.3g} s an update, {left} to go: until {arrival:%a %H:%M}; a checkpoint is "
-            f"{(size(method.state_dict().values()) + beside) / 1e9:.2f} GB{memory}")
-
-
-def train(records, stages, run, device):
-    """Train, or continue a run -> whether it came to its end, or was stopped."""
-    config, store, truth = records.config, records.store, records.truth
-    checkpoint, proposals = read_checkpoint(run, config.save_every), None
-    if config.wandb and rank() == 0:
-        start_wandb(config, run)
-    if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
-        proposals = ask_llm(run, config.llm, [records.tags[row] for row in records.unknown()], device)
-    text = make_text(config, run, records.reports, device, checkpoint is None)
-    torch.manual_seed(config.seed)  # a text model that is loaded leaves the random state as it was
-    method = models.build_method(config, text).to(device)
-    start = checkpoint["start"] if checkpoint else {}
-    if config.init and checkpoint is None and rank() == 0:
-        start = start_from(config.init, method)
-    if isinstance(method, models.CMELT) and config.negatives == "far" and not config.as_published:
-        method.far = far_texts(method, records.reports(), run, device, checkpoint is None)
-    for tensor in method.state_dict().values() if models.world() > 1 else ():
-        dist.broadcast(tensor, 0)
-    optimiser, cuda = make_optimiser(method, config), device.type == "cuda"
-    blend = Blend(method, config.init_share, start)
-    del start  # a share of 0 keeps no copy of the weights
-    update = restore(checkpoint, run, method, optimiser) if checkpoint else 0
-    log = watch = validation = None
-    if rank() == 0:
-        count = sum(p.numel() for p in method.parameters())
-        sets = ", ".join(f"{n} of {spec}" for spec, n in by_set(records).items())
+    def begin(self, stages):
+        """Say what is trained on what, and open log.jsonl behind the updates that are done."""
+        config, self.log = self.config, None
+        if rank() > 0:
+            return
+        count = sum(p.numel() for p in self.method.parameters())
+        sets = ", ".join(f"{n} of {spec}" for spec, n in by_set(self.records).items())
         print(f"{config.method}: training records: {sets}; {stages[-1].end} updates, "
-              f"{count / 1e6:.2f} M parameters, run {run}")
+              f"{count / 1e6:.2f} M parameters, run {self.run}")
         if config.fine_epochs and stages[-1].name != "fine":
             print("all that is true of these records is known, or of all but a few, so nothing is to be "
                   f"recovered: the coarse stage takes the {config.fine_epochs} epochs of the fine one")
-        log = write_lines(run / "log.jsonl", [line for line in read_log(run) if line["update"] <= update])
-    if config.compile:
-        method.compile_encoder()
-    if config.recompute:
-        method.recompute()
-    workers = config.workers if config.workers >= 0 else cuda * min(4, os.cpu_count() // models.world())
-    for number, stage in enumerate(stages):
-        if update >= stage.end:
-            continue
-        if stage.name == "fine":
-            if rank() == 0 and update == stage.first:  # a run that is resumed within the stage reads them
-                with blend.used():
-                    recover_features(method, records, stage.rows, proposals, run, device)
-            from_first()
-            records = Records(store, enrich(records, stage.rows, run), truth, config)
-        if getattr(method, "text", None) and method.text.frozen and "text_pooling" in method.settings:
-            with autocast(config, device):
-                method.text.keep(records.step_texts(), lambda parts: tqdm(parts, "texts", leave=False))
+        done = [line for line in read_log(self.run) if line["update"] <= self.update]
+        self.log = write_lines(self.run / "log.jsonl", done)
+
+    def recover(self, stage, proposals):
+        """From now on reports hold the waveform features that the coarse model has recovered."""
+        store, truth = self.records.store, self.records.truth
+        if rank() == 0 and self.update == stage.first:  # a run that is resumed within the stage reads them
+            with self.interpolation.applied():
+                recover_features(self.method, self.records, stage.rows, proposals, self.run, self.device)
+        from_first()
+        self.records = Records(store, enrich(self.records, stage.rows, self.run), truth, self.config)
+
+    def prepare_texts(self):
+        """Tell the method which tags there are, and encode what a frozen language model will be asked."""
+        tags, truth = self.records.tags, self.records.truth
+        with autocast(self.config, self.device):
+            self.method.cache_texts(self.records.step_texts, lambda parts: tqdm(parts, "texts", leave=False))
         decided = set(truth.table)  # what no record shows is a name that nobody has decided about
-        method.know(list(dict.fromkeys(records.tags.table + truth.table)),
-                    {tag: name for tag, name in data.meanings().items() if name in decided})
-        read = (update - stage.first) * config.accumulate
-        batches = torch.utils.data.DataLoader(
-            records, sampler=keys(records, stage.rows, number, stage.epochs, read), batch_size=None,
+        self.method.set_vocabulary(list(dict.fromkeys(tags.table + truth.table)),
+                                   {tag: name for tag, name in data.meanings().items() if name in decided})
+
+    def batches(self, number, stage):
+        """What is left of a stage's batches."""
+        config, cuda = self.config, self.device.type == "cuda"
+        done = (self.update - stage.first) * config.accumulate
+        workers = config.workers if config.workers >= 0 else cuda * min(4, os.cpu_count() // models.world())
+        return torch.utils.data.DataLoader(
+            self.records, sampler=keys(self.records, stage.rows, number, stage.epochs, done), batch_size=None,
             num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_interrupts)
-        if rank() == 0 and hasattr(method, "encode_ecg"):  # a language model has no towers to watch
-            probe = augment(records[next(keys(records, stage.rows, number, stage.epochs))], device)
-            warm = stage.first + config.warmup * (stage.end - stage.first)
-            watch = Watch(probe, method, config, warm)
-            if update > stage.first:
-                watch.state = checkpoint["watch"]
-            validation = Validation(records, device) if records.validated() else None
-            if config.eval_every and not validation:
-                print(f"{config.data}: fewer than two validation records with a report: no validation curve")
-        update = train_stage(stage, update, method, optimiser, blend, batches, config, run, device,
-                             Ledger(method, store.ids, log, watch), validation)
-        if update < stage.end:
-            return False
-    if rank() == 0:
-        with blend.used():
-            finish(records, run, method, device)
-    return True
+
+    def watch_over(self, number, stage):
+        """Watch of a stage, its probe the first batch; Validation, where there are records for it."""
+        raw = self.records[next(keys(self.records, stage.rows, number, stage.epochs))]
+        warmup_end = stage.first + self.config.warmup * (stage.end - stage.first)
+        watch = Watch(augment(raw, self.device), self.method, self.config, warmup_end)
+        if self.update > stage.first:
+            watch.state = self.watch_state
+        if self.config.eval_every and not self.records.can_validate():
+            print(f"{self.config.data}: fewer than two validation records with a report: no validation curve")
+        return watch, Validation(self.records, self.device) if self.records.can_validate() else None
+
+    def begin_update(self, stage):
+        """Learning rate of the next update, and its random numbers: every process draws its own, and a
+        resumed run needs the state of none."""
+        rate = rate_at(self.update - stage.first, stage.end - stage.first, self.config)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["scale"]
+        seed = np.random.SeedSequence((self.config.seed, rank(), self.update)).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
+        return rate
+
+    def train_stage(self, number, stage):
+        """Do what is left of a stage's updates -> False where a stop was asked for before its end."""
+        self.prepare_texts()
+        batches, watch, validation = iter(self.batches(number, stage)), None, None
+        if rank() == 0 and self.method.needs_ecg:
+            watch, validation = self.watch_over(number, stage)
+        log, config = UpdateLog(self.method, self.records.store.ids, self.log, watch), self.config
+        self.method.train()
+        saved, cost_due, shown = time.monotonic(), self.update + 20, {}
+        bar = tqdm(range(self.update, stage.end), stage.name, stage.end - stage.first, disable=rank() > 0,
+                   initial=self.update - stage.first, unit="rec",
+                   unit_scale=config.batch_size * config.accumulate)
+        with Stop() as stop, bar:
+            for update in bar:
+                rate = self.begin_update(stage)
+                found = do_update(self.method, self.optimiser, batches, config, self.device, stop)
+                if found is None:
+                    break
+                self.update = done = update + 1
+                log.waiting.append(({"update": done, "stage": stage.name, "lr": rate}, *found))
+                save = bool(config.save_every) and done % config.save_every == 0
+                validate = stage.validates(done, config)
+                if not (save or validate) and done % LOG_EVERY[self.device.type]:
+                    continue
+                last = log.flush()[-1]
+                if rank() > 0:
+                    continue
+                if validation and validate:
+                    shown, lowest = self.validate(stage, validation)
+                    save |= lowest
+                bar.set_postfix({k: f"{x:.3f}" for k, x in (last["terms"] | shown).items()}, refresh=False)
+                if cost_due <= done < stage.end:
+                    bar.write(self.cost(last["seconds"], stage.end - done))
+                    cost_due = math.inf
+                if watch and done % 50 == 0 and (warning := watch.check()):
+                    add_line(self.log, {"update": done, "warning": warning})
+                    bar.write(f"update {done}: {warning}")
+                late = not config.save_every and time.monotonic() - saved > SAVE_SECONDS
+                if done < stage.end and (save or late):
+                    self.save_checkpoint(watch)
+                    saved = time.monotonic()
+                log.since = time.perf_counter()
+            if log.waiting:
+                log.flush()
+            if rank() == 0:
+                self.save_checkpoint(watch)
+                if self.update < stage.end:
+                    bar.write(f"stopped and saved at update {self.update}; continue with: python train.py "
+                              f"--resume {self.run}")
+        return self.update == stage.end
+
+    def validate(self, stage, validation):
+        """Look at validation records -> what the bar shows of them; are these, by --keep best, the best
+        weights of the stage so far? (best.safetensors. A checkpoint follows then: a resumed run must not find
+        later weights there.)"""
+        before = [line["validation"]["loss"] for line in read_log(self.run) if line.get("stage") == stage.name
+                  and "validation" in line and line["update"] < self.update]
+        with self.interpolation.applied():
+            found = validation.evaluate(self.method)
+            lowest = self.config.keep == "best" and found["loss"] < min(before, default=math.inf)
+            if lowest:
+                save_weights(self.method, self.run, "best.safetensors")
+        add_line(self.log, {"update": self.update, "stage": stage.name, "validation": found})
+        return {"val": found["loss"], "R@5": found["R@5"]}, lowest
+
+    def cost(self, seconds, left):
+        """Sentence on what the rest of a stage will take."""
+        size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
+        trained = [p for p in self.method.parameters() if p.requires_grad]
+        kept = [*self.method.state_dict().values(), *self.interpolation.start.values(), *trained, *trained]
+        cuda = self.device.type == "cuda"  # trained, twice: AdamW's moments
+        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if cuda else ""
+        arrival = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
+        return (f"{seconds:.3g} s an update, {left} to go: until {arrival:%a %H:%M}; a checkpoint is "
+                f"{size(kept) / 1e9:.2f} GB{memory}")
+
+    def save_checkpoint(self, watch):
+        """checkpoint.pt, with checksums of the other files that a resumed run reads."""
+        files = data.checksums(self.run, ("tokenizer/*", "*.py", "recovered.jsonl", "negatives.pt"))
+        state = {"model": self.method.state_dict(), "optimiser": self.optimiser.state_dict(),
+                 "update": self.update, "start": self.interpolation.start, "processes": models.world(),
+                 "watch": watch.state if watch else {}, "files": files}
+        data.write_atomic(self.run / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def finish(self):
+        """Write weights, curves.png, training.json, and what else the method leaves."""
+        run, lines, records = self.run, read_log(self.run), self.records
+        updates = [line for line in lines if "terms" in line]
+        with self.interpolation.applied():
+            if self.config.keep == "best":
+                self.take_best(lines, updates[-1]["stage"])
+            if updates and not (run / "training.json").exists():  # a finished run, resumed, keeps its own
+                data.write_text(run / "training.json", json.dumps(self.facts(lines, updates), indent=1))
+            save_weights(self.method, run)
+            plot_log(lines, run / "curves.png")
+            texts = [models.join(records.tags[row]) for row in records.store.rows("test")]
+            for key, found in self.method.finish(run, texts).items():
+                evaluation.remember(run, key, found)
+
+    def take_best(self, lines, stage):
+        """The weights of best.safetensors, of the last stage's lowest validation loss."""
+        found = [line for line in lines if "validation" in line and line["stage"] == stage]
+        best = min(found, key=lambda line: line["validation"]["loss"])
+        self.method.load_state_dict(evaluation.read_tensors(self.run / "best.safetensors")[0])
+        evaluation.remember(self.run, "kept", {"update": best["update"], "of": stage,
+                                               "lowest validation loss": best["validation"]["loss"]})
+
+    def facts(self, lines, updates):
+        """For training.json: seconds of all sessions, records_per_second of the median update (a busy machine
+        makes some slow), the rest of the session that ended the run."""
+        seconds, gpu = [line["seconds"] for line in updates], self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if gpu else platform.processor() or platform.machine()
+        return {
+            "parameters": sum(p.numel() for p in self.method.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.method.parameters() if p.requires_grad),
+            "records": len(self.records.rows), "records_by_set": by_set(self.records),
+            "seconds": sum(seconds),
+            "records_per_second": self.config.batch_size * self.config.accumulate / float(np.median(seconds)),
+            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9 if gpu else None,
+            "device": name, "processes": models.world(), "threads": torch.get_num_threads(),
+            "warnings": [f"update {one['update']}: {one['warning']}" for one in lines if "warning" in one]}
 
 
 def by_set(records):
@@ -1085,54 +1136,29 @@ def by_set(records):
     return {part.spec: count for part, count in zip(parts, counts)}
 
 
-def finish(records, run, method, device):
-    """Write weights, curves.png and training.json: seconds of all sessions, records_per_second of the median
-    update (a busy machine makes some slow), the rest of the session that ended the run."""
-    config, lines, gpu = records.config, read_log(run), device if device.type == "cuda" else None
-    updates = [line for line in lines if "terms" in line]
-    if config.keep == "best":
-        looks = [line for line in lines if "validation" in line and line["stage"] == updates[-1]["stage"]]
-        best = min(looks, key=lambda line: line["validation"]["loss"])
-        method.load_state_dict(evaluation.read_tensors(run / "best.safetensors")[0])
-        evaluation.remember(run, "kept", {"update": best["update"], "of": best["stage"],
-                                          "lowest validation loss": best["validation"]["loss"]})
-    if updates and not (run / "training.json").exists():  # a finished run that is resumed keeps its own
-        seconds = [line["seconds"] for line in updates]
-        facts = {
-            "parameters": sum(p.numel() for p in method.parameters()),
-            "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
-            "records": len(records.rows), "records_by_set": by_set(records), "seconds": sum(seconds),
-            "records_per_second": config.batch_size * config.accumulate / float(np.median(seconds)),
-            "peak_memory_gb": torch.cuda.max_memory_allocated(gpu) / 1e9 if gpu else None,
-            "device": torch.cuda.get_device_name(gpu) if gpu else platform.processor() or platform.machine(),
-            "processes": models.world(), "threads": torch.get_num_threads(),
-            "warnings": [f"update {one['update']}: {one['warning']}" for one in lines if "warning" in one]}
-        data.write_text(run / "training.json", json.dumps(facts, indent=1))
-    save_weights(method, run)
-    plot_log(lines, run / "curves.png")
-    if config.method == "cardiolm":
-        models.save_language_model(method, run / "language_model")
-        report_language(method, [records.store.texts[row] for row in records.store.rows("test")], run)
+def train(records, stages, run, device):
+    """Train, or continue a run -> whether it came to its end, or was stopped."""
+    config, checkpoint, proposals = records.config, read_checkpoint(run, records.config.save_every), None
+    if config.wandb and rank() == 0:
+        start_wandb(config, run)
+    if config.llm and rank() == 0:  # now: mistakes show at once, and the GPU is empty
+        rows = records.rows_without_truth()
+        proposals = ask_llm(run, config.llm, [records.tags[row] for row in rows], device)
+    trainer = Trainer(records, run, device, checkpoint)
+    del checkpoint  # it is as large as the model and its optimiser
+    trainer.begin(stages)
+    for number, stage in enumerate(stages):
+        if trainer.update < stage.end:
+            if stage.name == "fine":
+                trainer.recover(stage, proposals)
+            if not trainer.train_stage(number, stage):
+                return False
+    if rank() == 0:
+        trainer.finish()
+    return True
 
 
-@torch.no_grad()
-def report_language(method, texts, run, batch=64):
-    """How many hidden words of `texts` a CardioLM guesses, for results.json; the yardstick: the commonest."""
-    if not texts:
-        print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from training")
-        return
-    method.eval()
-    torch.manual_seed(0)  # training is over
-    parts = [texts[start:start + batch] for start in range(0, len(texts), batch)]
-    sums = sum(torch.stack([x.float().cpu() for x in method.guess(part)]) for part in parts)
-    pieces = method.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    counts = np.unique(np.concatenate(pieces), return_counts=True)[1]
-    (loss, right), commonest = (sums[[0, 2]] / sums[1]).tolist(), float(counts.max() / counts.sum())
-    print(f"masked words of {len(texts)} texts not trained on: {100 * right:.1f} % right (always the "
-          f"commonest word: {100 * commonest:.1f} %), loss {loss:.3f}")
-    evaluation.remember(run, "language", {"texts": len(texts), "loss": loss, "accuracy": right,
-                                          "commonest": commonest})
-
+# ---- command line ------------------------------------------------------------------------------------------
 
 def absolute(spec):
     """A data spec or text file whose path does not depend on where the program is started."""
@@ -1143,46 +1169,63 @@ def absolute(spec):
     return f"{kind}:{path}" if colon else path
 
 
-def main(argv=None):
-    config, resumed, before = parse(argv)
-    device = start_processes()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+def make_absolute(config, resumed):
+    """All paths of a config: a run that is moved must not ask the hub for what was a folder."""
     config.data = ",".join(map(absolute, data.split_specs(config.data)))
     if config.init and (published := models.publication(config.init)):
         config.init = f"{published[0]}:{os.path.abspath(published[1])}"
     elif config.init and not resumed:
         evaluation.read_config(config.init)  # is it a run?
         config.init = os.path.abspath(config.init)
-    for name in ("text_model", "llm"):  # a run that is moved must not ask the hub for what was a folder
+    for name in ("text_model", "llm"):
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
+
+
+def closing_tasks(records):
+    """A table of the data's own kind for the end: {task: sets}, none for a method without ECGs."""
+    config, store = records.config, records.store
+    if not models.recipe(config.method)[0].needs_ecg:
+        return {}
+    if sets := data.sets_of(store):
+        return {"zeroshot": sets}
+    if tagged(records.tags, store.rows("test")).sum() > 1:
+        return {"retrieve": store.sources()}
+    print(f"{config.data}: its test records have neither labels nor reports: there will be no table")
+    return {}
+
+
+def check_resumed(run, config, before, made_by):
+    """before, made_by: what made the run, and what would now. Errors: DataError where the data differ."""
+    if before["store"] != made_by["store"]:
+        raise data.DataError(f"{run}: its training data have changed since it began; train anew")
+    changed = [f"{k} {old} -> {made_by[k]}" for k, old in before.items()
+               if old != made_by[k] and k not in models.own_files(config)]
+    if changed and rank() == 0:
+        print(f"{run} goes on with other versions: {'; '.join(changed)}; the last digits may be others")
+
+
+def main(argv=None):
+    config, resumed, before = parse(argv)
+    device = start_processes()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    make_absolute(config, resumed)
     if resumed and not config.data:
         raise data.DataError(f"{resumed}: an exported run, whose data are not named: train on from it with "
                              f"--init {resumed}")
     records = open_records(config)
-    store, stages = records.store, plan_stages(records)
-    made_by = {"program": models.VERSION, "torch": torch.__version__, "store": store.meta["plan"],
+    stages, first = plan_stages(records), rank() == 0
+    made_by = {"program": models.VERSION, "torch": torch.__version__, "store": records.store.meta["plan"],
                "csrc": csrc.build_info().get("sources", "reference"),
                **{name: os.path.abspath(path) for name, path in models.own_files(config).items()}}
-    first, wanted = rank() == 0, {}
-    if first and config.method != "cardiolm":  # at the end a table of the data's own kind
-        if sets := data.sets_of(store):
-            wanted = {"zeroshot": sets}
-        elif tagged(records.tags, store.rows("test")).sum() > 1:
-            wanted = {"retrieve": store.sources()}
-        else:
-            print(f"{config.data}: its test records have neither labels nor reports: there will be no table")
+    tasks = closing_tasks(records) if first else {}
     run = from_first(resumed or first and new_folder(config, made_by))
     with data.locked(run / ".lock", wait=False) if first else contextlib.nullcontext(True) as acquired:
         if not acquired:
             raise data.DataError(f"{run}: another process is training it")
-        if resumed and before["store"] != made_by["store"]:
-            raise data.DataError(f"{run}: its training data have changed since it began; train anew")
-        changed = [f"{k} {old} -> {made_by[k]}" for k, old in before.items()
-                   if old != made_by[k] and k not in models.own_files(config)]
-        if first and changed:
-            print(f"{run} goes on with other versions: {'; '.join(changed)}; the last digits may be others")
+        if resumed:
+            check_resumed(run, config, before, made_by)
         try:
             finished = train(records, stages, run, device)
         except BaseException:
@@ -1190,7 +1233,7 @@ def main(argv=None):
                 shutil.rmtree(run)  # nothing is lost
             raise
     leave_processes()
-    for task, sets in wanted.items() if finished else ():
+    for task, sets in tasks.items() if finished else ():
         print(f"training is finished; the table: python eval.py --{task} {' '.join(sets)} --run {run}",
               file=sys.stderr)  # this is what an interrupt cuts short
         evaluation.report(run, {task: sets}, device=device)

@@ -43,13 +43,13 @@ def prepare(name, size, device, batch_size, compiled, **settings):
         method.far = models.FarTexts(texts, torch.randn(len(texts), 512, device=device))
     ecg = (300 * torch.randn(config.batch_size, 12, method.samples)).short()
     batch = models.Batch(ecg, tags, tags, [""] * len(tags), torch.full((len(tags), 1), -1, dtype=torch.int32))
-    drawn = train.Drawn(batch, torch.zeros(ecg.shape[:2], dtype=torch.bool), torch.ones(len(ecg), dtype=torch.long))
+    drawn = train.RawBatch(batch, torch.zeros(ecg.shape[:2], dtype=torch.bool), torch.ones(len(ecg), dtype=torch.long))
     if device.type == "cuda":
         drawn = drawn._replace(batch=batch._replace(ecg=ecg.pin_memory()))
     if compiled:
         method.compile_encoder()
     if method.text.frozen:
-        method.text.keep(batch.texts)
+        method.text.cache(batch.texts)
     optimiser, batches, stop = train.make_optimiser(method, config), itertools.repeat(drawn), train.Stop()
     stop.asked = 0
     update = lambda: train.do_update(method, optimiser, batches, config, device, stop)
@@ -61,11 +61,11 @@ def timed(update, device, count):
     seconds = []
     for _ in range(count):
         start = time.perf_counter()
-        for _ in range(train.LOOK_EVERY[device.type]):
+        for _ in range(train.LOG_EVERY[device.type]):
             update()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / train.LOOK_EVERY[device.type])
+        seconds.append((time.perf_counter() - start) / train.LOG_EVERY[device.type])
     return seconds
 
 

@@ -675,11 +675,11 @@ def test_records_without_peaks_and_statements(tmp_path):
 
 
 def test_tags():
-    tags = data.Tags.of([["b", "a"], [], ["a", "c", "a"]])
+    tags = data.Tags.from_lists([["b", "a"], [], ["a", "c", "a"]])
     assert tags.table == ["b", "a", "c"] and tags.numbers.tolist() == [0, 1, 1, 2, 1] and tags.offsets.tolist() == [0, 2, 2, 5]
     assert (tags.numbers.dtype, tags.offsets.dtype) == (np.int32, np.int64) and tags.numbers_of(2).tolist() == [1, 2, 1]
     assert list(pickle.loads(pickle.dumps(tags))) == [["b", "a"], [], ["a", "c", "a"]] and len(tags) == 3
-    assert list(data.Tags.of([])) == []
+    assert list(data.Tags.from_lists([])) == []
 
 
 def test_a_large_store_opens_at_once(tmp_path):

@@ -174,7 +174,7 @@ def recover(store, folder, answer, **options):
     config = toy_config("fgclep", llm="stub", **options)
     method = models.build_method(config, models.small_text_model(["sinus rhythm"] * 4, steps=1, dim=32, layers=1))
     proposals = [answer(row, tags[row]) for row in rows]
-    records = train.Records(store, tags, data.Tags.of([()] * len(tags)), config)
+    records = train.Records(store, tags, data.Tags.from_lists([()] * len(tags)), config)
     train.recover_features(method, records, rows, proposals, folder, torch.device("cpu"))
     lines = [json.loads(line) for line in (folder / "recovered.jsonl").read_text().splitlines()]
     assert all(line["id"] == store.records["id"].iloc[line["row"]] for line in lines)

@@ -240,7 +240,7 @@ def toy_method(name, **options):
     if name == "cmelt":
         method.far = models.FarTexts(sorted(set(TEXTS_AS_TAGS)), torch.eye(len(set(TEXTS_AS_TAGS))))
     tags = sorted({tag for text in TEXTS_AS_TAGS for tag in text.split(". ")})
-    method.know(tags, {tag: tag for tag in tags})
+    method.set_vocabulary(tags, {tag: tag for tag in tags})
     return method
 
 
@@ -265,7 +265,7 @@ def test_targets_where_no_tags_are_compared():
 def test_the_watch_knows_what_guessing_costs(name):
     """The loss term "contrast" on a batch of equal records and texts, which nothing can tell apart."""
     batch, method = toy_batch(), toy_method(name)
-    same = batch._replace(ecg=batch.ecg[:1].expand(8, -1, -1), tags=batch.tags[:1] * 8, chosen=batch.chosen[:1] * 8)
+    same = batch._replace(ecg=batch.ecg[:1].expand(8, -1, -1), tags=batch.tags[:1] * 8, sampled=batch.sampled[:1] * 8)
     assert method(same)["contrast"].item() == pytest.approx(train.Watch(None, method, small_config(name, batch_size=8)).chance, rel=1e-4)
 
 
@@ -406,7 +406,7 @@ def test_chunks_give_the_gradients_of_all_at_once(name, options, size, device="c
         else:
             terms = one_by_one(method, batch, size)
             method.weighted(terms).backward()
-        results.append(({k: float(v) for k, v in terms.items()}, {n: p.grad for n, p in method.named_parameters()},
+        results.append(({k: float(v.detach()) for k, v in terms.items()}, {n: p.grad for n, p in method.named_parameters()},
                         dict(method.named_buffers())))
     (terms, grads, buffers), (others, other_grads, other_buffers) = results
     assert terms == pytest.approx(others, rel=1e-10)
@@ -595,7 +595,7 @@ def test_negatives_are_far_and_reach_the_model():
     assert set(far.draw(["text 0"] * 200)) == {f"text {i}" for i in range(90, 100)}  # the ten that point away
     assert len(set(far.draw(["a text of a validation record"] * 200))) > 50
     tags = [[f"block {i}", f"infarct {i}", "sinus rhythm"] for i in range(8)]
-    method, batch = toy_method("cmelt", negatives="far"), toy_batch()._replace(tags=tags, chosen=[said[:2] for said in tags])
+    method, batch = toy_method("cmelt", negatives="far"), toy_batch()._replace(tags=tags, sampled=[said[:2] for said in tags])
     method.far = models.FarTexts(list(map(models.join, tags)), torch.eye(8))
     chosen, aligned = method.with_negatives(batch)
     assert [len(said) for said in chosen] == [2] * 8 and aligned.sum() in (3, 4)  # the length gives nothing away
@@ -651,7 +651,7 @@ def loss_and_gradients(name, options, batch):
     method = toy_method(name, **options)
     if options.get("negatives") == "far":  # the same for a record in whichever process
         method.with_negatives = lambda part: (
-            [["atrial fibrillation"] if int(i) % 3 == 0 else tags for i, tags in zip(part.ids, part.chosen)],
+            [["atrial fibrillation"] if int(i) % 3 == 0 else tags for i, tags in zip(part.ids, part.sampled)],
             torch.tensor([int(i) % 3 != 0 for i in part.ids]))
     if method.config.chunk:
         return method, train.chunked(method, batch, method.config, torch.device("cpu"))
@@ -718,19 +718,19 @@ def test_a_report_is_asked_only_what_reports_say_and_a_truth_all_that_it_decides
     torch.nn.Module.__init__(method)
     method.config = small_config("fgclep")
     words = ["flat t waves", "lvh", "sinus rhythm", "poor progression"]
-    method.know(words, {"flat t waves": "flat t waves", "lvh": "left ventricular hypertrophy", "sinus rhythm": "sinus rhythm"})
+    method.set_vocabulary(words, {"flat t waves": "flat t waves", "lvh": "left ventricular hypertrophy", "sinus rhythm": "sinus rhythm"})
     said = [["flat t waves", "sinus rhythm"], ["lvh", "sinus rhythm"], ["poor progression"]]
     batch = method.plan(models.Batch(None, said, said, ["a", "b", "c"], None, [True, False, False]))
-    chosen, _, by = batch.everyone
-    assert chosen == [["flat t waves"], ["sinus rhythm"], ["lvh"], ["poor progression"]] == [[text] for text in batch.said]
+    chosen, _, by = batch.gathered
+    assert chosen == [["flat t waves"], ["sinus rhythm"], ["lvh"], ["poor progression"]] == [[text] for text in batch.captions]
     # simulated: all but what nobody has decided about; the others: not the flat T waves that no report speaks of
-    assert method.asked(chosen, by, batch).tolist() == [[1, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1]]
-    method.know(words, {})  # nobody's truth is known: what a report leaves out counts as false, as published
+    assert method.loss_mask(chosen, by, batch).tolist() == [[1, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1]]
+    method.set_vocabulary(words, {})  # nobody's truth is known: what a report leaves out counts as false, as published
     batch = method.plan(batch._replace(exact=()))
-    assert method.asked(*batch.everyone[::2], batch).all()
+    assert method.loss_mask(*batch.gathered[::2], batch).all()
     method.config.text_unit = "report"  # a text is of one record
     batch = method.plan(batch._replace(exact=[True, False, False]))
-    assert method.asked(*batch.everyone[::2], batch).tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
+    assert method.loss_mask(*batch.gathered[::2], batch).tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
     logits, weight, target = torch.randn(2, 3), torch.ones(2, 3), torch.zeros(2, 3)
     weight[1, 0] = 0
     each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")

@@ -38,7 +38,7 @@ class Painted:
 
     @property
     def tags(self):
-        return data.Tags.of(self.records["statements"])
+        return data.Tags.from_lists(self.records["statements"])
 
     def sources(self):
         return self.records["source"].unique().tolist()
@@ -448,7 +448,7 @@ def test_ranks_by_hand():
     """Four records, three texts, the first of which two records have; record 2 sees both texts alike."""
     like = np.array([[0.9, 0.5, 0.1], [0.2, 0.8, 0.5], [0.3, 0.6, 0.6], [0.7, 0.1, 0.4]])
     texts, said, patients = np.array([0, 0, 1, 2]), np.array(["x", "y", "x"]), np.array(list("abcd"))
-    found = evaluation.both_ways(like, np.eye(3), texts, said, patients)
+    found = evaluation.both_directions(like, np.eye(3), texts, said, patients)
     figures = {title: [m[k] for k in ("value", "R@5", "median rank", "chance", "queries", "candidates")]
                for title, m in found.items()}
     assert figures == {
@@ -457,7 +457,7 @@ def test_ranks_by_hand():
         "ECG -> report, same findings": pytest.approx([2 / 4, 1, 1.25, 7 / 12, 4, 3]),  # 1, 2, 1.5, 1
         "report -> ECG, same findings": pytest.approx([1 / 3, 1, 2, 7 / 12, 3, 4])}     # 1, 2, 2
     copies = [0, 0, 0, 1, 2, 3]  # record 0, with its report, three times: not one candidate more
-    again = evaluation.both_ways(like[copies], np.eye(3), texts[copies], said, np.array(list("abcdef")))
+    again = evaluation.both_directions(like[copies], np.eye(3), texts[copies], said, np.array(list("abcdef")))
     assert again["ECG -> report"]["candidates"] == 3
     assert again["ECG -> report"]["value"] == pytest.approx(3 / 6)
     assert again["report -> ECG"]["median rank"] == 2

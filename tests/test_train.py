@@ -313,8 +313,8 @@ def test_the_watch_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     seen, state = [], {"recent": [1.0, 2.0], "flat": ["ECG"]}
     checkpoint = torch.load(run / "checkpoint.pt")
     torch.save(checkpoint | {"watch": state}, run / "checkpoint.pt")
-    stage = train.train_stage
-    monkeypatch.setattr(train, "train_stage", lambda *a: seen.append(dict(a[-2].watch.state)) or stage(*a))
+    log = train.UpdateLog
+    monkeypatch.setattr(train, "UpdateLog", lambda *a: seen.append(dict(a[-1].state)) or log(*a))
     train.main(["--resume", str(run)])
     assert seen == [state] and "watch" in torch.load(run / "checkpoint.pt")
 
@@ -377,19 +377,19 @@ def test_the_watch_tells_a_collapsed_tower_and_a_stuck_loss():
     config = small_config("etp", batch_size=16)
     flat = Collapsed(0.01)
     watch = train.Watch(probe, flat, config)
-    assert watch.look() == "" and watch.look().startswith("COLLAPSE: all ECG embeddings")
+    assert watch.check() == "" and watch.check().startswith("COLLAPSE: all ECG embeddings")
     flat.spread = 1.0
-    assert watch.look() == ""
+    assert watch.check() == ""
     flat.spread = 0.01
-    assert watch.look() == "" and watch.look().startswith("COLLAPSE")
-    healthy = train.Watch(probe, Collapsed(1.0), config, warm=5)
+    assert watch.check() == "" and watch.check().startswith("COLLAPSE")
+    healthy = train.Watch(probe, Collapsed(1.0), config, warmup_end=5)
     for _ in range(50):
         healthy.note({"update": 9, "terms": {"contrast": 1.0}})
-    assert healthy.look() == ""
+    assert healthy.check() == ""
     for _ in range(50):
         healthy.note({"update": 9, "terms": {"contrast": np.log(16)}})
         healthy.note({"update": 4, "terms": {"contrast": 9.0}})
-    assert healthy.look().startswith("STUCK")
+    assert healthy.check().startswith("STUCK")
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -418,23 +418,23 @@ def test_weights_drawn_towards_their_start_by_hand():
         method.running.fill_(8.0)
         method.count += 3
     start = {"weight": torch.tensor([1.0, 2.0]), "running": torch.zeros(1), "count": torch.tensor(9), "frozen": torch.zeros(2)}
-    blend = train.Blend(method, 0.25, start)
-    with pytest.raises(KeyboardInterrupt), blend.used():
+    blend = train.Interpolation(method, 0.25, start)
+    with pytest.raises(KeyboardInterrupt), blend.applied():
         assert method.weight.tolist() == [3.25, 3.5] and method.running.item() == 6 and method.count == 3
         assert method.frozen.tolist() == [1, 1]
         raise KeyboardInterrupt
     assert method.weight.tolist() == [4, 4] and method.running.item() == 8
     del start["running"]  # what --init did not have is left as it was learned
-    with train.Blend(method, 0.25, start).used():
+    with train.Interpolation(method, 0.25, start).applied():
         assert method.weight.tolist() == [3.25, 3.5] and method.running.item() == 8
-    assert train.Blend(method, 0.0, start).start == {}
+    assert train.Interpolation(method, 0.0, start).start == {}
 
 
 def test_a_run_is_drawn_towards_its_start_and_resumes(tmp_path, monkeypatch):
     """Validated and saved is the blend, and the checkpoint keeps what training goes on with, and the start."""
     monkeypatch.chdir(tmp_path)
-    seen, look = [], train.Validation.look
-    monkeypatch.setattr(train.Validation, "look", lambda self, method: seen.append(
+    seen, look = [], train.Validation.evaluate
+    monkeypatch.setattr(train.Validation, "evaluate", lambda self, method: seen.append(
         {k: v.clone() for k, v in method.state_dict().items()}) or look(self, method))
     args = ["--method", "etp", "--data", "simulated:200", *TINY, "--epochs", "2", "--save-every", "5"]
     train.main([*args, "--name", "first"])
@@ -511,7 +511,7 @@ def test_text_units():
 
 def drawn(ecg, peaks, dropped, steps):
     batch = models.Batch(torch.from_numpy(ecg), [], [], [], torch.tensor(peaks, dtype=torch.int32))
-    return train.Drawn(batch, torch.tensor(dropped), torch.tensor(steps))
+    return train.RawBatch(batch, torch.tensor(dropped), torch.tensor(steps))
 
 
 def test_augmentation_moves_and_drops():
@@ -536,10 +536,10 @@ def test_what_is_random_about_a_record_is_its_own(tiny_store):
     store, config = data.open_data(f"store:{tiny_store}"), small_config("etp", lead_drop=0.5, shift=1.0)
     records = train.Records(store, data.report_tags(store), data.true_tags(store), config)
     one, other = records[0, 1, [4, 7, 9]], records[0, 1, [9, 4]]
-    assert one.steps.unique().numel() == 3 and one.steps.abs().max() <= 100 and 0 < one.dropped.float().mean() < 1
-    assert other.steps.tolist() == [one.steps[2], one.steps[0]] and torch.equal(other.dropped, one.dropped[[2, 0]])
-    assert other.batch.chosen == [one.batch.chosen[2], one.batch.chosen[0]]
-    assert not torch.equal(records[0, 2, [4, 7, 9]].steps, one.steps)
+    assert one.shifts.unique().numel() == 3 and one.shifts.abs().max() <= 100 and 0 < one.dropped.float().mean() < 1
+    assert other.shifts.tolist() == [one.shifts[2], one.shifts[0]] and torch.equal(other.dropped, one.dropped[[2, 0]])
+    assert other.batch.sampled == [one.batch.sampled[2], one.batch.sampled[0]]
+    assert not torch.equal(records[0, 2, [4, 7, 9]].shifts, one.shifts)
 
 
 def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, capsys):
@@ -547,7 +547,7 @@ def test_kept_features_join_the_tags_and_are_compared_with_the_truth(tmp_path, c
     lines = [{"row": row, "id": str(row), "feature": feature, "cosine": 0.5, "kept": kept} for row, feature, kept in found]
     (tmp_path / "recovered.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     store = SimpleNamespace(records=pd.DataFrame({"features": [["a"], ["c", "d", "y"], ["e"]]}))
-    tags = data.Tags.of([["x"], ["y"], ["z"]])
+    tags = data.Tags.from_lists([["x"], ["y"], ["z"]])
     records = SimpleNamespace(store=store, tags=tags, config=small_config("fgclep"))
     enriched = train.enrich(records, [0, 1], tmp_path)
     assert list(enriched) == [["x", "a"], ["y", "a", "c"], ["z"]] and list(tags) == [["x"], ["y"], ["z"]]
@@ -562,7 +562,7 @@ def test_recovery_of_records_without_features_has_no_precision(tmp_path, capsys)
     lines = [{"row": row, "id": str(row), "feature": "a", "cosine": 0.5, "kept": True} for row in (0, 1)]
     (tmp_path / "recovered.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     store = SimpleNamespace(records=pd.DataFrame({"features": [[], ["a", "b"], ["a"]]}))
-    records = SimpleNamespace(store=store, tags=data.Tags.of([["x"], ["y"], ["z"]]), config=small_config("fgclep"))
+    records = SimpleNamespace(store=store, tags=data.Tags.from_lists([["x"], ["y"], ["z"]]), config=small_config("fgclep"))
     train.enrich(records, [0, 1], tmp_path)
     found = json.loads((tmp_path / "recovery.json").read_text())
     assert found["kept by the filter"] == {"features": 1, "precision": 1.0, "recall": 0.5}
@@ -578,14 +578,14 @@ def test_a_simulated_record_has_its_whole_truth(tiny_store):
     reports, truth, rows = data.report_tags(store), data.true_tags(store), [4, 7, 9]
     for unit in ("tags", "report"):
         batch = train.Records(store, reports, truth, small_config("fgclep", text_unit=unit))[0, 0, rows].batch
-        for row, chosen, tags in zip(rows, batch.chosen, batch.tags):
+        for row, chosen, tags in zip(rows, batch.sampled, batch.tags):
             assert tags[:len(reports[row])] == reports[row] and set(tags) == {*reports[row], *truth[row]} and len(tags) == len(set(tags))
             more = chosen[len(reports[row]):]
             assert chosen[:len(reports[row])] == reports[row] and set(more) <= set(truth[row]) - set(reports[row])
             assert len(more) == len(set(more)) == (3 if unit == "tags" else 0)
         assert batch.exact == [True] * 3 and [len(part.exact) for part in batch.parts(2)] == [2, 1]
-    plain = train.Records(store, reports, data.Tags.of([()] * len(store)), small_config("fgclep"))[0, 0, rows].batch
-    assert plain.tags == plain.chosen == [reports[row] for row in rows] and plain.exact == [False] * 3
+    plain = train.Records(store, reports, data.Tags.from_lists([()] * len(store)), small_config("fgclep"))[0, 0, rows].batch
+    assert plain.tags == plain.sampled == [reports[row] for row in rows] and plain.exact == [False] * 3
 
 
 TRUTH = ["--fine-epochs", "1", "--save-every", "3", *TINY, "--epochs", "1"]
@@ -730,7 +730,7 @@ def test_validation_by_hand(tiny_store):
     """Retrieval and AUROC of vectors that say what the records are."""
     store = data.open_data("simulated:200")
     tags = data.report_tags(store)
-    records = train.Records(store, tags, data.Tags.of([()] * len(tags)), small_config("etp"))
+    records = train.Records(store, tags, data.Tags.from_lists([()] * len(tags)), small_config("etp"))
     validation = train.Validation(records, torch.device("cpu"))
     rows = validation.rows
     assert sorted(rows) == store.rows("val").tolist()
@@ -759,9 +759,9 @@ def test_validation_by_hand(tiny_store):
 
 def test_the_best_weights_are_kept_where_that_is_asked_for(tmp_path, monkeypatch, tiny_store):
     monkeypatch.chdir(tmp_path)
-    losses, look = iter([3.0, 1.0, 2.0]), train.Validation.look
+    losses, look = iter([3.0, 1.0, 2.0]), train.Validation.evaluate
     kept = []
-    monkeypatch.setattr(train.Validation, "look", lambda self, method: kept.append(
+    monkeypatch.setattr(train.Validation, "evaluate", lambda self, method: kept.append(
         {k: v.clone() for k, v in method.state_dict().items()}) or {**look(self, method), "loss": next(losses)})
     train.main(["--method", "etp", "--data", "simulated:200", "--name", "x", "--keep", "best", *TINY])
     weights, looks = load_file(tmp_path / "runs/x/model.safetensors"), lines_of(tmp_path / "runs/x", "validation")
@@ -814,12 +814,12 @@ def test_the_language_model_learns_at_a_rate_of_its_own():
 def test_a_frozen_text_tower_is_run_once(tiny_store, tmp_path, monkeypatch):
     """At the start for every tag, and never in a step; the training is what it was without keeping them."""
     monkeypatch.chdir(tmp_path)
-    runs, encode, keep = {}, models.TextTower.encode, models.TextTower.keep
+    runs, encode, cache = {}, models.TextTower.encode, models.TextTower.cache
     monkeypatch.setattr(train.evaluation, "report", lambda *a, **k: None)
     for name in ("kept", "not"):
         calls = []
         monkeypatch.setattr(models.TextTower, "encode", lambda self, texts: calls.append(texts) or encode(self, texts))
-        monkeypatch.setattr(models.TextTower, "keep", keep if name == "kept" else lambda *a: None)
+        monkeypatch.setattr(models.TextTower, "cache", cache if name == "kept" else lambda *a: None)
         train.main(["--method", "etp", "--data", f"store:{tiny_store}", "--name", name, "--eval-every", "0", *TINY])
         runs[name] = calls, [line["loss"] for line in lines_of(tmp_path / "runs" / name, "terms")]
     assert len(runs["kept"][0]) == 1 and len(set(runs["kept"][0][0])) == len(runs["kept"][0][0]) > 20
@@ -832,7 +832,7 @@ def test_losses_are_looked_at_some_updates_at_a_time(tiny_store, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     args = ["--method", "etp", "--data", f"store:{tiny_store}", *TINY]
     train.main([*args, "--name", "each"])
-    monkeypatch.setitem(train.LOOK_EVERY, "cpu", 5)
+    monkeypatch.setitem(train.LOG_EVERY, "cpu", 5)
     train.main([*args, "--name", "five"])
     logs = [[{**line, "seconds": 0} for line in lines_of(tmp_path / "runs" / name, "update")] for name in ("each", "five")]
     assert logs[0] == logs[1] and len(logs[0]) > 11
