@@ -1046,7 +1046,7 @@ class Method(Objective):
 
 class ETP(Method):
     """ETP (Liu et al. 2023): CNN and frozen language model, a linear projector each, one InfoNCE. (Projectors
-    and temperature have no public source: METHODS 1.1.)"""
+    and temperature have no public source: docs/papers.md.)"""
     settings = ("temperature", "max_pool", "text_pooling")
 
     def __init__(self, config, text):
@@ -1888,8 +1888,8 @@ def settings_of(config):
 
 
 # ---- the methods by name ---------------------------------------------------------------------------------
-# name: (class, defaults at small scale, published recipe: --preset paper). Sources: METHODS 1 and 3.2; what
-# is recalled or missing there is marked in docs/papers.md.
+# name: (class, defaults at small scale, published recipe: --preset paper). Sources, and
+# what no public one gives: docs/papers.md.
 
 METHODS = {
     "etp": (ETP, dict(text_trainable_layers=0, text_unit="tag", batch_size=64), dict(

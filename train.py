@@ -656,7 +656,7 @@ def parse_features(answer):
 
 @torch.no_grad()
 def recover_features(method, records, rows, proposals, run, device):
-    """Enrich reports (FG-CLEP, METHODS 2.5): every waveform feature that is proposed for a report (R lists;
+    """Enrich reports (FG-CLEP: docs/papers.md): every waveform feature that is proposed for a report (R lists;
     None: by the knowledge table) is a candidate, scored by the coarse model against the record's own ECG. It
     is kept if its cosine reaches keep_threshold and, where it is a candidate of n records, if the ECG is one
     of the keep_share * n training ECGs with the highest cosine: so neither its popularity nor the level of

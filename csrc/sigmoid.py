@@ -19,7 +19,7 @@ torch.library.define("ecg::sigmoid_terms", "(Tensor scores, int first, Tensor bo
 
 def sigmoid_loss(x, y, scale=1.0, bias=0.0, positive=None, first=None):
     """Mean over all pairs of softplus(-s_ij (scale x_i.y_j + bias)), where s_ij = 1 if i = j and positive[i], else -1 (SigLIP, Zhai et al.
-    2023, with its mean over the batch's rows replaced by one over all pairs; D-BETA's ETS, METHODS 2.4).
+    2023, with its mean over the batch's rows replaced by one over all pairs; D-BETA's ETS: docs/papers.md).
 
     x, y (B, D): not normalised here. positive (B,) bool: which pairs belong together; all where not given. x
     may be rows of the batch only, (R, D) from row `first` on: the mean is over their pairs then. scale, bias:

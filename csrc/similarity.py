@@ -34,7 +34,7 @@ def token_beat_rhythm(tokens=None, words=None, beats=None, sentences=None, rhyth
     token: tokens (B, T, D) and words (C, W, D). Each word takes the token that suits it best or, with a token_temperature, the
         tokens' mean under the softmax of its scores; mean over the words (FILIP, Yao et al. 2022; ColBERT, Khattab & Zaharia 2020).
     beat: beats (B, K, D) and sentences (C, S, D). Each sentence attends over the beats, then cosine, then log-sum-exp over the
-        sentences, or with beat_mean log-mean-exp (METHODS 0, item 12): GLoRIA as in MELP (METHODS 2.3), with its three
+        sentences, or with beat_mean log-mean-exp: GLoRIA as in MELP (docs/papers.md, also on why the mean), with its three
         beat_temperatures. over_sentences=False leaves out the softmax over sentences that precedes the one over beats: FG-CLEP
         v2's tags over patches.
     rhythm: rhythm (B, D) and report (C, D): their dot product.

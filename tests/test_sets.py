@@ -243,7 +243,7 @@ def test_csn_agrees_with_the_published_tables_in_every_row(name, file, split):
         records = pd.DataFrame(dict(codes=[dict.fromkeys(row, 100.0) for row in codes], source="csn"))
         classes, matrix, _ = data.label_matrix(records, name)
         assert len(classes) == 38 and (matrix == published[classes].to_numpy(bool)).all()
-    if split == "test":  # METHODS 0.2
+    if split == "test":  # docs/papers.md, data and labels
         counts = matrix[:, [classes.index(c) for c in "VB AVB CR AF SA ST 2AVB".split()]].sum(0).tolist()
         exact, published = [0, 39, 12, 690, 395, 1030, 3], [169, 169, 50, 987, 536, 1281, 4]
         assert counts == (exact if name == "csn" else published)
@@ -311,7 +311,7 @@ def test_classes_of_a_file(tmp_path):
 
 
 def test_classes_are_joined_for_transfer():
-    """METHODS 4.4, by equal findings and by hand; the same both ways."""
+    """docs/evaluation.md, by equal findings and by hand; the same both ways."""
     blocks = ["WPW", "2AVB", "2AVB1", "AVB", "LBBB", "RBBB", "1AVB"]
     joined = data.join_classes("csn", "ptbxl_super")
     assert joined == dict(STTC=["STTC", "STE", "TWO", "STTU", "QTIE", "STDD", "TWC"], NORM=["SR"], MI=["MI"],

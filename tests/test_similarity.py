@@ -170,7 +170,7 @@ def test_learned_temperatures_and_weights_get_gradients():
 def test_mean_is_sum_less_the_logarithm_of_the_number_of_sentences():
     beats, sentences, count = draw(5, 6, 8), draw(4, 3, 8), torch.tensor([3, 1, 2, 3])
     both = [csrc.token_beat_rhythm(beats=beats, sentences=sentences, sentence_count=count, beat_mean=m) for m in (False, True)]
-    assert torch.allclose(both[0] - both[1], 10 * count.double().log().expand(5, -1))  # METHODS 0, item 12
+    assert torch.allclose(both[0] - both[1], 10 * count.double().log().expand(5, -1))  # docs/papers.md, MELP
 
 
 @pytest.mark.parametrize("kind", ["unit", "soft"])

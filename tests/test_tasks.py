@@ -505,7 +505,7 @@ def test_identification(tmp_path, monkeypatch):
 
 
 def test_transfer_takes_the_maximum_of_joined_classes(tmp_path, monkeypatch, capsys):
-    """CPSC2018's blocks are CD, both ST changes STTC, and it knows nothing of MI and HYP (METHODS 4.4)."""
+    """CPSC2018's blocks are CD, both ST changes STTC, and it knows nothing of MI and HYP (docs/evaluation.md)."""
     target, labels = labelled("ptbxl_super")
     own = knowing("ptbxl_super", target, monkeypatch, tmp_path).method.texts
     source, _ = labelled("cpsc2018")

@@ -45,7 +45,7 @@ def test_clean_and_split():
     assert data.split_statements("*** Sinus rhythm ***\nInferior infarct, age undetermined") == ["sinus rhythm", "inferior infarct, age undetermined"]
     assert data.split_statements("Sinus rhythm. ST segments are depressed in II, V4,5,6. PR 0.22 sec.\nAbnormal EKG") == [
         "sinus rhythm", "st segments are depressed in ii, v4,5,6", "pr 0.22 sec", "abnormal ecg"]
-    assert data.split_statements("no full stop") == ["no full stop"]  # MELP loses such reports (METHODS 0.13)
+    assert data.split_statements("no full stop") == ["no full stop"]  # MELP loses such reports (docs/papers.md)
 
 
 def test_our_own_names_stay_as_they_are():
