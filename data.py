@@ -140,6 +140,13 @@ def read_json(path, shape=dict, advice=""):
         raise DataError(f"{error}{advice and '; ' + advice}") from error
 
 
+def read_lines(path, shape):
+    """Lines of a JSON-lines file, each of a shape, see check; none without the file. Errors: DataError."""
+    text = read_text(path) if os.path.exists(path) else ""
+    return [check(parse_json(line, f"{path}, line {n}"), shape, f"{path}, line {n}")
+            for n, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1)]  # a kill cuts the last
+
+
 def write_atomic(path, write):
     """write(temporary path), then rename: a reader, or a crash, never sees half a file.
 

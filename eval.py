@@ -4,8 +4,8 @@
     --probe SET...     a linear classifier on the vectors    --identify SET...  whose second record is it?
     --transfer         both from one set to another          --generate         reports written (melp)
     --finetune SET...  encoder trained with labels, too      --embed SET...     just the vectors (npz)
-    --compare RUN...   any of these over runs, one table     --look RECORD TEXT...  where a text is seen
-    --export DIR       the run as a model to publish
+    --look RECORD TEXT...  where a text is seen              --export DIR       the run as a model to publish
+    --compare RUN...   any of these over runs, one table; alone: what validation showed in training
 
 Tables are printed, and written with pictures into the run: results.json has an entry for each task, set and
 options. Test rows are the official test split (PTB-XL: fold 10) unless --folds or --split says otherwise;
@@ -93,6 +93,11 @@ def read_config(run):
         if os.path.isfile(original) and data.crc_of(original) != data.crc_of(path):
             print(f"{path} is used, of which the run was made; {original} has changed since")
     return config, made_by
+
+
+def read_log(run):
+    """log.jsonl: a line an update (seconds: of it alone), a warning, or a look at the validation records."""
+    return data.read_lines(Path(run) / "log.jsonl", {"update": int})
 
 
 def crc_of_tensors(state):
@@ -1205,13 +1210,33 @@ def summarise(found, folders, configs):
             **{key: mean(key) for key in ("records_per_second", "parameters")}}
 
 
+VALIDATED = {"loss": float, "R@1": float, "R@5": float, "auroc": {str: float}}
+
+
+def validation_figures(run):
+    """What validation records showed of a run's weights, in training -> columns as of a task. Errors:
+    DataError."""
+    kept = known_results(run).get("kept", {}).get("update")  # by --keep best; else the last
+    found = [line for line in read_log(run) if "validation" in line and kept in (None, line["update"])]
+    if not found:
+        raise data.DataError(f"{run}: no validation records were looked at in training; name a task")
+    last = data.check(found[-1]["validation"], VALIDATED, Path(run) / "log.jsonl")
+    figures = {k: last[k] for k in ("loss", "R@1", "R@5")} | last["auroc"]
+    return {name: {"what": name, "value": value} for name, value in figures.items()}
+
+
 def compare(folders, wanted, **options):
-    """Do tasks on finished runs, put repetitions together (group_runs), print one table, draw and keep it
-    beside the first run. Plain files among `folders` (runs/*) are passed over. Errors: DataError."""
+    """Do tasks on finished runs, or where none is wanted show what validation records showed (a setting
+    chosen by test records is not tested by them); put repetitions together (group_runs), print one table,
+    draw and keep it beside the first run. Plain files among `folders` (runs/*) are passed over. Errors:
+    DataError."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
-    configs = [models.settings_of(read_config(folder)[0]) for folder in folders]
+    found = [read_config(folder) for folder in folders]
+    configs = [models.settings_of(config) for config, _ in found]
     if not folders:
         raise data.DataError("no run folder to compare")
+    if not wanted and len({made_by["store"] for _, made_by in found}) > 1:
+        print("these runs had different data: their validation records are not the same")
     for folder in folders:  # before hours of evaluation
         if not (folder / "model.safetensors").exists():
             raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "
@@ -1219,9 +1244,11 @@ def compare(folders, wanted, **options):
     titles = {place: title for title, places in group_runs(configs).items() for place in places}
     table, records = defaultdict(lambda: defaultdict(dict)), {}  # {title: {label: {place of a run: metrics}}}
     for i, folder in enumerate(tqdm(folders, desc="runs")):
-        for (task, name), rows in report(folder, wanted, **options).items():
+        results = report(folder, wanted, **options) if wanted else {
+            ("validation", ""): {"": validation_figures(folder)}}
+        for (task, name), rows in results.items():
             for (row, column), m in flat(rows).items():
-                label = name if task == "zeroshot" else f"{name} {task}, {column}"
+                label = name if task == "zeroshot" else f"{name} {task}, {column}".strip()
                 found = table[f"{row} ({configs[i]['encoder']})" if row else titles[i]][label]
                 if not any(m is other for other in found.values()):  # not what an earlier run has brought
                     found[i] = m
@@ -1245,8 +1272,10 @@ def compare(folders, wanted, **options):
                 scores = [[m["scores"] for m in side] for side in sides]
                 figure["p"] = permutation_p(*scores, sides[0][0]["labels"])
     print("\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap "
-          f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}\n\nthe same over "
-          f"classes with at least {ENOUGH} positives\n\n{markdown(groups, 'macro_enough')}")
+          f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}")
+    if wanted:
+        print(f"\nthe same over classes with at least {ENOUGH} positives\n\n"
+              f"{markdown(groups, 'macro_enough')}")
     for run, facts in [pair for group in groups.values() for pair in zip(group["runs"], group["training"])]:
         if warnings := (facts or {}).get("warnings"):
             print(f"\nwarnings in training of {run}: {len(warnings)}, the last at {warnings[-1]}")
@@ -1289,7 +1318,8 @@ def parse(argv):
     add("--look", nargs="+", metavar=("RECORD", "TEXT"), help="where it is seen in a WFDB record, SPEC:ID")
     add("--run", help="run folder [the newest in runs/]")
     add("--export", metavar="DIR", help="a folder to publish: weights, config, tokenizer, model card")
-    add("--compare", nargs="+", metavar="RUN", help="finished run folders: one table over all")
+    add("--compare", nargs="+", metavar="RUN", help="finished runs: one table over all, of tasks, or else of "
+        "what validation records showed in training")
     add("--ckpt", dest="checkpoint", help="a .safetensors file, with config and tokenizer from --run or from "
         "beside it; or merl:FILE, melp:FILE, dbeta:FILE, a checkpoint as its authors published it")
     add("--text-model", help="of a published checkpoint: folder with its tokenizer [the published name]")
@@ -1327,10 +1357,12 @@ def parse(argv):
             (min(*(ask.shots or ()), ask.epochs, ask.beams) < 1,
              "--shots, --epochs and --beams are numbers from 1"),
             (not math.isfinite(ask.noise or 0), "--noise is a ratio in dB"),
-            (not {"look", "export", *TASKS} & given.keys(),
-             "say what to do: --zeroshot SET, --probe SET, ...; --compare needs one, too"),
+            (not {"look", "export", "compare", *TASKS} & given.keys(),
+             "say what to do: --zeroshot SET, --probe SET, ..."),
             ("compare" in given and {"run", "checkpoint", "look", "export"} & given.keys(),
              "--compare names its own runs: drop --run, --ckpt, --look and --export"),
+            ("compare" in given and not TASKS.keys() & given.keys() and len(given) > 1,
+             "--compare without a task shows what was validated in training: name a task, too"),
             ("export" in given and "checkpoint" in given, "--export takes a run's own weights: drop --ckpt"),
             ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
             (not texts, "--look RECORD TEXT..."),

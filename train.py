@@ -471,13 +471,6 @@ def new_folder(config, made_by):
     return run
 
 
-def read_lines(path, shape):
-    """Lines of a JSON-lines file, each of a shape (data.check); none where there is no file."""
-    text = data.read_text(path) if path.exists() else ""
-    return [data.check(data.parse_json(line, f"{path}, line {n}"), shape, f"{path}, line {n}")
-            for n, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1)]  # a kill cuts the last
-
-
 def write_lines(path, lines):
     """Make a JSON-lines file of these lines -> the file, open for add_line."""
     data.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -503,11 +496,6 @@ def start_wandb(config, run):
         raise models.ModelError("--wandb needs the package: pip install wandb") from error
     wandb.init(project=config.wandb, name=run.name, config=models.settings_of(config), resume="allow",
                id=run.name)
-
-
-def read_log(run):
-    """log.jsonl: a line an update, or a warning (update, warning). seconds: of the update alone."""
-    return read_lines(run / "log.jsonl", {"update": int})
 
 
 def plot_log(lines, path):
@@ -552,7 +540,7 @@ def read_checkpoint(run, save_every):
     """checkpoint.pt of a run, or None. Errors: DataError where it, or a file of it, is damaged or lost."""
     path = run / "checkpoint.pt"
     if not path.exists():
-        log = read_log(run)
+        log = evaluation.read_log(run)
         if save_every and any(line["update"] >= save_every for line in log) or (
                 sum(line.get("seconds", 0) for line in log) > 2 * SAVE_SECONDS):
             raise data.DataError(f"{path}: missing, and the run was beyond its first; restore it, or train "
@@ -656,11 +644,11 @@ def parse_features(answer):
 
 @torch.no_grad()
 def recover_features(method, records, rows, proposals, run, device):
-    """Enrich reports (FG-CLEP: docs/papers.md): every waveform feature that is proposed for a report (R lists;
-    None: by the knowledge table) is a candidate, scored by the coarse model against the record's own ECG. It
-    is kept if its cosine reaches keep_threshold and, where it is a candidate of n records, if the ECG is one
-    of the keep_share * n training ECGs with the highest cosine: so neither its popularity nor the level of
-    its cosines matters. Writes run/recovered.jsonl."""
+    """Enrich reports, as FG-CLEP does: every waveform feature that is proposed for a report (R lists; None:
+    by prompts.json) is a candidate, scored by the coarse model against the record's own ECG. It is kept if
+    its cosine reaches keep_threshold and, where it is a candidate of n records, if the ECG is one of the
+    keep_share * n training ECGs with the highest cosine: so neither its popularity nor the level of its
+    cosines matters. Writes run/recovered.jsonl."""
     store, tags, config = records.store, records.tags, records.config
     knowledge, lines, names = data.Findings(), [], store.ids(rows)
     places = defaultdict(list)  # feature -> (place in rows, its line)
@@ -688,7 +676,7 @@ def recover_features(method, records, rows, proposals, run, device):
 def enrich(records, rows, run):
     """Tags with the recovered features that were kept; says how many, and of simulated ones how right."""
     shape = {"row": int, "feature": str, "cosine": float, "kept": bool}
-    lines, enriched, quality = read_lines(run / "recovered.jsonl", shape), list(records.tags), {}
+    lines, enriched, quality = data.read_lines(run / "recovered.jsonl", shape), list(records.tags), {}
     kept = [line for line in lines if line["kept"]]
     for line in kept:
         enriched[line["row"]].append(line["feature"])
@@ -955,7 +943,7 @@ class Trainer:
         if config.fine_epochs and stages[-1].name != "fine":
             print("all that is true of these records is known, or of all but a few, so nothing is to be "
                   f"recovered: the coarse stage takes the {config.fine_epochs} epochs of the fine one")
-        done = [line for line in read_log(self.run) if line["update"] <= self.update]
+        done = [line for line in evaluation.read_log(self.run) if line["update"] <= self.update]
         self.log = write_lines(self.run / "log.jsonl", done)
 
     def recover(self, stage, proposals):
@@ -1061,8 +1049,9 @@ class Trainer:
         """Look at validation records -> what the bar shows of them; are these, by --keep best, the best
         weights of the stage so far? (best.safetensors. A checkpoint follows then: a resumed run must not find
         later weights there.)"""
-        before = [line["validation"]["loss"] for line in read_log(self.run) if line.get("stage") == stage.name
-                  and "validation" in line and line["update"] < self.update]
+        log = [line for line in evaluation.read_log(self.run) if line["update"] < self.update]
+        before = [line["validation"]["loss"] for line in log
+                  if "validation" in line and line["stage"] == stage.name]
         with self.interpolation.applied():
             found = validation.evaluate(self.method)
             lowest = self.config.keep == "best" and found["loss"] < min(before, default=math.inf)
@@ -1092,7 +1081,7 @@ class Trainer:
 
     def finish(self):
         """Write weights, curves.png, training.json, and what else the method leaves."""
-        run, lines, records = self.run, read_log(self.run), self.records
+        run, lines, records = self.run, evaluation.read_log(self.run), self.records
         updates = [line for line in lines if "terms" in line]
         with self.interpolation.applied():
             if self.config.keep == "best":
@@ -1229,7 +1218,8 @@ def main(argv=None):
         try:
             finished = train(records, stages, run, device)
         except BaseException:
-            if first and not resumed and not read_log(run) and not (run / "llm_answers.json").exists():
+            done = resumed or first and (evaluation.read_log(run) or (run / "llm_answers.json").exists())
+            if first and not done:
                 shutil.rmtree(run)  # nothing is lost
             raise
     leave_processes()

@@ -11,6 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_ptbxl
+import eval as evaluation
 import model as models
 import train as training
 
@@ -20,7 +21,7 @@ WARMUPS = {0.1: "C0", 0.0: "C3"}
 
 def curve(run, window=10):
     """(updates, contrastive loss as a mean over `window` updates, what the watch said) of a run folder."""
-    lines = training.read_log(run)
+    lines = evaluation.read_log(run)
     terms = [line["terms"]["contrast"] for line in lines if "terms" in line]
     return np.arange(window, len(terms) + 1), np.convolve(terms, np.full(window, 1 / window), "valid"), \
         [line["warning"] for line in lines if "warning" in line]

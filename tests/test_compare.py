@@ -97,6 +97,10 @@ def test_rows_of_other_encoders_and_p_values(tmp_path, monkeypatch, capsys):
     assert evaluation.compare([tmp_path / "a"], {"embed": ["ptbxl"]}) == {}  # no figures, no table
 
 
+def runs_of(folder):
+    return map(str, sorted((folder / "runs").iterdir()))
+
+
 def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
@@ -106,14 +110,26 @@ def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": ["update 50: COLLAPSE"]}))
     capsys.readouterr()
     for again in range(2):  # the second time comparison.json is among the paths
-        runs = map(str, sorted((tmp_path / "runs").iterdir()))
-        evaluation.main(["--compare", *runs, "--zeroshot", "simulated"])
+        evaluation.main(["--compare", *runs_of(tmp_path), "--zeroshot", "simulated"])
         table = capsys.readouterr().out.splitlines()
         rows = [line.split(" | ") for line in table if line.startswith("| etp")]
         assert [row[:2] for row in rows] == 2 * [["| etp", "2"], ["| etp rate=200", "1"]]
         assert " p=" not in rows[0][2] and " p=" in rows[1][2]  # against the first row
         assert [line for line in table if "warnings" in line] == [
             f"warnings in training of {tmp_path}/runs/b: 1, the last at update 50: COLLAPSE"]
+    evaluation.main(["--compare", "runs/a", "runs/b"])  # what validation records showed: nothing is evaluated
+    own = [[line["validation"] for line in evaluation.read_log(tmp_path / "runs" / name) if "validation" in line][-1]
+           for name in "ab"]
+    alone = json.loads((tmp_path / "runs/comparison.json").read_text())["groups"]["etp"]["macro"]
+    assert alone["validation, loss"]["values"] == [one["loss"] for one in own]
+    assert alone["validation, simulated"]["mean"] == pytest.approx(np.mean([one["auroc"]["simulated"] for one in own]))
+    assert "positives" not in capsys.readouterr().out
+    evaluation.main(["--compare", "runs/a", "runs/b", "runs/c"])
+    assert "these runs had different data" in capsys.readouterr().out
+    evaluation.remember("runs/a", "kept", {"update": 10**6})  # of which the log tells nothing
+    with pytest.raises(data.DataError, match="runs/a: no validation records were looked at in training"):
+        evaluation.compare(["runs/a"], {})
+    evaluation.main(["--compare", *runs_of(tmp_path), "--zeroshot", "simulated"])
     written = json.loads((tmp_path / "runs/comparison.json").read_text())["groups"]["etp"]
     for i, name in enumerate("ab"):
         own = json.loads((tmp_path / f"runs/{name}/results.json").read_text())["zeroshot"]["simulated"]
@@ -141,7 +157,7 @@ def test_clear_errors(tmp_path, monkeypatch, capsys):
         ("zeroshot", "simulated"): {"": {"zero-shot": {"records": 9 if run.name == "a" else 8}}}})
     with pytest.raises(data.DataError, match="simulated has 8 records for .*b, but 9 for .*a: name the same"):
         evaluation.compare([tmp_path / "a", tmp_path / "b"], wanted)
-    for more, sentence in (("", "--compare needs one, too"), ("--generate", "--compare needs sets"),
+    for more, sentence in (("--folds 9", "--compare without a task shows what was validated"), ("--generate", "--compare needs sets"),
                            ("--zeroshot simulated --run b", "--compare names its own runs"),
                            ("--zeroshot simulated --ckpt b", "--compare names its own runs"),
                            ("--look r t", "--compare names its own runs")):

@@ -218,8 +218,8 @@ def resumed(folder, file):
     state = train.read_checkpoint(run, config.save_every)
     method = models.build_method(config, models.rebuild_text_model(run / "tokenizer"))
     update = train.restore(state, run, method, train.make_optimiser(method, config))
-    log = [line for line in train.read_log(run) if line["update"] <= update]
-    recovered = train.read_lines(run / "recovered.jsonl", {"row": int, "feature": str, "kept": bool})
+    log = [line for line in evaluation.read_log(run) if line["update"] <= update]
+    recovered = data.read_lines(run / "recovered.jsonl", {"row": int, "feature": str, "kept": bool})
     return evaluation.crc_of_tensors(method.state_dict()), recovered, log
 
 

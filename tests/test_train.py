@@ -281,7 +281,7 @@ def test_a_log_line_cut_by_a_kill_is_passed_over(finished, tmp_path, monkeypatch
     with open(run / "log.jsonl", "a") as file:
         file.write('{"update": 15, "terms": {"contrast": 1.0}')  # ends with a brace
     text = (run / "log.jsonl").read_text()
-    assert [line["update"] for line in train.read_log(run) if "terms" in line] == list(range(1, 15))
+    assert [line["update"] for line in evaluation.read_log(run) if "terms" in line] == list(range(1, 15))
     assert (run / "log.jsonl").read_text() == text  # every process reads it, only the first may write
     train.main(["--resume", str(run)])
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
