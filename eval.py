@@ -1236,7 +1236,7 @@ def compare(folders, wanted, **options):
     if not folders:
         raise data.DataError("no run folder to compare")
     if not wanted and len({made_by["store"] for _, made_by in found}) > 1:
-        print("these runs had different data: their validation records are not the same")
+        print("these runs are of different stores: their validation records may not be the same")
     for folder in folders:  # before hours of evaluation
         if not (folder / "model.safetensors").exists():
             raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "

@@ -125,7 +125,7 @@ def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     assert alone["validation, simulated"]["mean"] == pytest.approx(np.mean([one["auroc"]["simulated"] for one in own]))
     assert "positives" not in capsys.readouterr().out
     evaluation.main(["--compare", "runs/a", "runs/b", "runs/c"])
-    assert "these runs had different data" in capsys.readouterr().out
+    assert "these runs are of different stores" in capsys.readouterr().out
     evaluation.remember("runs/a", "kept", {"update": 10**6})  # of which the log tells nothing
     with pytest.raises(data.DataError, match="runs/a: no validation records were looked at in training"):
         evaluation.compare(["runs/a"], {})
