@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import threading
+import unicodedata
 import zlib
 from array import array
 from collections import Counter, deque, namedtuple
@@ -235,8 +236,8 @@ class Record(NamedTuple):
 
 
 class Header(NamedTuple):
-    fs: float       # Hz
-    samples: int    # of a lead
+    fs: float       # frames a second; a lead has one sample a frame, or more
+    samples: int    # frames
     segments: list  # (name, samples) of the records that make up this one; where it has none:
     files: list     # the leads of each signal file, a list of Lead
 
@@ -251,7 +252,7 @@ SIGNAL_LINE = re.compile(  # numbers: resolution, zero, first sample, checksum, 
     r"(\s+(?P<gain>[^\s(/]+)(\((?P<baseline>[-+]?\d{1,15})\))?(/(?P<unit>\S+))?"
     r"(?P<numbers>(\s+[-+]?\d{1,15}(?!\S)){0,5})(\s+(?P<name>\S.*))?)?")
 OURS = errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM  # what the system lacks is no fault of a record
-ODD = "not readable by wfdb"
+ODD, ODD_RATE = "not readable by wfdb", "is not {} to {} Hz".format(*RATES)
 
 
 def refuse(where, fault, detail=""):
@@ -261,7 +262,7 @@ def refuse(where, fault, detail=""):
 def read_record(path, part=None):
     """The WFDB record at path (without extension), in any format that wfdb reads -> Record.
 
-    part(samples, Hz) -> (start, stop): what is read of it; the rest of its files is not looked at.
+    part(frames, Hz) -> (start, stop): what is read of it; the rest of its files is not looked at.
     Errors: DataError says what is wrong with it; OSError, MemoryError what the system lacks."""
     path = os.fspath(path)
     try:
@@ -290,19 +291,20 @@ def read_header(path):
         refuse(where, "wrong lead count", f"announces {segments or leads}, has {len(lines)}")
     rate = record["fs"] or "none is given"
     fault = ("is no number" if not NUMBER.fullmatch(rate) else "is zero" if not float(rate) else
-             "is not {} to {} Hz".format(*RATES) if not RATES[0] <= float(rate) <= RATES[1] else None)
+             ODD_RATE if not 0 < float(rate) <= RATES[1] else None)
     if fault:
         refuse(where, f"sampling rate {fault}", rate)
+    rate = float(rate)
     if segments:
         found = [re.fullmatch(r"(\S+)\s+(\d{1,15})", line) for line in lines]
         parts = [(segment[1], int(segment[2])) for segment in found if segment]
         total = sum(length for _, length in parts)
         if None in found or samples not in (0, total):
             refuse(where, ODD, "its segments are not those that it announces")
-        return Header(float(rate), total, parts, [])
-    leads = [parse_lead(path, line, float(rate)) for line in lines]
+        return Header(rate, total, parts, [])
+    leads = [parse_lead(path, line, rate) for line in lines]
     files = [list(group) for _, group in groupby(leads, lambda lead: (lead.file, lead.format, lead.offset))]
-    return Header(float(rate), measure(path, files, samples), [], files)
+    return Header(rate, measure(path, files, samples), [], files)
 
 
 def parse_lead(path, line, fs):
@@ -313,16 +315,18 @@ def parse_lead(path, line, fs):
         refuse(where, ODD, f"signal line {line[:60]!r}")
     _, zero, initial, checksum, *_ = numbers + [None] * 4
     frame, skew, offset = int(found["frame"] or 1), int(found["skew"] or 0), int(found["offset"] or 0)
-    gain, unit = found["gain"], found["unit"] or "mV"
-    scale = MILLIVOLTS.get(unit.strip("[]()").lower())
+    gain, unit, name = found["gain"], found["unit"] or "mV", found["name"] or ""
+    other = name and lead_index(name) is None  # a pressure, say: left out, whatever its unit and rate
+    scale = 1.0 if other else MILLIVOLTS.get(unit.strip("[]()").lower())
     fault = ("no gain" if not gain else "gain is no number" if not NUMBER.fullmatch(gain) else
              "zero gain" if not float(gain) else f"unit {unit!r} is no voltage" if not scale else
              "skew is beyond all measure" if skew > fs else
-             "samples per frame are beyond all measure" if not 0 < frame * fs <= RATES[1] else None)
+             "samples per frame are beyond all measure" if frame > 1 and not 0 < frame * fs <= RATES[1] else
+             f"sampling rate {ODD_RATE}" if not other and not RATES[0] <= frame * fs else None)
     if fault:
         refuse(where, fault, f"signal line {line[:60]!r}")
     return Lead(beside(path, found["file"]), found["format"], frame, skew, offset, float(gain) / scale,
-                int(found["baseline"] or zero or 0), initial or 0, checksum, found["name"] or "")
+                int(found["baseline"] or zero or 0), initial or 0, checksum, name)
 
 
 def beside(path, name):
@@ -354,15 +358,19 @@ def measure(path, files, samples):
 
 
 def read_signals(path, header, start, stop):
-    """A record without segments, from start to stop -> Record. wfdb does not see the header: it takes some
-    for damaged, and needs five times as long for it as for the signals."""
-    signal, names, ok = [], [], True
+    """A record without segments, from frame start to stop -> Record, as many samples of each lead as the
+    finest of the twelve has. wfdb does not see the header: it takes some for damaged, and needs five times as
+    long for it as for the signals; nor the skew, of which it knows one a file."""
+    signal, names, ok, every = [], [], True, sum(header.files, [])
+    finest = max([lead.frame for lead in every if lead_index(lead.name) is not None], default=1)
     for leads in header.files:
         each, kind = Lead(*map(list, zip(*leads))), leads[0].format  # each: lists of the leads' fields
         skip = start if kind == "8" else 0  # sums of differences: read from the beginning
+        end = min(stop + max(each.skew), header.samples)
         try:
             rows = _rd_dat_signals(os.path.abspath(each.file[0]), "", None, kind, len(leads), header.samples,
-                                   each.offset[0], each.frame, each.skew, each.initial, start - skip, stop)
+                                   each.offset[0], each.frame, [0] * len(leads), each.initial, start - skip,
+                                   end)
         except MemoryError:
             raise
         except Exception as error:  # wfdb fails in many ways on damaged files
@@ -371,12 +379,14 @@ def read_signals(path, header, start, stop):
         for lead, row in zip(leads, rows):
             values = (row.astype(float) - lead.baseline) / lead.gain
             values[row == INVALID_SAMPLE_VALUE[kind]] = np.nan
-            signal.append(values.reshape(-1, lead.frame).mean(1)[skip:])
+            values = np.pad(values.reshape(-1, lead.frame), ((0, lead.skew), (0, 0)), constant_values=np.nan)
+            values = values[skip + lead.skew:][:stop - start]  # (frames, samples)
+            signal.append(values.repeat(finest).reshape(-1, lead.frame).mean(1))
             names.append(lead.name)
             if lead.checksum is not None and not lead.skew and stop - start == header.samples:
                 ok = ok and (row.sum(dtype=np.int64) - lead.checksum) % 65536 == 0
     with np.errstate(over="ignore"):  # what is beyond float32 is no voltage, and counts as invalid
-        return Record(np.array(signal, np.float32), names, header.fs, ok)
+        return Record(np.array(signal, np.float32), names, header.fs * finest, ok)
 
 
 def read_segments(path, header, start, stop):
@@ -397,10 +407,15 @@ def read_segments(path, header, start, stop):
     twice = any(len(set(record.names)) < len(record.names) for _, record in found)
     if twice or not 0 < len(names) <= MAX_LEADS:
         refuse(where, "a lead occurs twice" if twice else ODD, f"{len(names)} leads in all segments")
-    signal = np.full((len(names), stop - start), np.nan, np.float32)
+    fs = found[0][1].fs
+    if any(record.fs != fs for _, record in found):
+        refuse(where, ODD, "its segments have different numbers of samples a frame")
+    finest = round(fs / header.fs)
+    signal = np.full((len(names), (stop - start) * finest), np.nan, np.float32)
     for place, record in found:
+        place = slice(place.start * finest, place.stop * finest)
         signal[[names.index(name) for name in record.names], place] = record.signal
-    return Record(signal, names, header.fs, all(record.checksum_ok for _, record in found))
+    return Record(signal, names, fs, all(record.checksum_ok for _, record in found))
 
 
 @lru_cache(4096)
@@ -489,7 +504,7 @@ def load_record(path, rate, crop="first", read=read_record):
 def load_signals(signals, fs, leads, rate):
     """A WFDB record's path, or an array (L, N) in mV at fs Hz with the names of its L leads; or a list of
     such, or an array (B, L, N) -> (B, 12, N) float32 mV as a store keeps them. Errors: DataError."""
-    several = isinstance(signals, (list, tuple)) or np.ndim(signals) == 3
+    several = isinstance(signals, (list, tuple)) or getattr(signals, "ndim", 0) == 3
     found = [load_record(os.fspath(one).removesuffix(".hea"), rate) if isinstance(one, (str, os.PathLike))
              else load_record("the array", rate, read=of_array(one, fs, leads))
              for one in (signals if several else [signals])]
@@ -500,7 +515,15 @@ def load_signals(signals, fs, leads, rate):
 
 def of_array(signal, fs, leads):
     """An array as load_record reads it. Errors: DataError."""
-    x, (low, high), known = np.asarray(signal, np.float32), RATES, isinstance(fs, (int, float, np.number))
+    try:
+        leads, x = list(leads), np.atleast_1d(signal)
+        if x.dtype.kind not in "fiu":
+            raise TypeError(f"{x.dtype} is no kind of number")
+        x = np.where(np.ma.getmaskarray(signal), np.nan, x).astype(np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # what numpy makes no array of
+        raise DataError(f"{type(signal).__name__}: no path of a WFDB record, no array (leads, samples) with "
+                        f"the names of its leads, and no list of such ({error})") from error
+    (low, high), known = RATES, isinstance(fs, (int, float, np.number))
     unknown, largest = [str(lead) for lead in leads if lead_index(lead) is None], abs(x).max(initial=0)
     for wrong, fault in (
             (not known or not low <= fs <= high, f"fs is {fs!r}: it must be the rate, {low} to {high} Hz"),
@@ -526,6 +549,7 @@ SPLITS = "train", "val", "test", "unused"
 DTYPES = {"u8": "u1", "i16": "<i2", "i32": "<i4", "i64": "<i8"}  # of a file, by the end of its name
 AGAIN = "delete it and prepare the data set again"
 STRANGE = "label codes that prompts.json does not know, so that no label set counts them"
+ZERO = "labels of likelihood 0, which count as present, as in PTB-XL (not known): leave out what is absent"
 UNFINISHED = "preparing it did not finish; run the same prepare command again"
 Part = namedtuple("Part", "spec first records share")  # one of the data sets of a run: see Stores
 
@@ -908,15 +932,15 @@ def survey(settings):
     if settings["source"] == "simulated":  # the settings say all
         return digest.hexdigest(), int(settings["src"]), int(settings["src"])
     for row in SOURCES[settings["source"]](settings):
-        found = stamps(row["path"]) if "path" in row else []
+        found = stamps(row["path"], settings["source"]) if "path" in row else []
         digest.update(json.dumps([row, found]).encode())
         total, usable = total + 1, usable + ("skip" not in row)
     return digest.hexdigest(), total, usable
 
 
-def stamps(path):
+def stamps(path, source):
     """Ending, size and time of change of what the WFDB record at path is read from: its header and the signal
-    file of its name, as nearly all have it; else the signal files and segments that the header names."""
+    file of its name; of PTB-XL and MIMIC (800,000 headers) no more, else also what the header names."""
     found = []
 
     def note(*files):
@@ -927,7 +951,7 @@ def stamps(path):
 
     named = lambda record: [record + suffix for suffix in (".hea", ".dat", ".mat")]
     note(*named(path))
-    if len(found) == 1:
+    if len(found) == 1 or source not in ("ptbxl", "mimic"):
         with contextlib.suppress(OSError, ValueError):  # whatever is wrong with it is said when it is read
             header = read_header(path)
             note(*(leads[0].file for leads in header.files))
@@ -1041,6 +1065,8 @@ def work(settings, rows):
         notes += [("warnings", text, amount, row["id"]) for text, amount in warnings.items()]
         if strange := [code for code in row["codes"] if not finding_of(code, row["source"])]:
             notes.append(("warnings", STRANGE, len(strange), f"{row['id']}: {', '.join(strange)[:200]}"))
+        if row["source"] == "csv" and (zero := [code for code, share in row["codes"].items() if not share]):
+            notes.append(("warnings", ZERO, len(zero), f"{row['id']}: {', '.join(zero)[:200]}"))
     if kept and "peaks" not in kept[0]:  # the simulator knows them
         peaks, counts = segment_beats(np.stack(signals), settings["rate"])
         for row, places, count in zip(kept, peaks, counts):
@@ -1187,6 +1213,8 @@ def own_rows(settings):
     split, patients go 80/10/10 % by hash."""
     src, seen = settings["src"], set()
     for line in read_csv(src, ("record", "report")):
+        if not seen:
+            check_columns(src, line)
         record = line["record"].strip().removesuffix(".hea")
         path = os.path.join(os.path.dirname(src), record)
         patient = without_zero(line.get("patient", "")) or record
@@ -1203,6 +1231,16 @@ def own_rows(settings):
         codes = labels_of(line.get("labels", "").strip(), f"{src}: labels of record {record}")
         yield dict(id=record, patient=patient, split=split, fold="", source="csv", codes=codes, path=path,
                    report=line["report"], statements=split_statements(line["report"]), **details)
+
+
+def check_columns(src, columns):
+    """Errors: DataError where one of ours seems to be meant by another name: it would not be read."""
+    plain = lambda name: re.sub(r"[\W_]|id$|s$", "", name.lower())
+    ours = {plain(name): name for name in ("patient", "split", "age", "sex", "labels")}
+    for column in columns:
+        if (name := ours.get(plain(column))) and name not in columns:
+            raise DataError(f"{src}: column {column!r} is not read, and there is no {name!r}: is it that? "
+                            "Rename it, or give it another name")
 
 
 def labels_of(text, where):
@@ -1231,7 +1269,7 @@ def header_rows(settings):
     the headers. Where there is no #Dx, a REFERENCE.csv (CPSC2018) in a folder above has the labels. Acronyms
     in a ConditionNames_SNOMED-CT.csv (CSN) become its numbers. Splits: see split_of."""
     root, source = Path(settings["src"]), settings["source"]
-    files, listed, numbers = sorted(root.rglob("*.*")), {}, {}
+    files, listed, numbers, heads = sorted(root.rglob("*.*")), {}, {}, {}
     for path in files:
         if path.name == "REFERENCE.csv":
             columns = "Recording", "First_label", "Second_label", "Third_label"
@@ -1247,9 +1285,14 @@ def header_rows(settings):
     for path in headers:
         try:
             with open_file(path) as file:
-                head = file.read(MAX_HEADER).decode("utf-8", "replace")
+                heads[path] = file.read(MAX_HEADER).decode("utf-8", "replace")
         except OSError:
-            head = ""  # what is wrong with it is said when the record is read
+            heads[path] = ""  # what is wrong with it is said when the record is read
+    segments = {path.parent / name for path, head in heads.items() for name in segments_in(head)}
+    for path, head in heads.items():
+        if path.with_suffix("") in segments:
+            yield dict(id=path.relative_to(root).as_posix(), skip="a segment of another record")
+            continue
         comments = {key.lower(): value.strip() for key, value in COMMENT.findall(head)}
         codes = [code for part in comments.get("dx", "").split(",") if (code := part.strip())]
         if not codes:
@@ -1261,6 +1304,13 @@ def header_rows(settings):
         yield dict(id=name, patient=name, split=split_of(source, name), fold="",
                    path=str(path.with_suffix("")), **person(comments.get("age", ""), comments.get("sex", "")),
                    **named([numbers.get(code, code) for code in codes], source))
+
+
+def segments_in(head):
+    """Names of the records that one is made of, by its header's text."""
+    first, *lines = [line.strip() for line in head.splitlines() if line.strip()[:1] not in ("", "#")] or [""]
+    record = RECORD_LINE.fullmatch(first)
+    return [line.split()[0] for line in lines] if record and record["segments"] else []
 
 
 def named(codes, source):
@@ -1496,10 +1546,15 @@ def code_words():
     return {wording.lower(): key for wording, key in reversed(wordings())} | words
 
 
+SUPERCLASSES = "cd", "sttc"  # of PTB-XL, which mean other things in other sources
+
+
 @lru_cache(None)
 def resolve(code, source=None):
     """A code as a source writes it -> its SNOMED number, or None; the key of its finding, or None."""
     code = " ".join(code.lower().split())
+    if source == "csv" and code in SUPERCLASSES:
+        return None, None
     own = {word.lower(): meaning.lower() for word, meaning in knowledge()["codes"].get(source, {}).items()}
     meaning = own.get(code, code)
     return next((c for c in (meaning, code) if c.isdigit()), None), code_words().get(meaning)
@@ -1568,6 +1623,8 @@ def label_matrix(records, name):
 
     @lru_cache(None)
     def classes_of(code, source):
+        if source == "csv" and name in PTBXL_SETS and code.upper() in classes:
+            return [code.upper()]  # CD and STTC are superclasses here, and other things in other sources
         number, finding = resolve(code, source)
         return [c for c, entry in classes.items() if code == entry.get("code") or (
             number in entry["snomed"] if number and "snomed" in entry else finding in entry["findings"])]
@@ -1653,35 +1710,44 @@ def sets_of(store, split="test"):
 # ---- report text -------------------------------------------------------------------------------------------
 
 LEAD = r"(?:av[rlf]|v[1-6]|i{1,3})\b"
-AND = r"(?:and|und|och|bis|to)"
+AND = r"(?:and|und|och|bis|to|through|thru)"
 LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:{AND}\s+)?{LEAD})*"
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
 WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
 # a dot behind one of these ends no sentence
 ABBREVIATIONS = """amplitudkrit ant ca chron dd fragl indiff inf inkompl intraventr lat li linksant moegl
-    mögl neg part pat path post re resp sign st st.n supraventr term unbest unvollst v.a vd ventr vollst
+    mögl neg part pat path post re resp sign st.n supraventr term unbest unvollst v.a vd ventr vollst
     z.n""".split()
 SENTENCE_END = re.compile("".join(rf"(?<!\b{re.escape(a)})" for a in ABBREVIATIONS)
-                          + r"[.;!?]+(?=\s|$)(?!\s*grad)")
+                          + r"(?<!\bst(?=\. ?(?:n|nach|senkung|hebung)\b))[.;!?]+(?=\s|$)(?!\s*grad)")
 # a comma ends a statement, unless one word follows it or what follows only goes on
 GOES_ON = "a|an|and|or|but|this|these|which|with|in|at|age|old|due|may|cannot|likely|plus|non|regular|flat"
 COMMA = re.compile(rf",\s+(?=\S+ \S)(?!{LEAD}|\d|(?:{GOES_ON})\b|probab|possib|consi|sugg)")
 
-NEGATED_LIST = re.compile(
-    r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan) [^,.;]{1,40}(?:, (?!possib|probab|consider|normal"
-    r"|sinus|but|with|no|rate|otherw)[^,.;]{1,40})+?,? (?:n?or|oder|noch|eller)\b")
+MORE = r"[^,.;:]{1,40}(?:, (?!possib|probab|consider|normal|sinus|but|with|no|rate|otherw)[^,.;:]{1,40})+?,? "
+NEGATED_LIST = re.compile("|".join((  # what is denied, with commas in between
+    r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan|negative for|(?:absence|free|devoid) of"
+    r"|not (?:show|suggest|indicate|reveal|have|suggestive of|(?:consistent|compatible) with)) "
+    + MORE + r"(?:n?or|oder|noch|eller)\b",
+    r"\b(?:no|keine?|inga) \w+ (?:of|for|auf|f(?:ü|ue)r|einer|p(?:å|a)|to suggest) "
+    + MORE + r"(?:and|und|och)\b",
+    r"(?:(?<=[.;:] )|^)(?!normal|sinus)" + MORE + r"(?:and|n?or|und|oder|och|eller) [^,.;:]{1,60}? "
+    r"(?:are|were|have been|can be|sind|wurden|k(?:ö|oe)nnen|kan) "
+    r"(?:excluded|ruled out|absent|not |ausgeschlossen|nicht |uteslutas)")))
 LATE = "not", "never", "absent", "nie", "niemals", "ej", "icke", "inte"  # may stand behind what they negate
 
 
 def clean(text):
-    """A report in the form MERL published: ECG for EKG, no *** and =, lower case, one line."""
+    """A report in the form MERL published: ECG for EKG, no *** and =, lower case, one line; composed letters
+    (of Macs) and dashes as others write them."""
+    text = re.sub("[\u2010-\u2015\u2212]", "-", unicodedata.normalize("NFC", text))
     return " ".join(re.sub(r"\*\*\*|=", "", text.lower()).replace("ekg", "ecg").split())
 
 
 def one_negation(text):
     """'no ischemia, infarct or hypertrophy' -> 'no ischemia or infarct or hypertrophy': one statement."""
-    text = re.sub(r"(?<=\w)n['\u2019]t\b", " not", re.sub(r"\bcan['\u2019]t\b", "cannot", text))
-    text = re.sub(r"\b((?:no|without|keine?|ohne) \w{3,})/(?=\w{3,})", r"\1 or ", text)
+    text = re.sub(r"(?<=\w)n['\u2019`\u00b4]t\b", " not", re.sub(r"\bcan['\u2019`\u00b4]t\b", "cannot", text))
+    text = re.sub(r"\b((?:no|without|keine?|ohne) \w{3,})\s*[/&+]\s*(?=\w{3,})", r"\1 or ", text)
     more = re.compile(r",\s+(?!(?:n?or|oder|noch|eller)\b)")
     return NEGATED_LIST.sub(lambda found: more.sub(" or ", found[0]), text)
 
@@ -1698,8 +1764,9 @@ def lead_names(text):
     found, last, names = set(), None, [name.lower() for name in LEADS]
     for gap, name in re.findall(rf"(\W*(?:\b{AND}\b\s*)?)(av[rlf]|v[1-6]|i{{1,3}}|[1-6rlf])", text):
         lead = names.index("v" + name if name.isdigit() else "av" + name if name in "rlf" else name)
-        is_range = last is not None and re.search("-|bis|to", gap) and names.index("v1") <= last < lead
-        found |= set(range(last, lead + 1)) if is_range else {lead}
+        low, high = min(lead, lead if last is None else last), max(lead, last or 0)
+        is_range = re.search("-|bis|to|thr", gap) and (high <= names.index("iii") or low >= names.index("v1"))
+        found |= set(range(low, high + 1)) if is_range else {lead}
         last = lead
     return ", ".join(names[k] for k in sorted(found))
 
@@ -1718,6 +1785,11 @@ def attach(templates, statement):
 def negates(template):
     """Does a template of the lexicon say that the statement does not hold?"""
     return template.startswith("no ") or template in ("~ unlikely", "~ less likely", "resolved ~")
+
+
+class Word(str):
+    """Of a sentence."""
+    comma = False  # does one stand before it?
 
 
 class Translator:
@@ -1749,12 +1821,11 @@ class Translator:
                     fault = f"{english!r} is no phrase with its English{' and a ~' * (needed == '~')}"
                     raise DataError(f"prompts.json, lexicon, {kind}: {phrase!r}: {fault}")
                 for site, name in lexicon["sites"].items() if "<site>" in phrase else [("", "")]:
-                    [words] = self.sentences(phrase.replace("<site>", site).replace("<leads>", "v1"))
-                    self.table[self.key(words)] = kind, english.replace("<site>", name).split("; ")
+                    self.table[self.key(phrase.replace("<site>", site))] = (
+                        kind, english.replace("<site>", name).split("; "))
         own = [(text, text) for kind, texts in self.table.values() if kind == "statements" for text in texts]
         for wording, text in (*own, *synonyms):  # our own English stays as it is
-            words = sum(self.sentences(wording.replace("<leads>", "v1")), [])
-            self.table.setdefault(self.key(words), ("statements", [text]))
+            self.table.setdefault(self.key(wording), ("statements", [text]))
         self.longest = max(map(len, self.table))
 
     def sentences(self, text):
@@ -1762,50 +1833,71 @@ class Translator:
         text = one_negation(clean(text))
         for pattern, new in self.rewrite:
             text = pattern.sub(new, text)
-        sentences = [self.token.findall(sentence) for sentence in SENTENCE_END.split(text)]
-        return [[lead_names(w) if re.match(LEAD, w) else w for w in words] for words in sentences if words]
+        return [words for sentence in SENTENCE_END.split(text) if (words := self.words(sentence))]
 
-    def key(self, words):
+    def words(self, sentence):
+        """[Word]"""
+        found, end = [], 0
+        for match in self.token.finditer(sentence):
+            found.append(Word(lead_names(match[0]) if re.match(LEAD, match[0]) else match[0]))
+            found[-1].comma, end = "," in sentence[end:match.start()], match.end()
+        return found
+
+    def key(self, phrase):
+        """Of a phrase with <leads>, which stands for any; another has its own leads, if any."""
+        words = sum(self.sentences(phrase.replace("<leads>", "v1")), [])
+        return self.generic(words) if "<leads>" in phrase else tuple(words)
+
+    def generic(self, words):
         return tuple("<leads>" if self.token is TOKEN and re.match(LEAD, word) else word for word in words)
 
     def phrases(self, words):
         """(kind, English texts, words) of every phrase of a sentence; kind 'unknown' for a word in none."""
         while words:
-            keys = self.key(words[:self.longest])
-            size = next((n for n in range(len(keys), 0, -1) if keys[:n] in self.table), 1)
-            kind, texts = self.table.get(keys[:size], ("unknown", []))
-            leads = words[keys.index("<leads>")] if "<leads>" in keys[:size] else ""
-            yield kind, [text.replace("<leads>", leads) for text in texts], words[:size]
-            words = words[size:]
+            keys = tuple(words[:self.longest]), self.generic(words[:self.longest])
+            sizes = range(len(keys[0]), 0, -1)
+            found = next((key[:n] for n in sizes for key in keys if key[:n] in self.table), keys[0][:1])
+            kind, texts = self.table.get(found, ("unknown", []))
+            leads = words[found.index("<leads>")] if "<leads>" in found else ""
+            yield kind, [text.replace("<leads>", leads) for text in texts], words[:len(found)]
+            words = words[len(found):]
 
     def parse(self, report):
         """-> (templates, the last innermost; text) of what is said; words understood; words not understood"""
         out, last, understood, unknown = [], 0, [], []  # out[last:]: of the last phrase; a suffix changes it
         for sentence in self.sentences(report):
             waiting, used, placed = [], [], False  # prefixes to come, last used; is a place of out[last:]?
-            begin, doubt, late, early = len(out), False, False, []
+            begin, begin_unknown, doubt, late, early = len(out), len(unknown), False, False, []
+            lost, group, joined = False, begin, False  # has an unknown word come since? where "a or b" begins
             for kind, texts, words in self.phrases(sentence):
+                if words[0].comma and any(map(negates, waiting)):
+                    if late and not lost and len(out) > begin:  # "p waves absent, ..."
+                        del out[last:]
+                    if late or lost:  # "no chest pain, ...": what is denied is not known
+                        waiting = [template for template in waiting if not negates(template)]
                 counted = unknown if kind == "unknown" else understood
                 counted.extend(word for word in words if re.search("[a-z]", word))
                 if kind == "suffix" and len(out) == begin and negates(texts[0]):  # "excluded: infarct"
                     kind, early = "prefix", texts
                 if kind == "statements":
                     last, used, waiting, placed = len(out), waiting, [], True
+                    group, joined = group if joined else last, False
                     out += [(used, text) for text in texts]
                 elif kind == "prefix":
-                    waiting = waiting + texts
-                    late = len(out) > begin and words[-1] in LATE  # "infarction is not ..."
+                    waiting, lost = waiting + texts, False
+                    late = (len(out), len(unknown)) != (begin, begin_unknown) and words[-1] in LATE
                 elif kind == "join":  # "no ischemia or infarction": the prefix of the one is the other's
-                    waiting = waiting or used
+                    waiting, joined = waiting or used, len(out) > begin
                 elif kind == "suffix" and (placed or not texts[0].startswith("~ in ")):
-                    out[last:] = [(texts + templates, text) for templates, text in out[last:]]
+                    first = group if negates(texts[0]) else last  # "ischemia or infarction excluded"
+                    out[first:] = [(texts + templates, text) for templates, text in out[first:]]
                 elif kind == "unknown":
-                    placed, doubt = False, doubt or words[0] in self.negations
+                    placed, lost, doubt = False, True, doubt or words[0] in self.negations
             if doubt:
                 del out[begin:]
-            elif any(map(negates, waiting)) and late:
+            elif any(map(negates, waiting)) and late and len(out) > begin:  # "infarction is not ..."
                 del out[last:]
-            elif early and len(out) == begin:  # a sentence of its own: "this has resolved"
+            elif early and len(out) == begin and len(unknown) == begin_unknown:  # "this has resolved"
                 out[last:] = [(early + templates, text) for templates, text in out[last:]]
         return out, understood, unknown
 
@@ -2417,13 +2509,15 @@ READS = (survey, stamps, open_file, read_record, read_header, parse_lead, beside
          read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, read_csv, without_zero,
          split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS,
          CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST, WORD, SENTENCE_END, COMMA)
-MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, lead_names, attach, negates, Translator),
+MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, Word, lead_names, attach, negates,
+                    Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block, _diagnoses,
                         _all_of, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
                         _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report,
                         waveform_features, DOWER, LIMBS, EVENLY, TOP),
-          **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
+          **dict.fromkeys(HEADERS, (*READS, once, header_rows, segments_in, named, split_of, COMMENT,
+                                    REFERENCE)),
           "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
 WORDS = {"ptbxl": ("findings", "lexicon"), "simulated": ("findings", "simulator"), "mimic": (), "csv": ()}
 

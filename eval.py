@@ -417,6 +417,7 @@ def score(method, texts, signals, fs=None, leads=data.LEADS, scales=None):
     ecg = torch.from_numpy(data.load_signals(signals, fs, leads, method.config.rate))
     text = method.encode_text([text.lower().strip(" .") for text in texts])
     views = method.encode_ecg(ecg.to(text.report.device))
+    scales = [scales] if isinstance(scales, str) else scales
     return method.similarity(views, text, scales).float().cpu().numpy()
 
 

@@ -321,9 +321,38 @@ def test_several_samples_a_frame_and_skew(plain):
     record = data.read_record(path)
     np.testing.assert_allclose(record.signal[0, :-2], signal[0, 2:], atol=1e-6)
     np.testing.assert_allclose(record.signal[1:], signal[1:], atol=1e-6)
-    raw.reshape(2500, 2, 12).transpose(0, 2, 1).tofile(path.with_suffix(".dat"))
-    header(path, "a 12 250", [" ".join([f[0], "16x2", *f[2:]]) for f in fields])
-    np.testing.assert_allclose(data.read_record(path).signal, signal.reshape(12, -1, 2).mean(2), atol=0.00051)
+    header(path, "a 12 500 5000", [" ".join([f[0], f"16:{i}", *f[2:]]) for i, f in enumerate(fields)])  # each another
+    for part in (None, lambda samples, fs: (1000, 3000), lambda samples, fs: (4000, 5000)):
+        start, stop = part(0, 0) if part else (0, 5000)
+        record = data.read_record(path, part)
+        for i, (lead, whole) in enumerate(zip(record.signal, signal)):
+            known = whole[start + i:stop + i]
+            np.testing.assert_allclose(lead[:len(known)], known, atol=1e-6)
+            assert np.isnan(lead[len(known):]).all() and len(lead) == stop - start
+    for count in (2, 10, 500):  # of samples a frame: none is lost, even where there is a frame a second
+        raw.reshape(-1, count, 12).transpose(0, 2, 1).tofile(path.with_suffix(".dat"))
+        header(path, f"a 12 {500 / count:g}", [" ".join([f[0], f"16x{count}", *f[2:]]) for f in fields])
+        record = data.read_record(path)
+        assert record.fs == 500
+        np.testing.assert_allclose(record.signal, signal, atol=1e-6)
+
+
+def test_leads_of_several_rates_and_channels_that_are_none(tmp_path):
+    """As many samples as the finest of the twelve has; what is no lead may have any unit and rate."""
+    signal, path = beats(n=1000, leads=2), tmp_path / "a"
+    fine, coarse, pressure = (np.rint(1000 * x).astype("<i2").reshape(250, -1) for x in (
+        signal[0], signal[1].reshape(-1, 2).mean(1), np.arange(250) / 1000))
+    np.concatenate([fine, coarse, pressure], 1).tofile(path.with_suffix(".dat"))
+    header(path, "a 3 25 250", ["a.dat 16x4 1000/mV 16 0 0 0 0 II", "a.dat 16x2 1000/mV 16 0 0 0 0 V1", "a.dat 16 1/mmHg 16 0 0 0 0 ABP"])
+    record = data.read_record(path)
+    assert record.fs == 100 and record.names == ["II", "V1", "ABP"]
+    np.testing.assert_allclose(record.signal[0], signal[0], atol=1e-6)
+    np.testing.assert_allclose(record.signal[1], signal[1].reshape(-1, 2).mean(1).repeat(2), atol=0.00051)
+    ecg, usable, _ = data.load_record(path, 100)
+    assert usable.nonzero()[0].tolist() == [1, 6] and np.array_equal(ecg[1], np.rint(1000 * signal[0]))
+    with pytest.raises(data.DataError, match="sampling rate is not 50 to 20000 Hz"):
+        edit(path.with_suffix(".hea"), "16x2", "16")
+        data.read_record(path)
 
 
 def test_leads_in_several_files(plain):
@@ -883,6 +912,8 @@ def csv_of(folder, text, encoding="utf-8"):
     ("record,report\nr0," + "x" * 200000 + "\n", "field larger than field limit"),
     ("record,report\nr0,a\n./r0,b\n", "record ./r0 occurs twice"), ("record,report\nr0,a\nr0.hea,b\n", "record r0 occurs twice"),
     ("record,report\nr0,a\nx/../r0,b\n", "occurs twice"), ("record,report\n,a\n", "has no name"),
+    ("record,report,patient_id\nr0,a,1\n", "column 'patient_id' is not read, and there is no 'patient'"),
+    ("record,report,Split\nr0,a,test\n", "column 'Split' is not read"), ("record,report,Label\nr0,a,AF\n", "column 'Label' is not read"),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git-lfs")])
 def test_csv_that_cannot_be_honoured(tmp_path, text, message):
     with pytest.raises(data.DataError, match=message) as error:
@@ -897,6 +928,13 @@ def test_csv_as_programs_write_them(tmp_path, text):
     store = data.prepare("csv", csv_of(tmp_path, text), tmp_path / "dst")
     assert store.records["statements"].tolist() == [["sinus rhythm"], []] and store.records["report"].tolist() == ["sinus rhythm", ""]
     assert store.records["patient"].tolist() == ["r0", "r1"]
+
+
+def test_columns_beside_ours_and_labels_of_no_likelihood(tmp_path, capsys):
+    text = 'record,report,patient,patient_id,labels\nr0,a,p,q,"{""AFIB"": 0, ""SR"": 100}"\n'
+    store = data.prepare("csv", csv_of(tmp_path, text), tmp_path / "dst")
+    assert store.records["patient"].tolist() == ["p"] and store.records["codes"].tolist() == [{"AFIB": 0, "SR": 100}]
+    assert store.meta["warnings"][data.ZERO]["examples"] == ["r0: AFIB"]
 
 
 def test_statements_without_a_word_and_empty_patients(tmp_path):
@@ -994,7 +1032,17 @@ def test_an_age_is_a_plain_number():
     assert data.person("121", "") == data.person("nan", "x") == dict(age="", sex="")
 
 
-@pytest.mark.parametrize("kind", ["another name", "segments"])
+def test_segments_are_no_records(tmp_path):
+    """Nor in a split of their own: they are the record that they make up."""
+    for name, part in (("m/s1", slice(0, 2000)), ("m/s2", slice(2000, 5000)), ("other", slice(None))):
+        write(tmp_path / "src" / name, beats()[:, part])
+    header(tmp_path / "src/m/m", "m/2 12 500 5000", ["s1 2000", "s2 3000"], "# Dx: 426783006\n")
+    store = data.prepare("wfdb", tmp_path / "src", tmp_path / "dst")
+    assert store.records["id"].tolist() == ["m/m", "other"]
+    assert store.meta["dropped"]["a segment of another record"]["records"] == 2
+
+
+@pytest.mark.parametrize("kind", ["another name", "a second file", "segments"])
 def test_a_signal_file_of_another_name_that_changed_is_seen(tmp_path, kind):
     source, folder = csv_source(tmp_path / "src", 3), tmp_path / "src"
     if kind == "segments":
@@ -1003,6 +1051,12 @@ def test_a_signal_file_of_another_name_that_changed_is_seen(tmp_path, kind):
         (folder / "r1.dat").rename(folder / "part.dat")
         _, leads, rate, samples, *_ = (folder / "part.hea").read_text().split()
         (folder / "r1.hea").write_text(f"r1/1 {leads} {rate} {samples}\npart {samples}\n")
+    elif kind == "a second file":
+        raw = np.fromfile(folder / "r1.dat", "<i2").reshape(-1, 12)
+        raw[:, :6].tofile(folder / "r1.dat")
+        raw[:, 6:].tofile(folder / "part.dat")
+        head, *lines = (folder / "r1.hea").read_text().splitlines()
+        (folder / "r1.hea").write_text("\n".join([head, *lines[:6], *(line.replace("r1.dat", "part.dat") for line in lines[6:])]))
     else:
         (folder / "r1.hea").write_text((folder / "r1.hea").read_text().replace("r1.dat", "part.dat"))
         (folder / "r1.dat").rename(folder / "part.dat")

@@ -809,6 +809,18 @@ def test_an_own_csv_and_own_classes(run, tmp_path, capsys):
     assert {c: each["positives"] for c, each in mine["classes"].items()} == {"mine": 3, "AFIB": 2}
 
 
+def test_own_labels_that_are_classes_of_ptbxl():
+    """CD, HYP and STTC are superclasses in a csv of one's own, whatever they mean in other sources."""
+    codes = ["NORM", "CD", "MI;HYP", "cd;STTC", "LAFB/LPFB", "AFIB"]
+    records = table_of([dict.fromkeys(c.split(";"), 100.0) for c in codes], "csv")
+    classes, labels, keep = data.label_matrix(records, "ptbxl_super")
+    found = [{c for c, on in zip(classes, row) if on} for row in labels]
+    assert found == [{"NORM"}, {"CD"}, {"MI", "HYP"}, {"CD", "STTC"}, set(), set()] and keep.tolist() == [True] * 4 + [False] * 2
+    classes, labels, _ = data.label_matrix(records, "ptbxl_sub")
+    assert {c for c, on in zip(classes, labels[4]) if on} == {"LAFB/LPFB"} and labels[3, classes.index("STTC")]
+    assert data.finding_of("CD", "csv") is None is data.finding_of("sttc", "csv") and data.finding_of("CD", "csn") == "arrhythmia"
+
+
 def test_look(run, tmp_path, capsys):
     """At a record of one's own, with the training data gone, and at a record of a store."""
     write(tmp_path / "mine", beats())
@@ -856,13 +868,18 @@ def test_the_notebook_in_the_readme(run, tmp_path):
     (dict(signals=np.full((2, 5000), np.nan)), "it holds NaN"), (dict(signals=np.full((2, 5000), 900)), "must be in mV"),
     (dict(signals=np.zeros((2, 0))), "too short"), (dict(signals=np.zeros(5000)), "a row for each of I, II"),
     (dict(signals="nowhere"), "nowhere.hea: file is missing"), (dict(signals=[]), "the list is empty"),
-    (dict(fs="500"), "fs is '500': it must be the rate")])
+    (dict(fs="500"), "fs is '500': it must be the rate"), (dict(leads=None), "no array .leads, samples. with the names"),
+    (dict(signals=3.0), "it must be"), (dict(signals={"I": 1}), "dict: no path"), (dict(signals=b"a"), "bytes: no path"),
+    (dict(signals=np.full((2, 5000), "1")), "no array"), (dict(signals=torch.ones(2, 5000, requires_grad=True)), "requires grad"),
+    (dict(signals=np.ma.masked_greater(np.sin(np.arange(10000.0)).reshape(2, -1), 0.9)), "it holds NaN")])
 def test_signals_that_are_none(change, words):
     method = untrained("etp")
     wave = np.sin(np.arange(5000) / 40) * np.ones((2, 1))
     good = dict(signals=wave, fs=500, leads=["I", "II"])
     assert evaluation.embed(method, **good)["features"].shape == (1, 2 * method.ecg.dim)
     assert evaluation.embed(method, **good | {"signals": np.stack([wave] * 3)})["rhythm"].shape == (3, 16)
+    assert evaluation.embed(method, **good | {"leads": iter(["I", "II"])})["rhythm"].shape == (1, 16)
+    assert evaluation.score(method, ["sinus rhythm"], **good, scales="rhythm").shape == (1, 1)
     with pytest.raises(data.DataError, match=words):
         evaluation.embed(method, **good | change)
 

@@ -1,6 +1,7 @@
 """Report text: cleaning, statements, translation to English, and the waveform features that diagnoses suggest."""
 import csv
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -38,6 +39,23 @@ CASES = {
 @pytest.mark.parametrize("report", CASES)
 def test_translation(report):
     assert data.translate(report) == CASES[report]
+
+
+LEADS = {"st elevation v2\u2013v5": "st elevation in v2, v3, v4, v5", "st depression v6-v4": "st depression in v4, v5, v6",
+         "st elevation in leads i-iii": "st elevation in i, ii, iii", "st elevation v1 through v4": "st elevation in v1, v2, v3, v4",
+         "tall r waves in v5-v6": "tall r waves in v5, v6", "tall r wave in v1": "tall r wave in v1",
+         "rsr' pattern in ii, iii": "rsr' pattern in ii, iii", "mobitz ii": "second degree av block type two",
+         "mobitz i": "second degree av block type one", "av-block ii-iii": "av block", "av-block i.-ii. grades": "av block"}
+
+
+def test_leads_and_degrees():
+    """Ranges either way and in any dash; a wording with a lead, or a degree, of its own stands for no other."""
+    assert {text: data.translate(text) for text in LEADS} == {text: [english] for text, english in LEADS.items()}
+
+
+def test_composed_letters():
+    for text in ("Kein Hinweis für Ischämie, Linksschenkelblock", "Hinterwandinfarkt möglich", "Förmaksflimmer"):
+        assert data.translate(unicodedata.normalize("NFD", text)) == data.translate(text) != []
 
 
 def test_clean_and_split():
@@ -108,12 +126,26 @@ kein anhalt fuer infarkt; infarkt unwahrscheinlich; ej foermaksflimmer; inget fo
 infarkt kan uteslutas; varken ischemi eller infarkt; foermaksflimmer saknas; w/o ischemia; exclusion of infarct; excluded: infarct;
 ischemia cannot be confirmed; infarct could not be found; it is unlikely that this is infarct; less likely infarct; no lbbb/rbbb;
 lvh criteria not met; voltage criteria for lvh are not met; fails to meet criteria for lvh; atrial fibrillation terminated;
-avsaknad av ischemi; infarkt foereligger ej; inte infarkt; infarkt verneint; keine zeichen eines infarkts; ischemia not demonstrable""".replace("\n", " ").split("; ")
+avsaknad av ischemi; infarkt foereligger ej; inte infarkt; infarkt verneint; keine zeichen eines infarkts; ischemia not demonstrable;
+ischemia and infarction excluded; ischämie und infarkt ausgeschlossen; ischemi eller infarkt kan uteslutas; lvh and rvh criteria not met;
+vorhofflimmern oder vorhofflattern unwahrscheinlich; no longer in atrial fibrillation; patient is no longer in sinus rhythm; lvh: nein;
+atrial fibrillation: no; infarct: none; förmaksflimmer: nej; extrasystolen: keine; lvh negativ; lvh-kriterien negativ; troponin negative;
+nothing to suggest ischemia or infarction; i cannot see any ischemia; no ischaemia & infarction; this isn`t atrial fibrillation;
+negative for acute ischemia, inferior infarction, or ventricular hypertrophy; absence of ischemia, infarction or lvh;
+does not show ischemia, infarction or lvh; no signs of acute ischemia, inferior infarction and left ventricular hypertrophy;
+keine hinweise auf vorhofflimmern, akute ischämie und alten infarkt; acute ischemia, inferior infarction and pericarditis are excluded"""
+NEGATED = NEGATED.replace("\n", " ").split("; ")
 AFFIRMED = {"inferior infarct cannot be excluded": "IMI", "inferior infarct not excluded": "IMI", "cannot rule out inferior infarct": "IMI",
             "can't exclude inferior infarct": "IMI", "non-specific st changes": "NST_", "sinus rhythm rather than atrial fibrillation": "SR",
             "sinus rhythm, not atrial fibrillation": "SR", "atrial fibrillation has been replaced by sinus rhythm": "SR",
             "infarkt nicht auszuschliessen": "myocardial infarction", "infarkt kan ej uteslutas": "myocardial infarction",
             "rule out inferior infarct": "IMI", "no change in atrial fibrillation": "AFIB", "negative t waves": "INVT",
+            # what is denied is no finding, and ends at the comma
+            "no chest pain, sinus rhythm": "SR", "qtc not prolonged, rbbb": "CRBBB", "no ectopy, rbbb": "CRBBB",
+            "p waves absent, atrial fibrillation": "AFIB", "q waves absent, left ventricular hypertrophy": "LVH",
+            "kein vor-ekg, infarkt": "myocardial infarction", "no abnormal st. lvh.": "LVH", "sinus rhythm. vorbefund: keine": "SR",
+            "sinus rhythm, ischemia and infarction are excluded": "SR", "sinus rhythm has replaced atrial fibrillation": "SR",
+            "atrial fibrillation replaced by sinus rhythm": "SR", "compared to prior ecg, atrial fibrillation has developed": "AFIB",
             "sinus rhythm without ectopic beats": "SR", "no acute changes. old inferior infarct": "IMI", "not only left ventricular hypertrophy": "LVH"}
 
 
