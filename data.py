@@ -1436,6 +1436,7 @@ SPEC = "|".join([*SOURCES, "store"])
 PTBXL_SETS = {"ptbxl_super": "diagnostic_class", "ptbxl_sub": "diagnostic_subclass", "ptbxl_form": "form",
               "ptbxl_rhythm": "rhythm", "ptbxl_diag": "diagnostic", "ptbxl_all": None}
 OCCURRING = "simulated", "own"  # label sets of the findings that occur in the records
+OWN = "csv", "wfdb"             # sources that label set "own" is of
 LABEL_SETS = (*PTBXL_SETS, "cpsc2018", "csn", "csn_published", "georgia", "cinc2021", "code_test", *OCCURRING)
 
 CLASS = {"name": str, "prompts": [str]}
@@ -1675,7 +1676,7 @@ def find_store(name, config, specs=()):
     none."""
     source, rate = name.split("_")[0], config.rate
     anything = source in ("own", "age", "sex") or name.endswith(".json")
-    kinds = ("csv", "wfdb") if anything else (source,)
+    kinds = OWN if anything else (source,)
     kind = lambda spec: source_of(open_store(spec, rate)) if spec[:6] == "store:" else spec.partition(":")[0]
     given = [split_share(spec)[0] for text in specs or [config.data] for spec in split_specs(text)]
     whole = len(given) == 1 and (specs or anything)

@@ -566,19 +566,20 @@ def subset(labelled, ratio):
 def random_weights(run):
     """The same encoder with random weights."""
     torch.manual_seed(run.config.seed)
-    method, c = copy.deepcopy(run.method), run.config
-    encoder = models.build_encoder(c.encoder, 12, method.samples, width=c.width, patch=c.patch)
-    method.ecg = encoder.to(run.device).eval()
-    return run._replace(method=method, folder=run.folder / "random", crc=f"random {c.seed}")
+    method = copy.deepcopy(run.method)
+    method.new_encoder()
+    method.to(run.device).eval()
+    return run._replace(method=method, folder=run.folder / "random", crc=crc_of_tensors(method.state_dict()))
 
 
 REFERENCES = {}  # results that do not depend on what a run has learned
 
 
 def of_encoder(run, what, name, question, ask, make):
-    """make(), once for all runs of a comparison with the same encoder, whatever their method and seed."""
+    """make(), once for all runs of a comparison that encode alike, whatever their loss and seed."""
     own = ("rate", "normalise", "encoder", "width", "patch", "lead_drop", "shift")
-    key = repr((what, name, question.store.meta["plan"], vars(ask), [getattr(run.config, s) for s in own]))
+    how = type(run.method).encode_tokens.__qualname__, [getattr(run.config, s) for s in own]
+    key = repr((what, name, question.store.meta["plan"], vars(ask), how))
     if key not in REFERENCES:
         REFERENCES[key] = make()
     return REFERENCES[key]
@@ -587,10 +588,14 @@ def of_encoder(run, what, name, question, ask, make):
 def probe(run, name, ask):
     """A linear classifier on frozen vectors, by shares of the training rows (--ratios) or by positives a
     class (--shots); beside it the same encoder with random weights, and trained with labels."""
-    question = ask_set(name, run.config, ask, learn=True)
-    features = lambda one: [vectors(one, question.store, part.rows, ask)["features"] for part in question[2:]]
     if ask.shots and name in ("age", "sex"):
         raise data.DataError(f"{name} has no prompts for the zero-shot line of --shots: leave that out")
+    if name == "age" and [tuple(ask.ratios), ask.protocol, ask.epochs] != [
+            DEFAULTS[k] for k in ("ratios", "protocol", "epochs")]:
+        raise data.DataError("age is a regression on all training rows: leave out --ratios, --probe-protocol "
+                             "and --epochs")
+    question = ask_set(name, run.config, ask, learn=True)
+    features = lambda one: [vectors(one, question.store, part.rows, ask)["features"] for part in question[2:]]
     if name == "age":
         return {"": {"age": age_probe(*features(run), question)}}
     if ask.shots:
@@ -633,13 +638,15 @@ def age_probe(x, x_val, x_test, question):
 
 def few_labels(x, _, x_test, question, ask):
     """k positives of every class (all where there are fewer), ten draws: mean and range of macro AUROC."""
-    columns, labels = {}, question.train.labels
+    columns, labels, test = {}, question.train.labels, question.test.labels
+    if labels.all(0).all() or not (test.any(0) & ~test.all(0)).any():
+        raise data.DataError("no class of the set has records with and without it, to learn from and to test")
     for k in ask.shots:
         draws = [np.random.default_rng((draw, k)) for draw in range(10)]
         drawn = [np.unique(np.concatenate([rng.permutation(np.flatnonzero(y))[:k] for y in labels.T]))
                  for rng in draws]
         fits = [fit_classes(x[some], labels[some], (True, "balanced", 0.1)) for some in drawn]
-        found = [mean_auroc(fit(x_test), question.test.labels) for fit in fits]
+        found = [mean_auroc(fit(x_test), test) for fit in fits]
         columns[f"{k} a class"] = {
             "what": "AUROC", "value": float(np.mean(found)), "interval": [min(found), max(found)],
             "deviation": float(np.std(found)), "records": len(x_test),
@@ -805,8 +812,9 @@ def retrieve(run, name, ask):
     if len(rows) > 1000:
         pools = [among(np.random.default_rng(draw).permutation(len(rows))[:1000]) for draw in range(10)]
         for title, m in pools[0].items():
-            columns[f"{title}, of 1,000"] = m | {k: float(np.mean([pool[title][k] for pool in pools]))
-                                                 for k in ("value", "R@5", "R@10", "chance", "median rank")}
+            mean = lambda k: np.mean([pool[title][k] for pool in pools], 0).tolist()
+            columns[f"{title}, of 1,000"] = m | {k: mean(k) for k in (
+                "value", "interval", "R@5", "R@10", "chance", "median rank")}
     return {"": columns}
 
 
@@ -1014,6 +1022,11 @@ OPTIONS = {  # that concern some tasks only, or no result
     "scales": ("zeroshot", "transfer", "probe", "look")}
 
 
+def is_own(task):
+    """Is it a task of --task, which may look at any option?"""
+    return models.is_file(task)
+
+
 def entry(name, options):
     """The title of a result: what was asked, and those options that are not the defaults."""
     given = {k: v for k, v in options.items() if v and v != DEFAULTS[k] or v == 0 and k == "noise"}
@@ -1027,9 +1040,10 @@ def file_name(text):
 
 def show(folder, task, name, rows, ask):
     """Print a result, draw it, and put it into results.json: none of other options is overwritten."""
-    options = {k: v for k, v in vars(ask).items() if task in OPTIONS.get(k, TASKS)}
+    concerned = lambda option: task in OPTIONS.get(option, TASKS) or is_own(task) and OPTIONS[option]
+    options = {k: v for k, v in vars(ask).items() if concerned(k)}
     data_of_set = [spec for spec in ask.data if spec.partition(":")[0] == name.split("_")[0]]
-    options["data"] = data_of_set or list(ask.data)
+    options["data"] = data_of_set if data_of_set and task != "transfer" else list(ask.data)
     title = entry(name, options)
     lines = {", ".join(filter(None, place)): m for place, m in flat(rows).items()}
     heads = {label: ([value], ends) for label, (value, ends) in zip(lines, map(headline, lines.values()))
@@ -1081,8 +1095,8 @@ def report(folder, wanted, **options):
     for task in wanted:  # before all the work: can it be kept?
         remember(folder, task, {})
     run = open_run(folder, ask)
-    if ask.split in ("train", "all") and run.config.data:
-        print(f"--split {ask.split}: of {run.config.data}, the run has seen the training records")
+    if (ask.split in ("train", "all") or min(ask.folds or [10]) < 9) and run.config.data:
+        print(f"of {run.config.data}, the run has seen the training records (PTB-XL: folds 1 to 8)")
     for task, name in [(task, name) for task, names in wanted.items() for name in names]:
         try:
             results[task, name] = TASKS[task](run, name, ask)
@@ -1233,11 +1247,15 @@ def compare(folders, wanted, **options):
     DataError."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
     found = [read_config(folder) for folder in folders]
-    configs = [models.settings_of(config) for config, _ in found]
+    configs = [models.settings_of(config) | {f"{name} in": data.crc_of(path)
+               for name, path in models.own_files(config).items()} for config, _ in found]
     if not folders:
         raise data.DataError("no run folder to compare")
     if not wanted and len({made_by["store"] for _, made_by in found}) > 1:
         print("these runs are of different stores: their validation records may not be the same")
+    for title, places in group_runs(configs).items():
+        if len({found[place][1]["store"] for place in places}) > 1:
+            print(f"{title}: its runs are of different stores: of other records, or prepared by other code")
     for folder in folders:  # before hours of evaluation
         if not (folder / "model.safetensors").exists():
             raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "
@@ -1312,7 +1330,7 @@ def parse(argv):
             "Label sets: ptbxl (the first four), csv (the codes of your own records), a file NAME.json of "
             f"your own classes, {', '.join(data.LABEL_SETS)}.", 100))
     add, several = parser.add_argument, lambda kind: lambda text: [kind(part) for part in text.split(",")]
-    for task, function in TASKS.items():
+    for task, function in [pair for pair in TASKS.items() if not is_own(pair[0])]:
         note = " ".join(function.__doc__.split("\n\n")[0].split()).replace("%", "%%")
         add(f"--{task}", nargs="*" if task in ("transfer", "generate") else "+", metavar="SET", help=note)
     add("--task", nargs="+", metavar=("FILE.py:FUNCTION", "SET"), help="a task of your own: docs/fork.md")
@@ -1341,12 +1359,9 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     if "task" in given:
         spec, *sets = given.pop("task")
-        name = spec.rpartition(":")[2]
-        ours = [task for task, function in TASKS.items() if function.__module__ == __name__]
-        if name in (*ours, *DEFAULTS, "look", "run", "export", "compare"):
-            parser.error(f"--task {spec}: there is a --{name} here: give your function another name")
         if not sets:
             parser.error(f"--task {spec}: name a set, too")
+        name = os.path.basename(spec)
         TASKS[name], given[name] = models.load_own(spec), sets
     ask, texts = SimpleNamespace(**DEFAULTS | {"leads": ()} | given), given.get("look", ("", "x"))[1:]
     leads = {lead: data.lead_index(lead) for lead in ask.leads}
@@ -1370,8 +1385,9 @@ def parse(argv):
             (not all(map(data.WORD.search, texts)), "--look: a text needs words"),
             ("look" in given and {"leads", "noise", "control"} & given.keys(),
              "--look shows a record as it is: drop --leads, --noise and --control"),
-            *((option in given and tasks and not given.keys() & tasks, f"{option} is of no use without --"
-               + " or --".join(tasks)) for option, tasks in OPTIONS.items())):
+            *((option in given and tasks and not given.keys() & tasks and not any(map(is_own, given)),
+               f"{option} is of no use without --{' or --'.join(tasks)}")
+              for option, tasks in OPTIONS.items())):
         if wrong:
             parser.error(sentence)
     return given

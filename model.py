@@ -485,12 +485,12 @@ class TextTower(nn.Module):
     def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="mean", max_length=256, mask=True):
         super().__init__()
         self.lm, self.tokenizer, self.pooling, self.mask = lm, tokenizer, pooling, mask
-        self.max_length = min(max_length, getattr(lm.config, "max_position_embeddings", max_length))
+        self.max_length = min(max_length, positions_of(lm, max_length))
         self.dim, self.frozen = lm.config.hidden_size, trainable_layers == 0
         if trainable_layers >= 0:
             lm.requires_grad_(False)
             layers = next(m for m in lm.modules() if isinstance(m, nn.ModuleList))
-            for layer in list(layers)[len(layers) - trainable_layers:]:
+            for layer in list(layers)[max(0, len(layers) - trainable_layers):]:
                 layer.requires_grad_(True)
         self.cached, self.row = None, {}  # pooled vectors of texts: see cache
         if pooling == "pooler" and (getattr(lm, "pooler", None) is None or getattr(lm, "new_pooler", False)):
@@ -526,6 +526,8 @@ class TextTower(nn.Module):
         up from then on. On a GPU in half precision: bf16 has made them."""
         self.eval()
         texts = sorted(set(texts), key=lambda text: (-len(text), text))
+        if not texts:
+            return
         parts = [self.encode(texts[i:i + size])[2] for i in bar(range(0, len(texts), size))]
         self.cached = torch.cat([part.half() if part.is_cuda else part for part in parts])
         self.row = {text: i for i, text in enumerate(texts)}
@@ -533,6 +535,14 @@ class TextTower(nn.Module):
     def forward(self, texts):
         rows = [self.row.get(text) for text in texts]
         return self.encode(texts)[2] if None in rows else self.cached[rows].float()
+
+
+def positions_of(lm, default):
+    """The longest text in pieces that a language model has positions for; a RoBERTa's begin behind its
+    padding's. default: where any length will do."""
+    table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
+    before = getattr(table, "padding_idx", None)
+    return getattr(lm.config, "max_position_embeddings", default) - (0 if before is None else before + 1)
 
 
 def tokenise(tower, texts, **options):
@@ -573,8 +583,7 @@ class CausalTower(TextTower):
 
     def __init__(self, lm, tokenizer, trainable_layers=-1, pooling="cls", max_length=128, mask=True):
         super().__init__(lm, tokenizer, trainable_layers, "cls", max_length, mask)
-        positions = getattr(lm.config, "max_position_embeddings", max_length + 1)
-        self.max_length = min(max_length, positions - 1)
+        self.max_length = min(max_length, positions_of(lm, max_length + 1) - 1)
         lm.config.is_decoder, lm.config.use_cache = True, False
         for module in lm.modules():
             if hasattr(module, "is_causal"):
@@ -760,7 +769,9 @@ def small_text_model(texts, seed=0, steps=150, dim=128, layers=2, device="cpu", 
     lm, tokenizer = new_bert(texts, seed, dim, layers)
     method = CardioLM(configure("cardiolm", text_max_length=64), (lm.to(device), tokenizer)).train()
     optimiser = torch.optim.AdamW(lm.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=max(2, steps), pct_start=0.1)
+    rising = 0.2 if steps == 10 else 0.1  # torch divides by 0.1 * 10 - 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=max(2, steps),
+                                                   pct_start=rising)
     rng = np.random.default_rng(seed)
     for _ in bar(range(steps)):
         total, count, _ = method.guess([texts[i] for i in rng.integers(0, len(texts), 32)])
@@ -893,7 +904,9 @@ class Objective(nn.Module):
         return self.compare(vectors, batch) | {name: mean_over_all(*pair) for name, pair in sums.items()}
 
     def weighted(self, terms):
-        """Sum of loss terms {name: value}."""
+        """Sum of loss terms {name: value}. Errors: ModelError where there is none."""
+        if not terms:
+            raise ModelError(f"{type(self).__name__} has no loss: neither represent nor compare gives a term")
         return sum(self.weights.get(name, 1.0) * value for name, value in terms.items())
 
     @torch.no_grad()
@@ -911,7 +924,8 @@ class CardioLM(Objective):
 
     def __init__(self, config, text):
         super().__init__(config)
-        (self.lm, self.tokenizer), self.max_length = text, config.text_max_length
+        self.lm, self.tokenizer = text
+        self.max_length = min(config.text_max_length, positions_of(self.lm, config.text_max_length))
 
     @classmethod
     def check(cls, config):
@@ -970,8 +984,7 @@ class Method(Objective):
     def __init__(self, config, text):
         super().__init__(config)
         self.samples = SECONDS * config.rate
-        self.ecg = build_encoder(config.encoder, 12, self.samples, width=config.width,
-                                 patch=config.patch)
+        self.new_encoder()
         self.text = self.tower(*text, config.text_trainable_layers, config.text_pooling,
                                config.text_max_length)
 
@@ -981,6 +994,11 @@ class Method(Objective):
             raise ModelError("--compile decides itself what to compute again: leave out --recompute")
         if config.text_unit == "tags" and "fine" not in cls.stages:
             raise ModelError("--text-unit tags is fgclep's: the other methods pair each record with one text")
+
+    def new_encoder(self):
+        """Random weights for what encode_tokens uses."""
+        config = self.config
+        self.ecg = build_encoder(config.encoder, 12, self.samples, width=config.width, patch=config.patch)
 
     def represent(self, batch):
         return {"ecg": self.encode_ecg(batch.ecg).rhythm, "text": self.encode_text(batch.texts).report}, {}
@@ -1305,6 +1323,11 @@ class CMELT(Method):
                                        nn.Linear(d, self.text.lm.config.vocab_size))
         self.rebuild = FrameDecoder(d, self.samples // 16, heads_for(max(1, d // 2), d // 128))
         self.match = nn.Linear(2 * d, 2)
+
+    def new_encoder(self):
+        super().new_encoder()
+        if hasattr(self, "cls"):
+            nn.init.normal_(self.cls, std=0.02)
 
     def fuse(self, text, text_mask, ecg):
         """Text (B, W, d), ecg (B, 1 + T, d) -> both after the fusion layers, and the ECG's half-way."""

@@ -353,9 +353,9 @@ def make_text(config, run, reports, device, fresh):
     return text or models.rebuild_text_model(folder, cls.head)
 
 
-def start_from(init, method):
+def start_from(init, method, run):
     """Fill a method with what fits of other weights, those of a run or published -> {name: tensor}, and say
-    what does not."""
+    what does not. run: this one; its language model may be another than that of the weights."""
     if published := models.publication(init):
         kind, (state, _) = published[0], evaluation.read_tensors(published[1])
         names = models.published()[kind]["names"]
@@ -363,6 +363,10 @@ def start_from(init, method):
         before = models.configure(models.published()[kind]["method"], "paper", data="")
     else:
         state, (before, _) = evaluation.read_weights(init), evaluation.read_config(init)
+        tokenizers = [data.checksums(folder, ("tokenizer/*",)) for folder in (init, run)]
+        if method.config.text_model and tokenizers[0] != tokenizers[1]:
+            print(f"--init {init}: its language model is not that of --text-model, and is left out")
+            state = {name: x for name, x in state.items() if not name.startswith("text.")}
     ours = method.state_dict()
     taken = {name: value.reshape(ours[name].shape) for name, value in state.items()
              if name in ours and models.same_shape(value, ours[name])}
@@ -541,7 +545,7 @@ def read_checkpoint(run, save_every):
     path = run / "checkpoint.pt"
     if not path.exists():
         log = evaluation.read_log(run)
-        if save_every and any(line["update"] >= save_every for line in log) or (
+        if save_every and any(line["update"] > save_every for line in log) or (
                 sum(line.get("seconds", 0) for line in log) > 2 * SAVE_SECONDS):
             raise data.DataError(f"{path}: missing, and the run was beyond its first; restore it, or train "
                                  "anew")
@@ -747,7 +751,8 @@ class Validation:
         self.questions = []  # of label sets: (name, places in rows, labels (R, C), C lists of texts)
         for name in data.sets_of(records.store, "val"):
             facts = records.store.records.iloc[self.rows]
-            places = np.flatnonzero((facts["source"] == name.split("_")[0]).to_numpy() | (name == "own"))
+            sources = data.OWN if name == "own" else (name.split("_")[0],)
+            places = np.flatnonzero(facts["source"].isin(sources))
             classes, labels, keep = data.label_matrix(facts.iloc[places], name)
             if keep.any():
                 prompts = data.class_prompts(name, classes, "descriptive", facts.iloc[places])
@@ -776,10 +781,10 @@ class Validation:
         vectors = evaluation.embed_records(method, store, self.rows, self.device, "validation")
         ecg = torch.from_numpy(vectors["rhythm"])
         texts, own = np.unique([models.join(tags[row]) for row in self.rows], return_inverse=True)
-        like = ecg @ evaluation.embed_reports(method, texts).T
+        like = models.cosine(ecg, evaluation.embed_reports(method, texts))  # not in bf16, on a CPU either
         ranks = evaluation.ranks(like.numpy(), own[:, None] == np.arange(len(texts)))
         for name, places, labels, prompts in self.questions:
-            compare = lambda text: ecg[places] @ text.report.float().cpu().T
+            compare = lambda text: models.cosine(ecg[places], text.report.cpu())
             scores = evaluation.class_scores(method, prompts, compare)
             auroc[name] = round(float(evaluation.mean_auroc(scores, labels)), 4)
         return {"R@1": float((ranks <= 1).mean()), "R@5": float((ranks <= 5).mean()), "texts": len(texts),
@@ -917,7 +922,7 @@ class Trainer:
         self.method = method = models.build_method(config, text).to(device)
         start = {} if fresh else checkpoint["start"]
         if config.init and fresh and rank() == 0:
-            start = start_from(config.init, method)
+            start = start_from(config.init, method, run)
         if method.needs_far_texts:
             method.far = far_texts(method, records.reports(), run, device, fresh)
         for tensor in method.state_dict().values() if models.world() > 1 else ():
@@ -926,6 +931,7 @@ class Trainer:
         self.interpolation = Interpolation(method, config.init_share, start)
         self.update = 0 if fresh else restore(checkpoint, run, method, self.optimiser)
         self.watch_state = None if fresh else checkpoint["watch"]
+        self.recovered = not fresh and "recovered.jsonl" in checkpoint["files"]
         if config.compile:
             method.compile_encoder()
         if config.recompute:
@@ -949,7 +955,7 @@ class Trainer:
     def recover(self, stage, proposals):
         """From now on reports hold the waveform features that the coarse model has recovered."""
         store, truth = self.records.store, self.records.truth
-        if rank() == 0 and self.update == stage.first:  # a run that is resumed within the stage reads them
+        if rank() == 0 and not self.recovered:  # a checkpoint of this stage has them
             with self.interpolation.applied():
                 recover_features(self.method, self.records, stage.rows, proposals, self.run, self.device)
         from_first()
@@ -1166,7 +1172,7 @@ def make_absolute(config, resumed):
     elif config.init and not resumed:
         evaluation.read_config(config.init)  # is it a run?
         config.init = os.path.abspath(config.init)
-    for name in ("text_model", "llm"):
+    for name in ("text_model", "llm") if not resumed else ():  # a run has what it needs of them
         setattr(config, name, getattr(config, name) and models.text_model_name(getattr(config, name)))
 
 

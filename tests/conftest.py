@@ -27,11 +27,11 @@ def toy_config(method, **options):
     return small_config(method, **{"dim": 16} | narrow | options)
 
 
-def write_config(folder, method, **options):
+def write_config(folder, method, made_by={}, **options):
     """The config.json of a run of a method's small default."""
     import json
     import model as models
-    made_by = dict(program=models.VERSION, torch="", csrc="", store="")
+    made_by = dict(program=models.VERSION, torch="", csrc="", store="") | made_by
     (folder / "config.json").write_text(json.dumps(models.settings_of(small_config(method, **options)) | {"made_by": made_by}))
 
 

@@ -101,6 +101,21 @@ def runs_of(folder):
     return map(str, sorted((folder / "runs").iterdir()))
 
 
+def test_runs_of_other_code_are_no_repetitions(tmp_path, monkeypatch, capsys):
+    for seed, name in enumerate("ab"):
+        folder(tmp_path / name, None)
+        (tmp_path / name / "enc.py").write_text(f"import torch\n\nclass Enc(torch.nn.Module):\n    dim = {seed}\n")
+        write_config(tmp_path / name, "etp", seed=seed, encoder=str(tmp_path / name / "enc.py:Enc"))
+        (tmp_path / name / "model.safetensors").touch()
+    monkeypatch.setattr(evaluation, "report", lambda *_, **__: {("zeroshot", "simulated"): {"": {"zero-shot": metrics(0.7, 0.1)}}})
+    groups = evaluation.compare([tmp_path / "a", tmp_path / "b"], {"zeroshot": ["simulated"]})
+    assert [len(group["runs"]) for group in groups.values()] == [1, 1] and "encoder in" in list(groups)[1]
+    write_config(tmp_path / "b", "etp", seed=1, encoder=str(tmp_path / "b/enc.py:Enc"), made_by={"store": "other"})
+    (tmp_path / "b/enc.py").write_text((tmp_path / "a/enc.py").read_text())
+    assert len(evaluation.compare([tmp_path / "a", tmp_path / "b"], {"zeroshot": ["simulated"]})) == 1
+    assert "etp: its runs are of different stores" in capsys.readouterr().out
+
+
 def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))

@@ -323,7 +323,7 @@ def test_published_checkpoint(kind, lm, parts, tmp_path, text_folder):
     torch.save({"state_dict": whole, "epoch": 3}, tmp_path / "best.pt")
     opened, config = evaluation.open_published(kind, tmp_path / "best.pt", text_folder(lm))
     fresh = models.build_method(config, (lm(), opened.text.tokenizer))
-    train.start_from(f"{kind}:{tmp_path / 'best.pt'}", fresh)  # another training starts from them
+    train.start_from(f"{kind}:{tmp_path / 'best.pt'}", fresh, tmp_path)  # another training starts from them
     assert all(torch.equal(a, fresh.state_dict()[name]) for name, a in opened.ecg.state_dict(prefix="ecg.").items())
     (tmp_path / "best.pt").unlink()  # up to a gigabyte
     direct = models.load_published(models.build_method(config, (lm(), opened.text.tokenizer)), state, kind).eval()

@@ -119,7 +119,7 @@ def test_text_model_is_made_from_the_reports_and_again_the_same():
     assert all(torch.equal(a, b) for a, b in zip(lm1.state_dict().values(), lm2.state_dict().values()))
 
 
-@pytest.mark.parametrize("layers, trained", [(-1, "all"), (0, "none"), (1, "last")])
+@pytest.mark.parametrize("layers, trained", [(-1, "all"), (0, "none"), (1, "last"), (2, "both"), (3, "both")])
 def test_trainable_layers(layers, trained):
     tower = models.TextTower(*models.small_text_model(TEXTS, steps=1), trainable_layers=layers).train()
     names = {n for n, p in tower.named_parameters() if p.requires_grad}
@@ -128,7 +128,36 @@ def test_trainable_layers(layers, trained):
     elif trained == "none":
         assert not names and not tower.lm.training and not tower(TEXTS[:2]).requires_grad
     else:
-        assert names and all("layer.1." in n for n in names)
+        places = {n.split("layer.")[-1][0] for n in names}
+        assert all("layer." in n for n in names) and places == ({"1"} if trained == "last" else {"0", "1"})
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_a_text_model_of_few_steps(steps):
+    assert models.small_text_model(TEXTS, steps=steps, dim=16, layers=1)
+
+
+def test_texts_longer_than_a_language_model_has_positions_for():
+    """A RoBERTa's begin behind that of its padding; nothing is to be cached where no texts can be listed."""
+    from transformers import RobertaConfig, RobertaModel
+    tokenizer = models.word_tokenizer(TEXTS)
+    size = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    roberta = RobertaModel(RobertaConfig(**size, max_position_embeddings=34, pad_token_id=1), add_pooling_layer=False)
+    tower = models.TextTower(roberta, tokenizer, 0, max_length=100)
+    assert tower.max_length == 32 and tower(["sinus rhythm " * 50]).shape == (1, 16)
+    tower.cache([])
+    assert tower(TEXTS[:2]).shape == (2, 16)
+    lm, tokenizer = models.new_bert(TEXTS, dim=16, layers=1)
+    assert models.CardioLM(models.configure("cardiolm", text_max_length=512), (lm, tokenizer)).guess(["sinus " * 400])[1] > 0
+
+
+def test_a_method_without_a_loss_says_so():
+    class Silent(models.ETP):
+        def compare(self, vectors, batch):
+            return {}
+    method = Silent(toy_config("etp"), models.small_text_model(TEXTS, steps=1, dim=32, layers=1))
+    with pytest.raises(models.ModelError, match="Silent has no loss"):
+        method.weighted(method(toy_batch()))
 
 
 def test_text_tower_of_any_folder(tmp_path):

@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -292,6 +293,41 @@ def test_few_labels(tmp_path, monkeypatch):
     assert imread(tmp_path / "probe_ptbxl_super_shots=1,4.png").std() > 0.01
 
 
+def test_results_of_other_sources_do_not_replace_one_another(tmp_path):
+    """Of a transfer, what it has learned from counts; of a set on its own, only where its records are."""
+    found = {"": {"from csn, probe": {"what": "AUROC", "value": 0.5, "interval": None}}}
+    for more in ("csn:B", "cpsc2018:C"):
+        evaluation.show(tmp_path, "transfer", "ptbxl_super", found, asking(data=["ptbxl:A", more]))
+        evaluation.show(tmp_path, "identify", "ptbxl", found, asking(data=["ptbxl:A", more]))
+    known = evaluation.known_results(tmp_path)
+    assert len(known["transfer"]) == 2 and list(known["identify"]) == ["ptbxl data=ptbxl:A"]
+
+
+def test_few_labels_of_a_single_class(tmp_path, monkeypatch):
+    store, _ = labelled("ptbxl_super", also=0)
+    store.records["codes"] = [{"AFIB": 100.0}] * len(store.records)
+    (tmp_path / "one.json").write_text('{"AFIB": {"name": "atrial fibrillation", "prompts": ["atrial fibrillation"]}}')
+    run = run_of(store, monkeypatch, tmp_path, Reader(1, {"atrial fibrillation": np.ones(1, np.float32)}))
+    with pytest.raises(data.DataError, match="no class of the set has records with and without it"):
+        evaluation.probe(run, str(tmp_path / "one.json"), asking(shots=[1]))
+
+
+def test_random_weights_are_of_their_encoder():
+    """Vectors of one are not those of another, and nothing of them is learned."""
+    runs = [evaluation.random_weights(evaluation.Run(Path("x"), untrained(name, **options), untrained(name, **options).config, "cpu", ""))
+            for name, options in (("etp", {}), ("etp", {"encoder": "vit_tiny"}), ("cmelt", {}))]
+    assert len({run.crc for run in runs}) == 3
+    method = untrained("cmelt")
+    with torch.no_grad():
+        method.cls.fill_(9.0)
+    random = evaluation.random_weights(evaluation.Run(Path("x"), method, method.config, "cpu", "")).method
+    assert random.cls.abs().max() < 1 and method.cls.min() == 9
+    key = lambda name: evaluation.of_encoder(
+        SimpleNamespace(method=untrained(name, encoder="vit_tiny"), config=small_config(name, encoder="vit_tiny")), "random", "s",
+        SimpleNamespace(store=SimpleNamespace(meta={"plan": "p"})), asking(), lambda: name)
+    assert [key(name) for name in ("etp", "fgclep", "merl", "etp")] == ["etp", "etp", "merl", "etp"]  # MERL's ViT has no last norm
+
+
 def test_age_and_sex(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     records = table_of([{}] * 400, "ptbxl")
@@ -309,6 +345,9 @@ def test_age_and_sex(tmp_path, monkeypatch):
     found = evaluation.probe(run, "sex", asking(ratios=(0.1, 1)))[""]
     assert [m["classes"]["female"]["auroc"] for m in found.values()] == [1, 1]
     assert found["100 %"]["records"] == ((records["fold"] == 10) & (records["sex"] != "")).sum()
+    for option in (dict(ratios=[0.1]), dict(protocol="merl"), dict(epochs=3)):
+        with pytest.raises(data.DataError, match="age is a regression on all training rows"):
+            evaluation.probe(run, "age", asking(**option))
     for name in ("age", "sex"):
         with pytest.raises(data.DataError, match=f"{name} has no prompts"):
             evaluation.probe(run, name, asking(shots=[1]))
@@ -716,11 +755,12 @@ def test_a_task_of_ones_own(run, simulated, tmp_path, monkeypatch, capsys):
     """The one in docs/fork.md, computed anew by hand; what is no task is a sentence."""
     monkeypatch.setattr(evaluation, "TASKS", {**evaluation.TASKS})
     code = re.search(r"```python\n(from eval .*?)```", (ROOT / "docs/fork.md").read_text(), re.S)[1]
-    (tmp_path / "my.py").write_text(code + "\nprobe = nearest\n")
+    (tmp_path / "my.py").write_text(code + "\nprobe = nearest\ndef plain(run, name, ask):\n    return {'': {'x': {'what': 'style', "
+                                    "'value': 1.0 if ask.prompts == 'plain' else 0.0, 'interval': None}}}\n")
     start = f"--run {run} --data simulated:200"
     ask(f"{start} --task my.py:nearest simulated")
     assert "nearest" in capsys.readouterr().out
-    [found] = evaluation.known_results(run)["nearest"].values()
+    [found] = evaluation.known_results(run)["my.py:nearest"].values()
     opened = evaluation.open_run(run, asking())
     q = evaluation.ask_set("simulated", opened.config, asking(data=["simulated:200"]))
     unit = lambda part: [x / np.linalg.norm(x) for x in evaluation.embed_records(opened.method, q.store, part.rows, "cpu")["features"]]
@@ -733,9 +773,12 @@ def test_a_task_of_ones_own(run, simulated, tmp_path, monkeypatch, capsys):
                            ("nearest", "nearest: there is no file")):
         with pytest.raises(models.ModelError, match=sentence):
             ask(f"{start} --task {spec} simulated")
-    with pytest.raises(SystemExit):
-        ask(f"{start} --task my.py:probe simulated")
-    assert "there is a --probe here" in capsys.readouterr().err
+    ask(f"{start} --task my.py:probe simulated")  # no other than a task here
+    assert "probe" not in evaluation.known_results(run) and "my.py:probe" in evaluation.known_results(run)
+    ask(f"{start} --task my.py:plain simulated")
+    ask(f"{start} --task my.py:plain simulated --prompts plain")  # which it may look at: another result
+    figures = [entry["results"][""]["x"]["value"] for entry in evaluation.known_results(run)["my.py:plain"].values()]
+    assert figures == [0.0, 1.0]
     with pytest.raises(SystemExit):
         ask(f"{start} --task my.py:nearest")
     assert "--task my.py:nearest: name a set, too" in capsys.readouterr().err

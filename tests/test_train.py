@@ -307,6 +307,17 @@ def test_flipped_bits_in_weights_are_noticed(finished, tmp_path, monkeypatch):
         assert refused > 60
 
 
+def test_a_run_killed_at_its_first_checkpoint_begins_anew(tmp_path):
+    """Its log has the update after which it was to be written; beyond that, it is missing."""
+    for last, gone in ((4, False), (5, True)):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps({"update": n, "seconds": 0.1}) + "\n" for n in range(1, last + 1)))
+        if gone:
+            with pytest.raises(data.DataError, match="missing, and the run was beyond its first"):
+                train.read_checkpoint(tmp_path, 4)
+        else:
+            assert train.read_checkpoint(tmp_path, 4) is None
+
+
 def test_the_watch_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     """What it has seen is in the checkpoint: a resumed run warns as a whole one does."""
     run = copy_of(finished, tmp_path, monkeypatch)
@@ -800,6 +811,48 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, monkeypatch, capsys,
         file.write(" ")
     with pytest.raises(data.DataError, match="tokenizer.json: damaged, and the rest was made with it"):
         train.main(["--method", "etp", "--init", "runs/first", *args])
+
+
+def test_a_start_with_another_language_model_takes_none_of_the_old(tmp_path, monkeypatch, capsys, tiny_store):
+    """And a run that is resumed asks neither for it nor for the weights that it began with."""
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", f"store:{tiny_store}", *TINY]
+    (tmp_path / "words.txt").write_text("sinus rhythm\natrial fibrillation\n" * 3 + "left axis\nright axis\n")
+    train.main(["--method", "cardiolm", "--data", "words.txt", "--name", "lm", "--epochs", "1", "--batch-size", "2"])
+    train.main(["--method", "etp", "--name", "first", *args])
+    first, made = load_file(tmp_path / "runs/first/model.safetensors"), []
+    monkeypatch.setattr(train, "make_optimiser", lambda method, config, make=train.make_optimiser: made.append(
+        {k: v.clone() for k, v in method.state_dict().items()}) or make(method, config))
+    train.main(["--method", "etp", "--name", "second", "--init", "runs/first", "--text-model", "runs/lm", *args])
+    assert "its language model is not that of --text-model, and is left out" in capsys.readouterr().out
+    own = load_file(tmp_path / "runs/lm/language_model/model.safetensors")
+    text = {k.removeprefix("text.lm."): v for k, v in made[0].items() if k.startswith("text.lm.")}
+    assert text and all(torch.equal(v, own["bert." + k]) for k, v in text.items() if "bert." + k in own)
+    assert torch.equal(made[0]["ecg.conv1.weight"], first["ecg.conv1.weight"])
+    shutil.rmtree(tmp_path / "runs/lm")
+    shutil.rmtree(tmp_path / "runs/first")
+    train.main(["--resume", "runs/second"])
+
+
+@pytest.mark.parametrize("method, flags", [("etp", ["--precision", "bf16"]), ("etp", ["--text-unit", "subset"])])
+def test_validation_in_bf16_and_frozen_texts_that_cannot_be_listed(method, flags, tiny_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.evaluation, "report", lambda *a, **k: None)
+    train.main(["--method", method, "--data", f"store:{tiny_store}", "--name", "x", *TINY, *flags])
+    assert 0 <= lines_of(tmp_path / "runs/x", "validation")[-1]["validation"]["R@5"] <= 1
+
+
+def test_validation_asks_own_codes_of_own_records_only(tmp_path, monkeypatch):
+    """As eval.py does: simulated records in the mixture have label sets of theirs."""
+    from test_data import csv_source, table
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    source = csv_source(tmp_path / "src", 6)
+    rows = [dict(record=f"r{i}", report="sinus rhythm", split="val" if i < 4 else "train", labels="SR" if i % 2 else "AFIB") for i in range(6)]
+    table(source, rows)
+    config = small_config("etp", data=f"csv:{source},simulated:256")
+    asked = {name: (len(places), labels.shape[1]) for name, places, labels, _ in
+             train.Validation(train.open_records(config), torch.device("cpu")).questions}
+    assert asked["own"] == (4, 2) and asked["simulated"][0] > 4
 
 
 def test_the_language_model_learns_at_a_rate_of_its_own():
