@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from csrc import beat_of_token, segment_beats, sigmoid_loss, token_beat_rhythm
 
 SECONDS = 10  # length of a record, as data.py stores it
-VERSION = "0.7.1"
+VERSION = "0.7.2"
 
 
 class ModelError(ValueError):
