@@ -868,7 +868,10 @@ def open_all(text, rate=100, **options):
         raise DataError("no data are named: say which, by --data SOURCE:PATH")
     specs, shares = zip(*map(split_share, found))
     stores = [open_data(spec, rate, **options) for spec in specs]
-    return stores[0] if shares == (1,) else Stores(specs, stores, shares)
+    if shares == (1,):
+        stores[0].parts = [stores[0].parts[0]._replace(spec=specs[0])]
+        return stores[0]
+    return Stores(specs, stores, shares)
 
 
 def settings_of(source, src, rate, crop="first", min_words=0, seed=0):
@@ -1711,7 +1714,7 @@ def sets_of(store, split="test"):
 # ---- report text -------------------------------------------------------------------------------------------
 
 LEAD = r"(?:av[rlf]|v[1-6]|i{1,3})\b"
-AND = r"(?:and|und|och|bis|to|through|thru)"
+AND = r"(?:and|und|och|bis|to|till|through|thru)"
 LEAD_LIST = rf"\b{LEAD}(?:\s*[,/&+-]+\s*(?:{LEAD}|[1-6rlf]\b(?!\.\d))|\s+(?:{AND}\s+)?{LEAD})*"
 TOKEN = re.compile(rf"{LEAD_LIST}|[^\W_]+")
 WORD = re.compile(r"[^\W_]")  # a statement without one says nothing, and no tokenizer knows it
@@ -1726,16 +1729,24 @@ GOES_ON = "a|an|and|or|but|this|these|which|with|in|at|age|old|due|may|cannot|li
 COMMA = re.compile(rf",\s+(?=\S+ \S)(?!{LEAD}|\d|(?:{GOES_ON})\b|probab|possib|consi|sugg)")
 
 MORE = r"[^,.;:]{1,40}(?:, (?!possib|probab|consider|normal|sinus|but|with|no|rate|otherw)[^,.;:]{1,40})+?,? "
+NO_FINDING = (r"(?!(?:significant |interval |acute |definite )?(?:change|prior|previous|p[ -]?w|ectop|symptom"
+          r"|vergleich|(?:ä|ae)nderung|f(?:ö|oe)r(?:ä|ae)ndring))")  # no findings, so they begin no list
 NEGATED_LIST = re.compile("|".join((  # what is denied, with commas in between
     r"\b(?:no|without|neither|keine?|ohne|inga|ingen|utan|negative for|(?:absence|free|devoid) of"
     r"|not (?:show|suggest|indicate|reveal|have|suggestive of|(?:consistent|compatible) with)) "
-    + MORE + r"(?:n?or|oder|noch|eller)\b",
+    + NO_FINDING + MORE + r"(?:n?or|oder|noch|eller)\b",
     r"\b(?:no|keine?|inga) \w+ (?:of|for|auf|f(?:ü|ue)r|einer|p(?:å|a)|to suggest) "
-    + MORE + r"(?:and|und|och)\b",
+    + MORE.replace("sinus", "sinus|there|however|now|old|al[td]|gammal|marked|frequent|occasional|atrial"
+                   "|vorhof|f(?:ö|oe)rmak|pace")
+    + r"(?:and|und|och)\b(?![^.;]*(?:is|are) (?:present|seen|noted))",
     r"(?:(?<=[.;:] )|^)(?!normal|sinus)" + MORE + r"(?:and|n?or|und|oder|och|eller) [^,.;:]{1,60}? "
     r"(?:are|were|have been|can be|sind|wurden|k(?:ö|oe)nnen|kan) "
     r"(?:excluded|ruled out|absent|not |ausgeschlossen|nicht |uteslutas)")))
-LATE = "not", "never", "absent", "nie", "niemals", "ej", "icke", "inte"  # may stand behind what they negate
+# words that may stand behind what they negate
+LATE = "not", "never", "absent", "resolved", "nie", "niemals", "ej", "icke", "inte"
+BOTH = "and", "und", "och", "sowie", "samt"  # "lbbb and ischemia excluded"; but "sinus rhythm and ..."
+SINGULAR = "is", "has", "was", "ist", "hat", "wurde"  # "lbbb and ischemia is ...": said of the last alone
+RHYTHM = re.compile("rhythm|fibrillation|flutter|tachycardia|bradycardia|pac|normal")
 
 
 def clean(text):
@@ -1755,7 +1766,8 @@ def one_negation(text):
 
 def split_statements(text):
     """Statements of a report: its lines and sentences, and parts between commas that stand on their own."""
-    sentences = SENTENCE_END.split(one_negation(clean(text.replace("\n", " . "))))
+    text = re.sub(r"\bedit:.*", "", clean(text.replace("\n", " . ")))  # PTB-XL: label codes are no report
+    sentences = SENTENCE_END.split(one_negation(text))
     parts = [part.strip(" ,.;") for sentence in sentences for part in COMMA.split(sentence)]
     return [part for part in parts if WORD.search(part)]
 
@@ -1766,7 +1778,8 @@ def lead_names(text):
     for gap, name in re.findall(rf"(\W*(?:\b{AND}\b\s*)?)(av[rlf]|v[1-6]|i{{1,3}}|[1-6rlf])", text):
         lead = names.index("v" + name if name.isdigit() else "av" + name if name in "rlf" else name)
         low, high = min(lead, lead if last is None else last), max(lead, last or 0)
-        is_range = re.search("-|bis|to|thr", gap) and (high <= names.index("iii") or low >= names.index("v1"))
+        alike = high <= names.index("iii") or low >= names.index("v1")
+        is_range = alike and re.search("-|bis|to|till|thr", gap)
         found |= set(range(low, high + 1)) if is_range else {lead}
         last = lead
     return ", ".join(names[k] for k in sorted(found))
@@ -1781,6 +1794,11 @@ def attach(templates, statement):
             template = template.replace("~ in ", "~, ")  # one more place: 'in v1, v2, high lateral leads'
         statement = template.replace("~", statement)
     return statement
+
+
+def is_rhythm(text):
+    """Of a statement, or of the key of a finding: is it of a rhythm, or of something normal?"""
+    return RHYTHM.search(knowledge()["findings"].get(text, {}).get("name", text))
 
 
 def negates(template):
@@ -1831,7 +1849,7 @@ class Translator:
 
     def sentences(self, text):
         """List of words of every sentence, rewritten; leads in standard order, 'v1, v2'."""
-        text = one_negation(clean(text))
+        text = one_negation(clean(text.replace("\n", " . ")))
         for pattern, new in self.rewrite:
             text = pattern.sub(new, text)
         return [words for sentence in SENTENCE_END.split(text) if (words := self.words(sentence))]
@@ -1869,7 +1887,7 @@ class Translator:
         for sentence in self.sentences(report):
             waiting, used, placed = [], [], False  # prefixes to come, last used; is a place of out[last:]?
             begin, begin_unknown, doubt, late, early = len(out), len(unknown), False, False, []
-            lost, group, joined = False, begin, False  # has an unknown word come since? where "a or b" begins
+            lost, group, joined, both = False, begin, False, False  # unknown since? where "a or b" begins
             for kind, texts, words in self.phrases(sentence):
                 if words[0].comma and any(map(negates, waiting)):
                     if late and not lost and len(out) > begin:  # "p waves absent, ..."
@@ -1878,7 +1896,8 @@ class Translator:
                         waiting = [template for template in waiting if not negates(template)]
                 counted = unknown if kind == "unknown" else understood
                 counted.extend(word for word in words if re.search("[a-z]", word))
-                if kind == "suffix" and len(out) == begin and negates(texts[0]):  # "excluded: infarct"
+                known = len(out) > begin or len(unknown) > begin_unknown  # has something been spoken of?
+                if kind == "suffix" and not known and negates(texts[0]):  # "excluded: infarct"
                     kind, early = "prefix", texts
                 if kind == "statements":
                     last, used, waiting, placed = len(out), waiting, [], True
@@ -1886,12 +1905,18 @@ class Translator:
                     out += [(used, text) for text in texts]
                 elif kind == "prefix":
                     waiting, lost = waiting + texts, False
-                    late = (len(out), len(unknown)) != (begin, begin_unknown) and words[-1] in LATE
+                    late = known and words[-1] in LATE
                 elif kind == "join":  # "no ischemia or infarction": the prefix of the one is the other's
-                    waiting, joined = waiting or used, len(out) > begin
-                elif kind == "suffix" and (placed or not texts[0].startswith("~ in ")):
-                    first = group if negates(texts[0]) else last  # "ischemia or infarction excluded"
+                    waiting, joined, both = waiting or used, len(out) > begin, words[0] in BOTH
+                elif kind == "suffix" and (len(out) > begin if negates(texts[0]) else
+                                           placed or not texts[0].startswith("~ in ")):
+                    first = last
+                    if negates(texts[0]) and not (both and words[0] in SINGULAR and "longer" not in words):
+                        while first > group and not (both and is_rhythm(out[first - 1][1])):
+                            first -= 1  # "ischemia or infarction excluded"
                     out[first:] = [(texts + templates, text) for templates, text in out[first:]]
+                    if texts[0].startswith("~ in ") and waiting is used:  # "no q waves in v1 or v2, ..."
+                        waiting = []
                 elif kind == "unknown":
                     placed, lost, doubt = False, True, doubt or words[0] in self.negations
             if doubt:
@@ -2510,8 +2535,8 @@ READS = (survey, stamps, open_file, read_record, read_header, parse_lead, beside
          read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, read_csv, without_zero,
          split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS,
          CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST, WORD, SENTENCE_END, COMMA)
-MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, Word, lead_names, attach, negates,
-                    Translator),
+MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, BOTH, SINGULAR, RHYTHM, Word,
+                    lead_names, attach, is_rhythm, negates, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block, _diagnoses,
                         _all_of, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
@@ -2640,15 +2665,18 @@ def main():
     command = commands.add_parser("plot", help="draw records as a PNG")
     command.add_argument("data", help="as for train.py: simulated, ptbxl:PATH, store:PATH, ...")
     command.add_argument("ids", nargs="+")
-    command.add_argument("--out", default="ecg.png")
+    command.add_argument("--out", default="ecg.png", help="[ecg.png]")
     args = vars(parser.parse_args())
     name = args.pop("command")
     if name == "coverage":
         print_coverage(**args)
     elif name == "plot":
         plot(open_data(args["data"], None), args["ids"], args["out"])
+        print(f"drawn in {args['out']}")
+    elif name == "info":
+        describe(Store(args["path"].removeprefix("store:"), args["verify"]))
     else:
-        describe((prepare if name == "prepare" else Store)(**args))
+        describe(prepare(**args))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 
 Tables are printed, and written with pictures into the run: results.json has an entry for each task, set and
 options. Test rows are the official test split (PTB-XL: fold 10) unless --folds or --split says otherwise;
-nothing is ever chosen on them. A task is one function, and a line in TASKS.
+nothing is chosen on them (but by the protocol of MERL's probe). A task is one function, and a line in TASKS.
 """
 import argparse
 import copy
@@ -165,7 +165,7 @@ def load_run(run, checkpoint=None, device="cpu", text_model=""):
         return open_published(*found, text_model, device)
     run, (config, _) = Path(run), read_config(run)
     weights = Path(checkpoint or run / "model.safetensors")
-    if not models.recipe(config.method)[0].needs_ecg:
+    if not models.method_class(config).needs_ecg:
         raise models.ModelError(f"{run} is a language model without an ECG encoder: give it to another run "
                                 f"with --text-model {run}")
     if not (checkpoint or weights.exists()):
@@ -292,7 +292,8 @@ def ask_set(name, config, ask, learn=False, test=True):
 def signals(store, rows, ask):
     """ECGs of rows (B, 12, N) float32 mV: as stored, or with noise, fewer leads, or a control instead."""
     order = np.random.default_rng(0).permutation(len(store)) if ask.control == "other" else None
-    ecg = store.ecg(rows if order is None else np.roll(order, 1)[np.argsort(order)][rows])  # always the same
+    # another: of each record the one before it in a circle through all, which is always the same
+    ecg = store.ecg(rows if order is None else np.roll(order, 1)[np.argsort(order)][rows])
     if ask.noise is not None and ask.control != "zero":
         for x, row in zip(ecg, rows):
             x += noise_like(x, store.rate, ask.noise, np.random.default_rng((0, row)))
@@ -387,10 +388,10 @@ def score_records(run, store, rows, prompts, ask):
 @torch.no_grad()
 def class_scores(method, prompts, compare):
     """Zero-shot scores of C classes, by a list of texts each -> (R, C) float32. compare: TextViews of all T
-    texts -> (R, T) similarities, of which Method.any_of makes a class's score. Digits beyond the fifth, in
+    texts -> (R, T) similarities, of which Method.class_score makes a class's. Digits beyond the fifth, in
     which a batch's rounding would rank equal records, are cut."""
     like = compare(method.encode_text([text.rstrip(". ") for row in prompts for text in row]))
-    scores = [method.any_of(part) for part in like.split([len(row) for row in prompts], 1)]
+    scores = [method.class_score(part) for part in like.split([len(row) for row in prompts], 1)]
     return torch.stack(scores, 1).numpy().round(5)
 
 
@@ -488,7 +489,7 @@ def score_classes(names, scores, positives, patients=None, untrained=()):
             "untrained": list(untrained), "scores": scores, "labels": positives}  # arrays stay out of files
 
 
-def share(hits, patients, name):
+def mean_with_interval(hits, patients, name):
     """Mean of (R,) numbers with its bootstrap interval; name: what it is."""
     weights = resamples(patients)
     return {"what": name, "value": float(hits.mean()), "interval": interval(weights @ hits / weights.sum(1))}
@@ -631,7 +632,7 @@ def age_probe(x, x_val, x_test, question):
     x, x_val, x_test = map(scaler.transform, (x, x_val, x_test))
     fits = [Ridge(alpha).fit(x, train) for alpha in 10.0 ** np.arange(-1, 6)]
     found = min(fits, key=lambda fit: abs(fit.predict(x_val) - val).mean()).predict(x_test)
-    return share(abs(found - test), question.test.patients, "error, years") | {
+    return mean_with_interval(abs(found - test), question.test.patients, "error, years") | {
         "error of the median age": float(abs(np.median(train) - test).mean()),
         "correlation": float(np.corrcoef(found, test)[0, 1]), "records": len(test)}
 
@@ -778,7 +779,7 @@ def ranks(like, right):
 def recall(like, right, patients):
     """R@k of queries among candidates, like and right (Q, K); chance: R@1 of a random order."""
     rank = ranks(like, right)
-    return share((rank <= 1).astype(float), patients, "R@1") | {
+    return mean_with_interval((rank <= 1).astype(float), patients, "R@1") | {
         **{f"R@{k}": float((rank <= k).mean()) for k in (5, 10)}, "chance": float(right.mean()),
         "median rank": float(np.median(rank)), "queries": len(like), "candidates": like.shape[1]}
 
@@ -1029,7 +1030,8 @@ def is_own(task):
 
 def entry(name, options):
     """The title of a result: what was asked, and those options that are not the defaults."""
-    given = {k: v for k, v in options.items() if v and v != DEFAULTS[k] or v == 0 and k == "noise"}
+    plain = lambda v: tuple(v) if isinstance(v, list) else v
+    given = {k: v for k, v in options.items() if v and plain(v) != DEFAULTS[k] or v == 0 and k == "noise"}
     text = lambda v: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v
     return " ".join([name, *(f"{k}={text(v)}" for k, v in given.items())])
 
@@ -1096,7 +1098,8 @@ def report(folder, wanted, **options):
         remember(folder, task, {})
     run = open_run(folder, ask)
     if (ask.split in ("train", "all") or min(ask.folds or [10]) < 9) and run.config.data:
-        print(f"of {run.config.data}, the run has seen the training records (PTB-XL: folds 1 to 8)")
+        folds = ", folds 1 to 8" * bool(ask.folds)
+        print(f"of {run.config.data}, the run has seen the training records{folds}")
     for task, name in [(task, name) for task, names in wanted.items() for name in names]:
         try:
             results[task, name] = TASKS[task](run, name, ask)
@@ -1151,6 +1154,7 @@ def export(run, folder):
         name=folder.name, method=settings["method"], leads=", ".join(data.LEADS), rate=config.rate,
         parameters=sum(p.numel() for p in method.parameters()) / 1e6, version=models.VERSION,
         table="\n".join(measured(known_results(run)))))
+    print(f"written to {folder}; its README.md is the model card")
 
 
 def measured(known):
@@ -1181,7 +1185,8 @@ def group_runs(configs):
         method = configs[places[0]]["method"]
         peers = [v for v, p in groups.items() if configs[p[0]]["method"] == method]
         usual = [Counter(column).most_common(1)[0][0] for column in zip(*peers)]
-        titled[" ".join([method] + [f"{f}={v}" for f, v, u in zip(fields, values, usual) if v != u])] = places
+        titled[" ".join([method] + [f"{f}={v}" for f, v, u in zip(fields, values, usual)
+                                     if v not in (u, None)])] = places
     return titled
 
 
@@ -1225,6 +1230,10 @@ def summarise(found, folders, configs):
             **{key: mean(key) for key in ("records_per_second", "parameters")}}
 
 
+def can_be_compared(folder):
+    return (folder / "config.json").exists() and models.method_class(read_config(folder)[0]).needs_ecg
+
+
 VALIDATED = {"loss": float, "R@1": float, "R@5": float, "auroc": {str: float}}
 
 
@@ -1240,14 +1249,23 @@ def validation_figures(run):
     return {name: {"what": name, "value": value} for name, value in figures.items()}
 
 
+OVER_RUNS = ": mean over runs (lowest - highest)"
+AS_TASKS = ("macro AUROC, or the task's own figure" + OVER_RUNS
+            + " [95 % bootstrap interval, mean of its ends over runs], p against {}")
+AS_VALIDATED = "what validation records showed in training, of a label set the macro AUROC" + OVER_RUNS
+
+
 def compare(folders, wanted, **options):
     """Do tasks on finished runs, or where none is wanted show what validation records showed (a setting
     chosen by test records is not tested by them); put repetitions together (group_runs), print one table,
     draw and keep it beside the first run. Plain files among `folders` (runs/*) are passed over. Errors:
     DataError."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
+    for folder in [folder for folder in folders if len(folders) > 1 and not can_be_compared(folder)]:
+        print(f"{folder} is left out: no run with an ECG encoder")
+        folders.remove(folder)
     found = [read_config(folder) for folder in folders]
-    configs = [models.settings_of(config) | {f"{name} in": data.crc_of(path)
+    configs = [models.settings_of(config) | {f"checksum of {name}": data.crc_of(path)
                for name, path in models.own_files(config).items()} for config, _ in found]
     if not folders:
         raise data.DataError("no run folder to compare")
@@ -1290,8 +1308,7 @@ def compare(folders, wanted, **options):
             if figure and all(sides):
                 scores = [[m["scores"] for m in side] for side in sides]
                 figure["p"] = permutation_p(*scores, sides[0][0]["labels"])
-    print("\nmacro AUROC, or the task's own figure: mean over runs (lowest - highest) [95 % bootstrap "
-          f"interval, mean of its ends over runs], p against {first}\n\n{markdown(groups)}")
+    print(f"\n{AS_TASKS.format(first) if wanted else AS_VALIDATED}\n\n{markdown(groups)}")
     if wanted:
         print(f"\nthe same over classes with at least {ENOUGH} positives\n\n"
               f"{markdown(groups, 'macro_enough')}")
@@ -1378,7 +1395,7 @@ def parse(argv):
             ("compare" in given and {"run", "checkpoint", "look", "export"} & given.keys(),
              "--compare names its own runs: drop --run, --ckpt, --look and --export"),
             ("compare" in given and not TASKS.keys() & given.keys() and len(given) > 1,
-             "--compare without a task shows what was validated in training: name a task, too"),
+             "--compare without a task shows what was validated in training: drop the rest, or name a task"),
             ("export" in given and "checkpoint" in given, "--export takes a run's own weights: drop --ckpt"),
             ("compare" in given and given.get("generate") == [], "--compare needs sets: --generate SET"),
             (not texts, "--look RECORD TEXT..."),
@@ -1403,6 +1420,7 @@ def main(argv=None):
         return
     ask = asking(**options)
     if found := models.publication(ask.checkpoint):  # its results go to a folder of their own beside the runs
+        data.open_file(found[1]).close()  # is it there?
         run = Path("runs") / f"published-{found[0]}-{Path(found[1]).stem}"
         run.mkdir(parents=True, exist_ok=True)
     else:

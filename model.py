@@ -38,7 +38,7 @@ class ModelError(ValueError):
 
 class EcgViews(NamedTuple):
     """An ECG at three scales; a method fills in the ones it uses."""
-    tokens: Optional[torch.Tensor]  # (B, T, D) encoder time steps
+    tokens: Optional[torch.Tensor]  # (B, T, D) in time; (B, T, dim) where the token scale compares them
     beats: Optional[torch.Tensor]   # (B, K, dim) beats, or patches in their place (FG-CLEP)
     rhythm: torch.Tensor            # (B, dim) whole record, L2-normalised
     beat_count: Optional[torch.Tensor] = None  # (B,) beats that are real; None: all
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     ecg: torch.Tensor  # (B, L, N) float32 mV
     sampled: list      # B lists of tags: of which the record's text is made in this step (--text-unit)
     tags: list         # B lists of tags: the record's whole report
-    ids: list          # B record names, for messages
+    ids: list          # B rows in the store
     peaks: torch.Tensor  # (B, K) int32 R peaks in samples of ecg, -1 behind the last
     exact: list = ()  # B bools: tags are all that is true of the record; (): of none
     captions: Optional[list] = None   # the texts to be encoded, where they are not one a record
@@ -1036,7 +1036,7 @@ class Method(Objective):
         if self.text.frozen and "text_pooling" in self.settings:  # the others need more than pooled vectors
             self.text.cache(texts(), bar)
 
-    def any_of(self, like):
+    def class_score(self, like):
         """Similarities with the texts of a class (R, texts) -> its score (R,)."""
         return like.mean(1)
 
@@ -1503,7 +1503,7 @@ class FGCLEP(ETP):
         words, count = first_rows(F.normalize(self.project_text(states), dim=2), real)
         return TextViews(words, None, F.normalize(self.project_text(pooled), dim=1), count)
 
-    def any_of(self, like):
+    def class_score(self, like):
         """The sigmoid loss judges each text by itself, so a class is there if any of its texts is true: a
         maximum, as soft as the learned scale is small."""
         scale = self.learned_scale().float().cpu()
@@ -1538,9 +1538,9 @@ class FGCLEP(ETP):
 
     def compare(self, vectors, batch):
         text_tags, tags, stated = batch.gathered
-        report, words, count = (x if x is None else x[:len(text_tags)] for x in (
+        report, words, word_count = (x if x is None else x[:len(text_tags)] for x in (
             gather(vectors.get(name)) for name in ("text", "words", "word_count")))
-        text = TextViews(words, report[:, None], report, count)
+        text = TextViews(words, report[:, None], report, word_count)
         ecg = EcgViews(vectors.get("tokens"), vectors.get("tokens"), vectors["ecg"])
         target = self.targets(report, text_tags, batch, tags)  # (b, C)
         weight = self.loss_mask(text_tags, stated, batch).to(target)
@@ -1749,7 +1749,7 @@ class Config:
     data: str = "simulated:8192*0.35"  # simulated[:N], ptbxl|mimic|cpsc2018|csn|georgia|wfdb|store:DIR,
                                        # csv:FILE; A,B*2: see docs/training.md
     init: str = ""  # weights to start from: a run folder, or merl:FILE, melp:FILE, dbeta:FILE as published
-    init_share: Share = 0.0  # of these in the weights that are saved (train.Blend)
+    init_share: Share = 0.0  # of these in the weights that are saved
     name: str = ""  # name of the run folder; default: method, data and time
     seed: Annotated[int, 0, 2**31] = 0  # everything random follows from it
     epochs: Count = 12  # fgclep: of the coarse stage
@@ -1762,7 +1762,8 @@ class Config:
     lead_drop: Part = 0.2  # chance that a lead is zeroed in a training step
     shift: Annotated[float, 0, 5] = 1.0  # seconds; a training record is moved in time by at most this much
   # ECG encoder
-    encoder: str = "resnet18"  # resnet18|34|50|101, (lead)vit_, w2v_tiny|small|middle|base, FILE.py:Class
+    encoder: str = "resnet18"  # resnet18|34|50|101, vit_ or leadvit_tiny|small|middle|base, w2v_tiny|small|
+                               # base, FILE.py:Class
     width: Annotated[float, 0.01, 16] = 0.25  # channels of a ResNet, as a factor
     patch: Count = 10  # samples of a patch of vit or leadvit
     dim: Annotated[int, 1, 65536] = 128  # dimension of the shared space
@@ -1796,7 +1797,7 @@ class Config:
     fn_mode: Literal["soft_bce", "l1", "none"] = "soft_bce"  # of false negatives; none: hard targets
     similarity: Literal["tags", "half", "cos"] = "tags"  # soft targets: model.FGCLEP.targets
     targets: Literal["reports", "truth"] = "truth"  # where it is known (simulated), not what a report says
-    prior: bool = True  # logits start from each text's frequency in the batch: model.FGCLEP.loss
+    prior: bool = True  # logits start from each text's frequency in the batch: model.FGCLEP.compare
     llm: str = ""  # causal language model (name or folder) to propose features; default: prompts.json
     keep_share: Weight = 1.5  # of a feature's n candidates stay those among its 1.5 n best-scoring ECGs
     keep_threshold: Annotated[float, -1, 1] = -1.0  # and whose cosine is at least this (FOCAL: 0.95)
@@ -1848,6 +1849,10 @@ def recipe(method):
     of = {known: defaults for known, *defaults in METHODS.values()}
     small, paper = next((of[base] for base in cls.__mro__ if base in of), ({}, {}))
     return cls, small | cls.small, paper | cls.paper
+
+
+def method_class(config):
+    return recipe(config.method)[0]
 
 
 def flag(setting):
@@ -1946,4 +1951,4 @@ METHODS = {
 
 def build_method(config, text):
     """The method named in config.method, with its two towers. text: (language model, tokenizer)."""
-    return recipe(config.method)[0](config, text)
+    return method_class(config)(config, text)

@@ -48,7 +48,9 @@ def parse(argv):
         if name == "data":  # said again, it adds another set
             how["action"] = "append"
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        group.add_argument(models.flag(name), **how, help=f"{note} [{default}]".replace("%", "%%"))
+        others = {method: small[name] for method, (_, small, _) in models.METHODS.items() if name in small}
+        known = "; ".join(map(str, [default, *(f"{value} {method}" for method, value in others.items())]))
+        group.add_argument(models.flag(name), **how, help=f"{note} [{known}]".replace("%", "%%"))
     parser.add_argument("--resume", metavar="RUN", help="continue a run folder; its own config holds")
     given = vars(parser.parse_args(argv))
     if "data" in given:
@@ -99,7 +101,7 @@ class Corpus(data.Store):
 
 def open_records(config):
     """Records that a run learns from. Errors: DataError."""
-    cls, truth = models.recipe(config.method)[0], None
+    cls, truth = models.method_class(config), None
     if not cls.needs_ecg:
         store = Corpus(config.data, config.report_language)
         tags = data.Tags.from_lists([text] for text in store.texts)
@@ -243,7 +245,7 @@ def plan_stages(records):
     Errors: DataError where a stage has no update."""
     config, rows = records.config, records.rows
     plan = {name: (config.fine_epochs, records.rows_without_truth()) if name == "fine" else
-            (config.epochs, rows) for name in models.recipe(config.method)[0].stages}
+            (config.epochs, rows) for name in models.method_class(config).stages}
     count = lambda rows: len(data.epoch_rows(records.store, np.random.default_rng(0), rows))
     if "fine" in plan and len(plan["fine"][1]) < len(rows) and count(plan["fine"][1]) < config.batch_size:
         plan = {"coarse": (config.epochs + config.fine_epochs, rows)}
@@ -256,6 +258,9 @@ def plan_stages(records):
         first, end = end, end + epochs * batches // config.accumulate
         if epochs:
             stages.append(Stage(name, epochs, first, end, batches, learned))
+    if count(rows) < config.batch_size:
+        raise data.DataError(f"{count(rows)} training records with a report are too few for a batch of "
+                             f"{config.batch_size}: lower --batch-size")
     if config.batch_size % models.world() or any(stage.first == stage.end for stage in stages):
         raise data.DataError(
             f"{count(rows)} training records with a report an epoch, batches of {config.batch_size} by "
@@ -339,7 +344,7 @@ def make_text(config, run, reports, device, fresh):
     """(language model, tokenizer) of a run: loaded or, by default, made of all training reports, reports().
     Process 0 of a fresh run makes it and keeps tokenizer and architecture in run/tokenizer; the others, and a
     resumed run, build it from there: their weights come from process 0 or from the checkpoint."""
-    folder, cls, text = run / "tokenizer", models.recipe(config.method)[0], None
+    folder, cls, text = run / "tokenizer", models.method_class(config), None
     if rank() == 0 and fresh:
         if config.text_model:
             text = models.load_text_model(config.text_model, cls.head)
@@ -442,7 +447,7 @@ class Interpolation:
                 x.copy_(learned[name])
 
 
-def rate_at(update, updates, config):
+def lr_at(update, updates, config):
     """Learning rate of one update of a stage: linear warm-up, then cosine to zero."""
     warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
     if update < warmup:
@@ -542,9 +547,10 @@ def save_weights(method, run, name="model.safetensors"):
 
 def read_checkpoint(run, save_every):
     """checkpoint.pt of a run, or None. Errors: DataError where it, or a file of it, is damaged or lost."""
-    path = run / "checkpoint.pt"
+    path, log = run / "checkpoint.pt", evaluation.read_log(run)
     if not path.exists():
-        log = evaluation.read_log(run)
+        if (run / "model.safetensors").exists():
+            raise data.DataError(f"{path}: missing; the run is finished, and needs no --resume")
         if save_every and any(line["update"] > save_every for line in log) or (
                 sum(line.get("seconds", 0) for line in log) > 2 * SAVE_SECONDS):
             raise data.DataError(f"{path}: missing, and the run was beyond its first; restore it, or train "
@@ -554,6 +560,9 @@ def read_checkpoint(run, save_every):
     if state.keys() != {"model", "optimiser", "start", "update", "processes", "watch", "files"}:
         raise data.DataError(f"{path}: not a checkpoint of this version of the program; train anew")
     data.compare_checksums(run, state["files"])
+    if sum("terms" in line and line["update"] <= state["update"] for line in log) != state["update"]:
+        raise data.DataError(f"{run / 'log.jsonl'}: has not the {state['update']} updates that are done; "
+                             "restore it, or train anew")
     return state
 
 
@@ -939,7 +948,7 @@ class Trainer:
 
     def begin(self, stages):
         """Say what is trained on what, and open log.jsonl behind the updates that are done."""
-        config, self.log = self.config, None
+        config, self.log_file = self.config, None
         if rank() > 0:
             return
         count = sum(p.numel() for p in self.method.parameters())
@@ -950,7 +959,7 @@ class Trainer:
             print("all that is true of these records is known, or of all but a few, so nothing is to be "
                   f"recovered: the coarse stage takes the {config.fine_epochs} epochs of the fine one")
         done = [line for line in evaluation.read_log(self.run) if line["update"] <= self.update]
-        self.log = write_lines(self.run / "log.jsonl", done)
+        self.log_file = write_lines(self.run / "log.jsonl", done)
 
     def recover(self, stage, proposals):
         """From now on reports hold the waveform features that the coarse model has recovered."""
@@ -993,7 +1002,7 @@ class Trainer:
     def begin_update(self, stage):
         """Learning rate of the next update, and its random numbers: every process draws its own, and a
         resumed run needs the state of none."""
-        rate = rate_at(self.update - stage.first, stage.end - stage.first, self.config)
+        rate = lr_at(self.update - stage.first, stage.end - stage.first, self.config)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["scale"]
         seed = np.random.SeedSequence((self.config.seed, rank(), self.update)).generate_state(1, np.uint64)
@@ -1006,7 +1015,7 @@ class Trainer:
         batches, watch, validation = iter(self.batches(number, stage)), None, None
         if rank() == 0 and self.method.needs_ecg:
             watch, validation = self.watch_over(number, stage)
-        log, config = UpdateLog(self.method, self.records.store.ids, self.log, watch), self.config
+        log, config = UpdateLog(self.method, self.records.store.ids, self.log_file, watch), self.config
         self.method.train()
         saved, cost_due, shown = time.monotonic(), self.update + 20, {}
         bar = tqdm(range(self.update, stage.end), stage.name, stage.end - stage.first, disable=rank() > 0,
@@ -1035,7 +1044,7 @@ class Trainer:
                     bar.write(self.cost(last["seconds"], stage.end - done))
                     cost_due = math.inf
                 if watch and done % 50 == 0 and (warning := watch.check()):
-                    add_line(self.log, {"update": done, "warning": warning})
+                    add_line(self.log_file, {"update": done, "warning": warning})
                     bar.write(f"update {done}: {warning}")
                 late = not config.save_every and time.monotonic() - saved > SAVE_SECONDS
                 if done < stage.end and (save or late):
@@ -1063,7 +1072,7 @@ class Trainer:
             lowest = self.config.keep == "best" and found["loss"] < min(before, default=math.inf)
             if lowest:
                 save_weights(self.method, self.run, "best.safetensors")
-        add_line(self.log, {"update": self.update, "stage": stage.name, "validation": found})
+        add_line(self.log_file, {"update": self.update, "stage": stage.name, "validation": found})
         return {"val": found["loss"], "R@5": found["R@5"]}, lowest
 
     def cost(self, seconds, left):
@@ -1179,7 +1188,7 @@ def make_absolute(config, resumed):
 def closing_tasks(records):
     """A table of the data's own kind for the end: {task: sets}, none for a method without ECGs."""
     config, store = records.config, records.store
-    if not models.recipe(config.method)[0].needs_ecg:
+    if not models.method_class(config).needs_ecg:
         return {}
     if sets := data.sets_of(store):
         return {"zeroshot": sets}

@@ -109,7 +109,7 @@ def test_runs_of_other_code_are_no_repetitions(tmp_path, monkeypatch, capsys):
         (tmp_path / name / "model.safetensors").touch()
     monkeypatch.setattr(evaluation, "report", lambda *_, **__: {("zeroshot", "simulated"): {"": {"zero-shot": metrics(0.7, 0.1)}}})
     groups = evaluation.compare([tmp_path / "a", tmp_path / "b"], {"zeroshot": ["simulated"]})
-    assert [len(group["runs"]) for group in groups.values()] == [1, 1] and "encoder in" in list(groups)[1]
+    assert [len(group["runs"]) for group in groups.values()] == [1, 1] and "checksum of encoder" in list(groups)[1]
     write_config(tmp_path / "b", "etp", seed=1, encoder=str(tmp_path / "b/enc.py:Enc"), made_by={"store": "other"})
     (tmp_path / "b/enc.py").write_text((tmp_path / "a/enc.py").read_text())
     assert len(evaluation.compare([tmp_path / "a", tmp_path / "b"], {"zeroshot": ["simulated"]})) == 1

@@ -735,10 +735,10 @@ def test_a_class_is_there_if_any_of_its_prompts_is_true():
     torch.nn.Module.__init__(method)
     method.log_scale = torch.nn.Parameter(torch.tensor(np.log(10.0)))
     like = torch.tensor([[0.9, -0.5, -0.5], [0.1, 0.1, 0.1], [0.0, 0.3, 0.0]])
-    score = method.any_of(like)
+    score = method.class_score(like)
     assert score[1].item() == pytest.approx(0.1, abs=1e-6)      # alike: their value
     assert score[0].item() == pytest.approx(0.9 - np.log(3) / 10, abs=1e-5)  # one alone stands out: nearly its own
-    mean = models.Method.any_of(method, like)
+    mean = models.Method.class_score(method, like)
     assert score[0] > score[2] > score[1] and mean[1] == mean[2] > mean[0]
 
 

@@ -52,7 +52,7 @@ class Painted:
 
 class Reader:
     """A method whose vectors are what is painted; texts: {text: its vector}."""
-    scales, samples, any_of = ("rhythm",), Painted.samples, models.Method.any_of
+    scales, samples, class_score = ("rhythm",), Painted.samples, models.Method.class_score
 
     def __init__(self, size, texts=()):
         self.size, self.texts, self.encoded = size, dict(texts), 0

@@ -42,7 +42,7 @@ def test_translation(report):
 
 
 LEADS = {"st elevation v2\u2013v5": "st elevation in v2, v3, v4, v5", "st depression v6-v4": "st depression in v4, v5, v6",
-         "st elevation in leads i-iii": "st elevation in i, ii, iii", "st elevation v1 through v4": "st elevation in v1, v2, v3, v4",
+         "st elevation v2 till v5": "st elevation in v2, v3, v4, v5", "st elevation in leads i-iii": "st elevation in i, ii, iii", "st elevation v1 through v4": "st elevation in v1, v2, v3, v4",
          "tall r waves in v5-v6": "tall r waves in v5, v6", "tall r wave in v1": "tall r wave in v1",
          "rsr' pattern in ii, iii": "rsr' pattern in ii, iii", "mobitz ii": "second degree av block type two",
          "mobitz i": "second degree av block type one", "av-block ii-iii": "av block", "av-block i.-ii. grades": "av block"}
@@ -51,6 +51,17 @@ LEADS = {"st elevation v2\u2013v5": "st elevation in v2, v3, v4, v5", "st depres
 def test_leads_and_degrees():
     """Ranges either way and in any dash; a wording with a lead, or a degree, of its own stands for no other."""
     assert {text: data.translate(text) for text in LEADS} == {text: [english] for text, english in LEADS.items()}
+
+
+def test_lines_are_sentences_and_label_codes_no_report():
+    report = "No previous tracing\nInferior infarct\nQRS not prolonged\nRBBB. Edit: LVH 100, AFIB"
+    for statements in (data.translate(report), data.split_statements(report)):
+        assert data.Findings().named(statements) == ["IMI", "CRBBB"]
+    named = data.Findings().named
+    assert named(data.split_statements("may be at increased risk of developing complete heart block")) == []
+    assert named(["first-degree av block"]) == ["1AVB"] and named(["left bundle-branch block"]) == ["CLBBB"]
+    assert named(["myocardial ischaemia"]) == ["ISC_"] and named(["atrial fibrillation resolved"]) == []
+    assert data.translate("AV block I, RBBB") == ["first degree av block", "complete right bundle branch block"]
 
 
 def test_composed_letters():
@@ -140,6 +151,17 @@ AFFIRMED = {"inferior infarct cannot be excluded": "IMI", "inferior infarct not 
             "sinus rhythm, not atrial fibrillation": "SR", "atrial fibrillation has been replaced by sinus rhythm": "SR",
             "infarkt nicht auszuschliessen": "myocardial infarction", "infarkt kan ej uteslutas": "myocardial infarction",
             "rule out inferior infarct": "IMI", "no change in atrial fibrillation": "AFIB", "negative t waves": "INVT",
+            # a negating suffix is of what it stands behind: over "and" not of a rhythm, in the singular of the last alone
+            "sinus rhythm and ischemia unlikely": "SR", "rbbb is present and ischemia is unlikely": "CRBBB",
+            "sinus rhythm and atrial fibrillation has resolved": "SR", "sinus rhythm and lvh criteria not met": "SR",
+            "embolism excluded, rbbb": "CRBBB", "voltage criteria not met, rbbb": "CRBBB", "ectopy has resolved, rbbb": "CRBBB",
+            # neither double negations nor earlier tracings deny
+            "inferior infarct cannot be completely ruled out": "IMI", "does not exclude inferior infarct": "IMI",
+            "inferior infarct not entirely excluded": "IMI", "rbbb, not present on previous tracing": "CRBBB",
+            "infarkt nicht völlig ausgeschlossen": "myocardial infarction",
+            # what a negation begins is no list where it denies no finding, or where a sentence goes on
+            "no previous ecg for comparison, rbbb": "CRBBB", "no evidence of acute ischemia, there is rbbb": "CRBBB",
+            "no st elevation in v1 or v2, rbbb": "CRBBB",
             # what is denied is no finding, and ends at the comma
             "no chest pain, sinus rhythm": "SR", "qtc not prolonged, rbbb": "CRBBB", "no ectopy, rbbb": "CRBBB",
             "p waves absent, atrial fibrillation": "AFIB", "q waves absent, left ventricular hypertrophy": "LVH",

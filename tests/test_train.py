@@ -405,10 +405,10 @@ def test_the_watch_tells_a_collapsed_tower_and_a_stuck_loss():
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     config = small_config("etp", lr=1.0, warmup=0.1)
-    rates = [train.rate_at(u, 100, config) for u in range(100)]
+    rates = [train.lr_at(u, 100, config) for u in range(100)]
     assert np.allclose(rates[:10], np.arange(1, 11) / 10) and np.argmax(rates) in (9, 10)
     assert all(np.diff(rates[10:]) < 0) and rates[-1] < 0.001
-    assert train.rate_at(0, 100, small_config("etp", lr=1.0, warmup=0.0)) == 1.0
+    assert train.lr_at(0, 100, small_config("etp", lr=1.0, warmup=0.0)) == 1.0
 
 
 class Learner(torch.nn.Module):
@@ -751,7 +751,7 @@ def test_validation_by_hand(tiny_store):
 
     class Oracle(torch.nn.Module):
         """Of a report the axis of its text, of a prompt the axis of its class, of an ECG both its own."""
-        any_of = models.Method.any_of
+        class_score = models.Method.class_score
 
         def encode_text(self, said):
             prompts = data.class_prompts("simulated", classes, "descriptive")
