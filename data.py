@@ -1377,7 +1377,8 @@ def code_rows(settings):
     src, classes = settings["src"], list(label_set("code_test"))
     name, attributes = os.path.join(src, "ecg_tracings.hdf5"), os.path.join(src, "attributes.csv")
     count, some = read_tracings(src, slice(None, None, 8))
-    heights = np.ptp(np.nan_to_num(some.astype(float), posinf=0, neginf=0), axis=1)
+    with np.errstate(invalid="ignore"):  # numbers of a damaged file that are none
+        heights = np.ptp(np.nan_to_num(some.astype(float), posinf=0, neginf=0), axis=1)
     height = np.median(heights[heights > 0]) if heights.any() else 0
     unit = next((unit for unit, factor in UNITS.items() if 0.5 <= height * factor <= 3), None)
     if not unit:

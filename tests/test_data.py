@@ -1032,6 +1032,12 @@ def test_an_age_is_a_plain_number():
     assert data.person("121", "") == data.person("nan", "x") == dict(age="", sex="")
 
 
+def test_a_single_set_is_called_as_it_was_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECG_CACHE", str(tmp_path / "cache"))
+    source = csv_source(tmp_path / "src", 2)
+    assert [part.spec for part in data.open_all(f"csv:{source}").parts] == [f"csv:{source}"]
+
+
 def test_segments_are_no_records(tmp_path):
     """Nor in a split of their own: they are the record that they make up."""
     for name, part in (("m/s1", slice(0, 2000)), ("m/s2", slice(2000, 5000)), ("other", slice(None))):

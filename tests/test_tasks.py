@@ -293,6 +293,10 @@ def test_few_labels(tmp_path, monkeypatch):
     assert imread(tmp_path / "probe_ptbxl_super_shots=1,4.png").std() > 0.01
 
 
+def test_a_default_that_is_given_is_no_option():
+    assert evaluation.entry("x", {"ratios": [0.01, 0.1, 1.0], "folds": [9]}) == "x folds=9"
+
+
 def test_results_of_other_sources_do_not_replace_one_another(tmp_path):
     """Of a transfer, what it has learned from counts; of a set on its own, only where its records are."""
     found = {"": {"from csn, probe": {"what": "AUROC", "value": 0.5, "interval": None}}}

@@ -307,6 +307,32 @@ def test_flipped_bits_in_weights_are_noticed(finished, tmp_path, monkeypatch):
         assert refused > 60
 
 
+def test_a_run_whose_log_or_checkpoint_is_lost_is_refused(finished, tmp_path, monkeypatch):
+    run = copy_of(finished, tmp_path, monkeypatch, "whole")
+    log = (run / "log.jsonl").read_text()
+    for left in ("", "".join(log.splitlines(True)[1:])):
+        (run / "log.jsonl").write_text(left)
+        with pytest.raises(data.DataError, match="log.jsonl: has not the [0-9]+ updates that are done"):
+            train.main(["--resume", str(run)])
+    (run / "log.jsonl").write_text(log)
+    (run / "checkpoint.pt").unlink()
+    with pytest.raises(data.DataError, match="checkpoint.pt: missing; the run is finished"):
+        train.main(["--resume", str(run)])
+
+
+def test_help_tells_each_methods_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "[0.75; 0.5 cmelt]" in text and "[0; 4 fgclep]" in text and "100 %" not in text.split("--epochs")[0]
+
+
+def test_a_batch_larger_than_the_records_says_so(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.DataError, match="training records with a report are too few for a batch of 4096: lower --batch-size"):
+        train.main(["--method", "etp", "--data", f"store:{tiny_store}", *TINY, "--batch-size", "4096"])
+
+
 def test_a_run_killed_at_its_first_checkpoint_begins_anew(tmp_path):
     """Its log has the update after which it was to be written; beyond that, it is missing."""
     for last, gone in ((4, False), (5, True)):
