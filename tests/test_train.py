@@ -58,13 +58,13 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.parametrize("method, how", [("fgclep", signal.SIGKILL), ("cmelt", signal.SIGKILL), ("etp", signal.SIGTERM)])
-def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, method, how):
+def test_a_stopped_run_resumes_to_the_same_numbers(tiny_store, tmp_path, monkeypatch, method, how):
     """Stopped by SIGTERM (saves) or kill -9 (from the last checkpoint), then continued: FG-CLEP through both stages, C-MELT, which
     draws masks and negatives at random, and ETP, whose frozen text tower was trained just before."""
     args = ["--data", f"store:{tiny_store}", "--method", method, "--save-every", "4", *(SMALL if method == "cmelt" else TINY)]
     args += {"fgclep": ["--fine-epochs", "2", "--targets", "reports"], "cmelt": ["--negatives", "far"], "etp": ["--epochs", "8"]}[method]
-    whole = run_train(tmp_path, "--name", "whole", *args)
-    assert whole.wait() == 0, whole.communicate()[0]
+    monkeypatch.chdir(tmp_path)
+    train.main(["--name", "whole", *args])
     part = run_train(tmp_path, "--name", "part", *args)
     wait_for(lambda: updates(tmp_path / "runs/part") >= 6, part)
     part.send_signal(how)
