@@ -1064,16 +1064,19 @@ class Trainer:
         """Look at validation records -> what the bar shows of them; are these, by --keep best, the best
         weights of the stage so far? (best.safetensors. A checkpoint follows then: a resumed run must not find
         later weights there.)"""
-        log = [line for line in evaluation.read_log(self.run) if line["update"] < self.update]
-        before = [line["validation"]["loss"] for line in log
-                  if "validation" in line and line["stage"] == stage.name]
         with self.interpolation.applied():
             found = validation.evaluate(self.method)
-            lowest = self.config.keep == "best" and found["loss"] < min(before, default=math.inf)
+            lowest = self.config.keep == "best" and found["loss"] < self.lowest_loss(stage)
             if lowest:
                 save_weights(self.method, self.run, "best.safetensors")
         add_line(self.log_file, {"update": self.update, "stage": stage.name, "validation": found})
         return {"val": found["loss"], "R@5": found["R@5"]}, lowest
+
+    def lowest_loss(self, stage):
+        """Of validation records, before this update."""
+        log = [line for line in evaluation.read_log(self.run) if line["update"] < self.update]
+        return min((line["validation"]["loss"] for line in log
+                    if "validation" in line and line["stage"] == stage.name), default=math.inf)
 
     def cost(self, seconds, left):
         """Sentence on what the rest of a stage will take."""
