@@ -923,7 +923,8 @@ def prepare(source, src, dst, rate=100, workers=None, **options):
                         "cache by ECG_CACHE); the same command goes on where it stopped") from error
     store = Store(dst)
     if store.meta["plan"] != plan:
-        raise DataError(f"{dst}: made with other settings, by other code or from other records; {AGAIN}")
+        raise DataError(f"{dst}: made of {source}:{src} with other settings, by other code or from other "
+                        f"records; {AGAIN}")
     return store
 
 

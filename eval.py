@@ -1281,8 +1281,14 @@ def compare(folders, wanted, **options):
     titles = {place: title for title, places in group_runs(configs).items() for place in places}
     table, records = defaultdict(lambda: defaultdict(dict)), {}  # {title: {label: {place of a run: metrics}}}
     for i, folder in enumerate(tqdm(folders, desc="runs")):
-        results = report(folder, wanted, **options) if wanted else {
-            ("validation", ""): {"": validation_figures(folder)}}
+        try:
+            results = report(folder, wanted, **options) if wanted else {
+                ("validation", ""): {"": validation_figures(folder)}}
+        except data.DataError as error:
+            if wanted or len(folders) == 1:
+                raise
+            print(f"{error}; it is left out")
+            continue
         for (task, name), rows in results.items():
             for (row, column), m in flat(rows).items():
                 label = name if task == "zeroshot" else f"{name} {task}, {column}".strip()
@@ -1294,7 +1300,7 @@ def compare(folders, wanted, **options):
                 if number != asked:
                     raise data.DataError(f"{label} has {asked} records for {folder}, but {number} for "
                                          f"{other}: name the same for all with --data")
-    if not table:  # --embed has no figures
+    if not table:  # --embed has no figures, or no run was validated
         return {}
     groups = {}
     for title, columns in table.items():

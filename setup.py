@@ -1,5 +1,5 @@
-"""python setup.py build_ext --inplace, or pip install --no-build-isolation -e ., builds the extensions ahead of
-their first use."""
+"""python setup.py build_ext --inplace, or pip install --no-build-isolation -e ., builds the extensions ahead
+of their first use."""
 import re
 import shutil
 import sys
@@ -74,7 +74,7 @@ def extensions():
 setup(
     name="ecg-language",
     version=re.search(r'^VERSION = "(.*)"', (ROOT / "model.py").read_text(), re.M)[1],
-    description="ECG-language pretraining: ETP, MERL, C-MELT, MELP and FG-CLEP side by side, and compiled operators",
+    description="ECG-language pretraining: ETP, MERL, C-MELT, MELP, FG-CLEP side by side, compiled operators",
     license="MIT",
     python_requires=">=3.10",
     py_modules=["data", "model", "train", "eval"],

@@ -144,6 +144,8 @@ def test_two_seeds_and_another_rate_end_to_end(tmp_path, monkeypatch, capsys):
     evaluation.remember("runs/a", "kept", {"update": 10**6})  # of which the log tells nothing
     with pytest.raises(data.DataError, match="runs/a: no validation records were looked at in training"):
         evaluation.compare(["runs/a"], {})
+    assert evaluation.compare(["runs/a", "runs/b"], {})["etp"]["runs"] == ["runs/b"]
+    assert "runs/a: no validation records were looked at in training; name a task; it is left out" in capsys.readouterr().out
     (tmp_path / "runs/published-merl-x").mkdir()  # of --ckpt merl:FILE
     evaluation.main(["--compare", *runs_of(tmp_path), "--zeroshot", "simulated"])
     assert "published-merl-x is left out: no run with an ECG encoder" in capsys.readouterr().out

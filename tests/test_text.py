@@ -60,6 +60,8 @@ def test_lines_are_sentences_and_label_codes_no_report():
     named = data.Findings().named
     assert named(data.split_statements("may be at increased risk of developing complete heart block")) == []
     assert named(["first-degree av block"]) == ["1AVB"] and named(["left bundle-branch block"]) == ["CLBBB"]
+    assert named(["af with rbbb"]) == ["AFIB", "CRBBB"] and named(["a-fib"]) == ["AFIB"] and named(["1st degree heart block"]) == ["1AVB"]
+    assert named(["qtc is prolonged"]) == ["LNGQT"] == named(data.translate("QT interval prolonged"))
     assert named(["myocardial ischaemia"]) == ["ISC_"] and named(["atrial fibrillation resolved"]) == []
     assert data.translate("AV block I, RBBB") == ["first degree av block", "complete right bundle branch block"]
 
