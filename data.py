@@ -281,8 +281,7 @@ def read_header(path):
     where = f"{path}.hea"
     with open_file(where) as file:
         raw = file.read(MAX_HEADER + 1)
-    lines = [line.strip() for line in re.split(r"[\r\n]", raw.decode("utf-8-sig", "backslashreplace"))]
-    first, *lines = [line for line in lines if line and not line.startswith("#")] or ["(empty)"]
+    first, *lines = header_lines(raw.decode("utf-8-sig", "backslashreplace"))
     record = RECORD_LINE.fullmatch(first)
     if not record or len(raw) > MAX_HEADER:
         refuse(where, ODD, f"record line {first[:60]!r}" + LFS * first.startswith("version https://git-lfs"))
@@ -305,6 +304,19 @@ def read_header(path):
     leads = [parse_lead(path, line, rate) for line in lines]
     files = [list(group) for _, group in groupby(leads, lambda lead: (lead.file, lead.format, lead.offset))]
     return Header(rate, measure(path, files, samples), [], files)
+
+
+def header_lines(text):
+    """Of a header: its record line, and one for each lead or segment."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", text)]
+    return [line for line in lines if line and not line.startswith("#")] or ["(empty)"]
+
+
+def named_in(text):
+    """What a header names: signal files, and the records that this one is made of, two sets."""
+    first, *lines = header_lines(text)
+    record, names = RECORD_LINE.fullmatch(first), {line.split()[0] for line in lines}
+    return (set(), names) if record and record["segments"] else (names, set())
 
 
 def parse_lead(path, line, fs):
@@ -953,14 +965,15 @@ def stamps(path, source):
                 status = os.stat(file)
                 found.append((file.removeprefix(path), status.st_size, status.st_mtime_ns))
 
-    named = lambda record: [record + suffix for suffix in (".hea", ".dat", ".mat")]
-    note(*named(path))
+    usual = lambda record: [record + suffix for suffix in (".hea", ".dat", ".mat")]
+    note(*usual(path))
     if len(found) == 1 or source not in ("ptbxl", "mimic"):
         with contextlib.suppress(OSError, ValueError):  # whatever is wrong with it is said when it is read
-            header = read_header(path)
-            note(*(leads[0].file for leads in header.files))
-            for name, _ in header.segments:
-                note(*named(beside(path, name)))
+            with open_file(f"{path}.hea") as file:
+                files, segments = named_in(file.read(MAX_HEADER).decode("utf-8", "replace"))
+            note(*sorted({beside(path, name) for name in files} - set(usual(path))))
+            for name in sorted(segments):
+                note(*usual(beside(path, name)))
     return found
 
 
@@ -1292,7 +1305,7 @@ def header_rows(settings):
                 heads[path] = file.read(MAX_HEADER).decode("utf-8", "replace")
         except OSError:
             heads[path] = ""  # what is wrong with it is said when the record is read
-    segments = {path.parent / name for path, head in heads.items() for name in segments_in(head)}
+    segments = {path.parent / name for path, head in heads.items() for name in named_in(head)[1]}
     for path, head in heads.items():
         if path.with_suffix("") in segments:
             yield dict(id=path.relative_to(root).as_posix(), skip="a segment of another record")
@@ -1308,13 +1321,6 @@ def header_rows(settings):
         yield dict(id=name, patient=name, split=split_of(source, name), fold="",
                    path=str(path.with_suffix("")), **person(comments.get("age", ""), comments.get("sex", "")),
                    **named([numbers.get(code, code) for code in codes], source))
-
-
-def segments_in(head):
-    """Names of the records that one is made of, by its header's text."""
-    first, *lines = [line.strip() for line in head.splitlines() if line.strip()[:1] not in ("", "#")] or [""]
-    record = RECORD_LINE.fullmatch(first)
-    return [line.split()[0] for line in lines] if record and record["segments"] else []
 
 
 def named(codes, source):
@@ -1459,7 +1465,8 @@ KNOWLEDGE = {  # the shape of prompts.json
                   "chances": {str: {str: float}}, "also": [list], "leads": {str: [int]}, "measured": [list],
                   "implied": {str: [str]}, "harmless": [str],
                   "recorders": [[float]]},
-    "lexicon": {"rewrite": [[str]], "terms": [[str]], "negations": [str], "sites": {str: str},
+    "lexicon": {"common": [[str]], "rewrite": [[str]], "terms": [[str]], "negations": [str],
+                "sites": {str: str},
                 "statements": {str: str}, "prefix": {str: str}, "suffix": {str: str}, "join": {str: str},
                 "drop": {str: str}}}
 
@@ -1808,6 +1815,16 @@ def negates(template):
     return template.startswith("no ") or template in ("~ unlikely", "~ less likely", "resolved ~")
 
 
+def reach(out, group, last, both, words):
+    """Where in out, of Translator.parse, begins what a negating suffix (its words) denies: "ischemia or
+    infarction excluded". out[group:]: what is joined; both: by a word for and, which may part clauses."""
+    if both and words[0] in SINGULAR and "longer" not in words:
+        return last
+    while last > group and not (both and is_rhythm(out[last - 1][1])):
+        last -= 1
+    return last
+
+
 class Word(str):
     """Of a sentence."""
     comma = False  # does one stand before it?
@@ -1825,14 +1842,14 @@ class Translator:
 
         token: a word; by TOKEN a list of leads is one, and <leads> in a phrase stands for any."""
         self.token, self.rewrite, self.negations = token, [], set(lexicon["negations"])
-        for i, rule in enumerate(lexicon["rewrite"]):
+        for kind, i in [(kind, i) for kind in ("common", "rewrite") for i in range(len(lexicon[kind]))]:
             try:
-                old, new = rule
+                old, new = lexicon[kind][i]
                 self.rewrite.append((re.compile(old), new))
                 self.rewrite[-1][0].sub(new, "")
             except (ValueError, IndexError, re.error) as error:
                 fault = f"no [pattern, text] ({error})"
-                raise DataError(f"prompts.json, lexicon, rewrite, place {i + 1}: {fault}") from error
+                raise DataError(f"prompts.json, lexicon, {kind}, place {i + 1}: {fault}") from error
         self.table = {}  # words of a phrase -> (kind, English texts)
         for kind in ("drop", "join", "suffix", "prefix", "statements"):  # a later kind wins
             for phrase, english in lexicon[kind].items():
@@ -1912,10 +1929,7 @@ class Translator:
                     waiting, joined, both = waiting or used, len(out) > begin, words[0] in BOTH
                 elif kind == "suffix" and (len(out) > begin if negates(texts[0]) else
                                            placed or not texts[0].startswith("~ in ")):
-                    first = last
-                    if negates(texts[0]) and not (both and words[0] in SINGULAR and "longer" not in words):
-                        while first > group and not (both and is_rhythm(out[first - 1][1])):
-                            first -= 1  # "ischemia or infarction excluded"
+                    first = reach(out, group, last, both, words) if negates(texts[0]) else last
                     out[first:] = [(texts + templates, text) for templates, text in out[first:]]
                     if texts[0].startswith("~ in ") and waiting is used:  # "no q waves in v1 or v2, ..."
                         waiting = []
@@ -1981,7 +1995,7 @@ def true_tags(store):
         return Tags.from_lists([()] * len(store))
     findings, records = knowledge()["findings"], store.records
     return Tags.from_lists([*(findings[code]["name"] for code in codes), *features]
-                   for codes, features in zip(records["codes"], records["features"]))
+                           for codes, features in zip(records["codes"], records["features"]))
 
 
 def waveform_features():
@@ -2533,19 +2547,19 @@ def _report(rng, codes, features):
 
 
 # what shapes a store of a kind, beside its data and its words in prompts.json: in the key of the cache
-READS = (survey, stamps, open_file, read_record, read_header, parse_lead, beside, measure, read_signals,
-         read_segments, lead_index, to_twelve, repair, microvolts, load_record, work, read_csv, without_zero,
-         split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX, MAX_GAP, MIN_SECONDS,
-         CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST, WORD, SENTENCE_END, COMMA)
+READS = (survey, stamps, open_file, read_record, read_header, header_lines, named_in, parse_lead, beside,
+         measure, read_signals, read_segments, lead_index, to_twelve, repair, microvolts, load_record, work,
+         read_csv, without_zero, split_by, person, clean, one_negation, split_statements, LEADS, LEAD_INDEX,
+         MAX_GAP, MIN_SECONDS, CROPS, MILLIVOLTS, RATES, RECORD_LINE, SIGNAL_LINE, NOTHING, NEGATED_LIST,
+         WORD, SENTENCE_END, COMMA)
 MAKERS = {"ptbxl": (*READS, once, ptbxl_rows, TOKEN, LATE, BOTH, SINGULAR, RHYTHM, Word,
-                    lead_names, attach, is_rhythm, negates, Translator),
+                    lead_names, attach, is_rhythm, negates, reach, Translator),
           "mimic": (*READS, once, mimic_rows), "csv": (*READS, own_rows, labels_of),
           "simulated": (microvolts, work, split_by, simulated_rows, load_simulated, _block, _diagnoses,
                         _all_of, _turn, _patient, _oppose, _damage, _times, _amplitudes, _measure, _label,
                         _rhythm, _ectopic, _fire_all, _atrial_waves, _noise, _record, _report,
                         waveform_features, DOWER, LIMBS, EVENLY, TOP),
-          **dict.fromkeys(HEADERS, (*READS, once, header_rows, segments_in, named, split_of, COMMENT,
-                                    REFERENCE)),
+          **dict.fromkeys(HEADERS, (*READS, once, header_rows, named, split_of, COMMENT, REFERENCE)),
           "code": (*READS, code_rows, load_tracing, read_tracings, code_annotations, named, UNITS)}
 WORDS = {"ptbxl": ("findings", "lexicon"), "simulated": ("findings", "simulator"), "mimic": (), "csv": ()}
 

@@ -1230,10 +1230,6 @@ def summarise(found, folders, configs):
             **{key: mean(key) for key in ("records_per_second", "parameters")}}
 
 
-def can_be_compared(folder):
-    return (folder / "config.json").exists() and models.method_class(read_config(folder)[0]).needs_ecg
-
-
 VALIDATED = {"loss": float, "R@1": float, "R@5": float, "auroc": {str: float}}
 
 
@@ -1261,31 +1257,37 @@ def compare(folders, wanted, **options):
     draw and keep it beside the first run. Plain files among `folders` (runs/*) are passed over. Errors:
     DataError."""
     folders = list(dict.fromkeys(folder for folder in map(Path, folders) if not folder.is_file()))
-    for folder in [folder for folder in folders if len(folders) > 1 and not can_be_compared(folder)]:
-        print(f"{folder} is left out: no run with an ECG encoder")
-        folders.remove(folder)
-    found = [read_config(folder) for folder in folders]
-    configs = [models.settings_of(config) | {f"checksum of {name}": data.crc_of(path)
-               for name, path in models.own_files(config).items()} for config, _ in found]
+    several, configs, stores = len(folders) > 1, [], []
+    for folder in list(folders):
+        there = not several or (folder / "config.json").exists()
+        config, made_by = read_config(folder) if there else (None, {})
+        if several and not (config and models.method_class(config).needs_ecg):
+            print(f"{folder} is left out: no run with an ECG encoder")
+            folders.remove(folder)
+            continue
+        files = {f"checksum of {name}": data.crc_of(path) for name, path in models.own_files(config).items()}
+        configs.append(models.settings_of(config) | files)
+        stores.append(made_by["store"])
     if not folders:
         raise data.DataError("no run folder to compare")
-    if not wanted and len({made_by["store"] for _, made_by in found}) > 1:
+    if not wanted and len(set(stores)) > 1:
         print("these runs are of different stores: their validation records may not be the same")
-    for title, places in group_runs(configs).items():
-        if len({found[place][1]["store"] for place in places}) > 1:
+    grouped = group_runs(configs)
+    for title, places in grouped.items():
+        if len({stores[place] for place in places}) > 1:
             print(f"{title}: its runs are of different stores: of other records, or prepared by other code")
     for folder in folders:  # before hours of evaluation
         if not (folder / "model.safetensors").exists():
             raise data.DataError(f"{folder} is not a finished run: continue it with python train.py --resume "
                                  f"{folder}, or leave it out")
-    titles = {place: title for title, places in group_runs(configs).items() for place in places}
+    titles = {place: title for title, places in grouped.items() for place in places}
     table, records = defaultdict(lambda: defaultdict(dict)), {}  # {title: {label: {place of a run: metrics}}}
     for i, folder in enumerate(tqdm(folders, desc="runs")):
         try:
             results = report(folder, wanted, **options) if wanted else {
                 ("validation", ""): {"": validation_figures(folder)}}
         except data.DataError as error:
-            if wanted or len(folders) == 1:
+            if wanted or not several:
                 raise
             print(f"{error}; it is left out")
             continue

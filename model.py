@@ -880,7 +880,7 @@ class Objective(nn.Module):
         """Before a stage: texts() are those that its steps can be made of, if they can be listed."""
 
     def finish(self, run, texts):
-        """What it leaves in a run besides weights -> {key: facts} of results.json. texts: of test records."""
+        """What it leaves in a run besides weights -> {key: facts} of results.json. texts(): of test rows."""
         return {}
 
     def plan(self, batch):
@@ -956,6 +956,7 @@ class CardioLM(Objective):
         and as a yardstick, how often the commonest would be right."""
         self.lm.save_pretrained(run / "language_model")
         self.tokenizer.save_pretrained(run / "language_model")
+        texts = texts()
         if not texts:
             print("masked words: no figure, since no text (one in twenty is, by its hash) was kept from "
                   "training")
@@ -1909,15 +1910,15 @@ def configure(method=Config.method, preset=Config.preset, **given):
 def settings_of(config):
     """Those of a Config that its method has -> dictionary, which configure takes back; a FILE.py lies beside
     the config.json that they are written to, and has no folder."""
-    special = [*recipe(config.method)[0].settings, *encoder_settings(config.encoder)]
+    special = [*method_class(config).settings, *encoder_settings(config.encoder)]
     settings = {name: value for name, value in dataclasses.asdict(config).items()
                 if name in special or not owners(name) and name not in OF_ENCODERS}
     return settings | {name: os.path.basename(settings[name]) for name in own_files(config)}
 
 
 # ---- the methods by name ---------------------------------------------------------------------------------
-# name: (class, defaults at small scale, published recipe: --preset paper). Sources, and
-# what no public one gives: docs/papers.md.
+# name: (class, defaults at small scale, published recipe: --preset paper). Sources, and what
+# no public one gives: docs/papers.md.
 
 METHODS = {
     "etp": (ETP, dict(text_trainable_layers=0, text_unit="tag", batch_size=64), dict(

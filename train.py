@@ -1108,7 +1108,7 @@ class Trainer:
                 data.write_text(run / "training.json", json.dumps(self.facts(lines, updates), indent=1))
             save_weights(self.method, run)
             plot_log(lines, run / "curves.png")
-            texts = [models.join(records.tags[row]) for row in records.store.rows("test")]
+            texts = lambda: [models.join(records.tags[row]) for row in records.store.rows("test")]
             for key, found in self.method.finish(run, texts).items():
                 evaluation.remember(run, key, found)
 
